@@ -1,0 +1,37 @@
+# make demo [VIDEO=path]   segment a video, and say where the results lie
+# make test                run the tests
+# make lint                check the style
+# PYTHON=... chooses the interpreter (3.10 or newer), VENV=... where the environment goes.
+
+PYTHON ?= python3
+VENV ?= .venv
+VIDEO ?=
+# Pinned and installed first: later requirements then can't swap it for another build.
+TORCH ?= torch==2.13.0
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo-ready
+	$(BIN)/python examples/demo.py $(if $(VIDEO),"$(VIDEO)")
+
+test: $(VENV)/.dev-ready
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev-ready
+	$(BIN)/ruff check .
+
+# The environment is made once; a change of pyproject.toml makes it anew.
+$(VENV)/.torch-ready:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	touch $@
+
+$(VENV)/.demo-ready: $(VENV)/.torch-ready pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ".[sample]"
+	touch $@
+
+$(VENV)/.dev-ready: $(VENV)/.torch-ready pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@

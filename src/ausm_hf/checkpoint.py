@@ -1,0 +1,52 @@
+"""Checkpoint folders to start from."""
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from ._register import BUNDLED_CHECKPOINT
+from .model.configuration_ausm import AusmConfig
+from .model.image_processing_ausm import AusmImageProcessor
+from .model.modeling_ausm import AusmForUniversalSegmentation
+from .model.pipeline_ausm import VideoSegmentationPipeline
+from .model.processing_ausm import AusmProcessor
+
+
+def write_checkpoint(folder: str | os.PathLike, preset: str) -> Path:
+    """
+    Writes a checkpoint that `AutoModel.from_pretrained` loads, with its processor, its pipeline and the code of all.
+
+    Args:
+        folder: Where to write it; must not exist yet, or be empty.
+        preset: `"nano"` is the trained checkpoint that comes with the package; `"tiny"` and `"base"` are networks of
+            the paper's sizes with random weights.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: if there is no such preset, or something is in the way.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"folder {str(folder)!r} exists and is not empty")
+    if preset == "nano":
+        model = AusmForUniversalSegmentation.from_pretrained(BUNDLED_CHECKPOINT)
+        processor = AusmProcessor.from_pretrained(BUNDLED_CHECKPOINT)
+    else:
+        model = AusmForUniversalSegmentation(AusmConfig.from_preset(preset))
+        processor = AusmProcessor(AusmImageProcessor())
+
+    partial = folder.absolute().with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        VideoSegmentationPipeline(model, processor=processor, device="cpu").save_pretrained(partial)
+        if folder.is_dir():
+            folder.rmdir()
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+__all__ = ["write_checkpoint"]

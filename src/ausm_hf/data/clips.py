@@ -1,0 +1,305 @@
+"""The clip format: one row per video (or still), the same for every data set. Indexing reads no image.
+
+A row says where its frames and masks are; `load_clip` decodes those that are asked for. Frames are image files or
+frames of one video file. Masks come in the way the data set is published: an indexed PNG per frame (`annotations`),
+run lengths per object and frame (`objects[i]["segmentations"]`), or a binary PNG per object and frame
+(`objects[i]["masks"]`).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import av
+import numpy as np
+import torch
+from datasets import Dataset, Features, Image, List, Value, Video, concatenate_datasets
+from PIL import Image as PILImage
+
+IGNORE_VALUE = 255  # pixel value of an indexed PNG that means "no ground truth here", unless an object has that id
+ROWS_PER_CHUNK = 2000  # rows held as Python objects while indexing
+
+FEATURES = Features(
+    {
+        "video_id": Value("string"),
+        "frames": List(Image(decode=False)),  # one file per frame; decode=False keeps indexing lazy
+        "video": Video(decode=False),  # or one file for all frames,
+        "video_frames": List(Value("int32")),  # and which of its frames the row's frames are
+        "annotations": List(Image(decode=False)),  # an indexed PNG per frame, null where a frame has none; or empty
+        "annotated": List(Value("bool")),  # per frame: is there ground truth?
+        # Empty for indexed PNGs whose ids nobody lists: the objects are then the ids found in the PNGs.
+        "objects": List(
+            {
+                "id": Value("int32"),
+                "label": Value("string"),
+                "crowd": Value("bool"),  # a region of many objects: ignored, never an object to find
+                "segmentations": List({"size": List(Value("int32")), "counts": Value("string")}),
+                "masks": List(Image(decode=False)),
+            }
+        ),
+        "annotation_file": Value("string"),  # a JSON of SA-V that `resolve_row` has yet to read
+        "label_set": Value("string"),  # name of the label set the labels are from; null: no class is trained
+        "exhaustive": Value("bool"),  # every object that counts is annotated
+        "first_frame_given": Value("bool"),  # masks are prompts only: detection is not trained on this video
+        "binary_masks": Value("bool"),  # any non-zero pixel of an annotation is the first object (DAVIS 2016)
+        "fps": Value("float32"),
+        "height": Value("int32"),
+        "width": Value("int32"),
+    }
+)
+
+
+@dataclass
+class Clip:
+    """T decoded frames of one video with N objects.
+
+    Attributes:
+        frames: `(T, 3, H, W)` uint8, RGB.
+        masks: `(N, T, H, W)` bool. Masks may overlap.
+        ignore: `(T, H, W)` bool, pixels without ground truth.
+        annotated: `(T,)` bool, frames with ground truth.
+        labels: N class names, None where the class isn't known.
+        label_set, exhaustive, first_frame_given: as in `FEATURES`.
+    """
+
+    frames: torch.Tensor
+    masks: torch.Tensor
+    ignore: torch.Tensor
+    annotated: torch.Tensor
+    labels: list[str | None]
+    label_set: str | None = None
+    exhaustive: bool = True
+    first_frame_given: bool = False
+
+
+def file(path: str | os.PathLike | None) -> dict | None:
+    """A file as the `Image` and `Video` features store it: by its path, unread."""
+    return None if path is None else {"path": os.fspath(path), "bytes": None}
+
+
+def clip_object(
+    object_id: int,
+    label: str | None = None,
+    crowd: bool = False,
+    segmentations: list[dict | None] = (),
+    masks: list[dict | None] = (),
+) -> dict:
+    """One entry of a row's `objects`."""
+    return {
+        "id": int(object_id),
+        "label": label,
+        "crowd": bool(crowd),
+        "segmentations": list(segmentations),
+        "masks": list(masks),
+    }
+
+
+def clip_row(
+    video_id: str,
+    frames: list[dict],
+    objects: list[dict],
+    *,
+    annotations: list[dict | None] = (),
+    annotated: list[bool] | None = None,
+    video: dict | None = None,
+    video_frames: list[int] = (),
+    annotation_file: str | None = None,
+    label_set: str | None = None,
+    exhaustive: bool = True,
+    first_frame_given: bool = False,
+    binary_masks: bool = False,
+    fps: float | None = None,
+    size: tuple[int, int] | None = None,
+) -> dict:
+    """One row of the format. `annotated` defaults to the frames that have an annotation file (run lengths: all)."""
+    if annotated is None:
+        annotated = [a is not None for a in annotations] if annotations else [True] * (len(frames) + len(video_frames))
+    return {
+        "video_id": video_id,
+        "frames": frames,
+        "video": video,
+        "video_frames": list(video_frames),
+        "annotations": list(annotations),
+        "annotated": annotated,
+        "objects": objects,
+        "annotation_file": annotation_file,
+        "label_set": label_set,
+        "exhaustive": exhaustive,
+        "first_frame_given": first_frame_given,
+        "binary_masks": binary_masks,
+        "fps": fps,
+        "height": size[0] if size else None,
+        "width": size[1] if size else None,
+    }
+
+
+def clips_from_rows(rows: Iterable[dict]) -> Dataset:
+    """The rows as a `datasets.Dataset` with the features of the clip format."""
+    chunks, chunk = [], []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == ROWS_PER_CHUNK:
+            chunks.append(Dataset.from_list(chunk, features=FEATURES))
+            chunk = []
+    if chunk:
+        chunks.append(Dataset.from_list(chunk, features=FEATURES))
+    if not chunks:
+        return Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES)
+    return concatenate_datasets(chunks)
+
+
+def resolve_row(row: dict) -> dict:
+    """A row with everything in it: reads the JSON of rows that only name it.
+
+    `clips.map(resolve_row)` does so for a whole data set, before it goes to the Hub.
+    """
+    if row["annotation_file"] is None:
+        return row
+    from .sa_v import read_annotation_file  # it builds rows, so it imports this module
+
+    return read_annotation_file(row)
+
+
+def load_clip(row: dict, indices: list[int]) -> Clip:
+    """Decode some frames of a row, in the given order, with the masks of all its objects.
+
+    Args:
+        row: A resolved row.
+        indices: Frame numbers.
+
+    Raises:
+        ValueError: A mask and its frame differ in size, or frames of one video do.
+    """
+    frames = load_frames(row, indices)
+    size = frames[0].shape[:2]
+    layers = [load_masks(row, t, *size) for t in indices]  # per frame: {object id: mask}, ignored pixels
+    for t, frame, (masks, _) in zip(indices, frames, layers):
+        for shape in [frame.shape[:2], *(mask.shape for mask in masks.values())]:
+            if shape != size:
+                raise ValueError(f"frame {t} of {row['video_id']}, or a mask of it, is {shape}, want {size} (H, W)")
+
+    if row["objects"]:
+        objects = {obj["id"]: obj["label"] for obj in row["objects"] if not obj["crowd"]}
+    else:
+        objects = dict.fromkeys(sorted({i for masks, _ in layers for i in masks}))
+    masks = np.zeros((len(objects), len(frames), *size), dtype=bool)
+    for t, (found, _) in enumerate(layers):
+        for n, object_id in enumerate(objects):
+            if object_id in found:
+                masks[n, t] = found[object_id]
+    return Clip(
+        frames=torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous(),
+        masks=torch.from_numpy(masks),
+        ignore=torch.from_numpy(np.stack([ignore for _, ignore in layers])),
+        annotated=torch.tensor([row["annotated"][t] for t in indices]),
+        labels=list(objects.values()),
+        label_set=row["label_set"],
+        exhaustive=row["exhaustive"],
+        first_frame_given=row["first_frame_given"],
+    )
+
+
+def load_frames(row: dict, indices: list[int]) -> list[np.ndarray]:
+    """Decode frames of a row: uint8 RGB, `(H, W, 3)` each."""
+    if row["video"] is not None:
+        return _read_video(row["video"], [row["video_frames"][t] for t in indices])
+    frames = []
+    for t in indices:
+        with PILImage.open(_source(row["frames"][t])) as image:
+            frames.append(np.array(image.convert("RGB")))
+    return frames
+
+
+def load_masks(row: dict, t: int, height: int, width: int) -> tuple[dict[int, np.ndarray], np.ndarray]:
+    """Decode the masks of frame `t`.
+
+    Returns:
+        `{object id: bool (H, W)}` of the objects in this frame (none where the frame has no ground truth) and the
+        ignored pixels, bool `(H, W)`: crowds, and pixels marked as unknown.
+    """
+    masks, ignore = {}, np.zeros((height, width), dtype=bool)
+    if not row["annotated"][t]:
+        return masks, ignore
+    if row["annotations"] and row["annotations"][t] is not None:
+        index = _read_mask(row["annotations"][t])
+        ids = [obj["id"] for obj in row["objects"]]
+        if row["binary_masks"]:
+            index = (index > 0).astype(np.uint8) * ids[0]
+        elif IGNORE_VALUE not in ids:
+            ignore = index == IGNORE_VALUE
+            index = np.where(ignore, 0, index)
+        masks = {i: index == i for i in np.flatnonzero(np.bincount(index.ravel())).tolist() if i != 0}
+    for obj in row["objects"]:
+        if obj["segmentations"] and obj["segmentations"][t] is not None:
+            masks[obj["id"]] = decode_rle(obj["segmentations"][t])
+        elif obj["masks"] and obj["masks"][t] is not None:
+            masks[obj["id"]] = _read_mask(obj["masks"][t]) > 0
+
+    crowds = [masks.pop(obj["id"]) for obj in row["objects"] if obj["crowd"] and obj["id"] in masks]
+    if crowds:
+        # An object that stands in a crowd is known; the rest of the crowd isn't.
+        known = np.any(list(masks.values()), axis=0) if masks else np.zeros_like(ignore)
+        ignore = ignore | (np.any(crowds, axis=0) & ~known)
+    return masks, ignore
+
+
+def decode_rle(segmentation: dict) -> np.ndarray:
+    """COCO run lengths (`{"size": [H, W], "counts": str}`) to a bool mask `(H, W)`."""
+    from pycocotools import mask as coco_mask
+
+    return coco_mask.decode({"size": segmentation["size"], "counts": segmentation["counts"].encode()}).astype(bool)
+
+
+def encode_rle(segmentation: dict | list | None, height: int, width: int) -> dict | None:
+    """Any segmentation of a COCO or YouTube-VIS JSON as compressed run lengths.
+
+    Args:
+        segmentation: Run lengths (compressed or as a list of counts), a list of polygons, or None: the object is
+            absent.
+    """
+    from pycocotools import mask as coco_mask
+
+    if not segmentation:
+        return None
+    if isinstance(segmentation, list):
+        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = coco_mask.frPyObjects(segmentation, *segmentation["size"])
+    counts = segmentation["counts"]
+    return {"size": list(segmentation["size"]), "counts": counts if isinstance(counts, str) else counts.decode()}
+
+
+def _source(stored: dict):
+    """What to open: the path, or the bytes that a trip through the Hub put in its place."""
+    return stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
+
+
+def _read_mask(stored: dict) -> np.ndarray:
+    with PILImage.open(_source(stored)) as image:
+        # "P" keeps the palette's indices, which are the object ids.
+        return np.array(image if image.mode in ("P", "L", "1") else image.convert("L")).astype(np.uint8)
+
+
+def _read_video(stored: dict, wanted: list[int]) -> list[np.ndarray]:
+    """Decode frames of a video file by number, in any order."""
+    with av.open(_source(stored)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"  # loader workers are the parallelism
+        # Times of all frames from the packets, which needs no decoding and holds for a varying frame rate too.
+        times = sorted(p.pts for p in container.demux(stream) if p.pts is not None)
+        if max(wanted) >= len(times):
+            raise ValueError(f"frame {max(wanted)} is wanted of {stored['path']}, which has {len(times)} frames")
+        missing = {times[number]: number for number in wanted}
+        container.seek(min(missing), stream=stream)
+        found = {}
+        for frame in container.decode(stream):
+            if frame.pts in missing:
+                found[missing.pop(frame.pts)] = frame.to_ndarray(format="rgb24")
+            if not missing:
+                break
+    if missing:
+        raise ValueError(f"{stored['path']}: frames {sorted(missing.values())} can't be decoded")
+    return [found[number] for number in wanted]

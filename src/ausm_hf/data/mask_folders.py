@@ -1,0 +1,48 @@
+"""Data sets that are folders of frames and of indexed mask PNGs, one sub-folder per video."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .clips import clip_object, clip_row, file
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images of a folder by name; none if the folder isn't there."""
+    return sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def folder_row(video_id: str, frames: Path, masks: Path, objects: list[dict] = (), **flags) -> dict:
+    """A row of frames in the folder `frames`, with the masks of the same names in the folder `masks`.
+
+    Args:
+        masks: Holds indexed PNGs, or one sub-folder of binary PNGs per object, named by its number.
+        objects: The objects, if a list of them came with the data.
+        flags: More arguments of `clip_row`.
+    """
+    images = image_files(frames)
+    parts = sorted(p for p in masks.glob("*") if p.is_dir())
+    if not parts:
+        by_name = {p.stem: file(p) for p in masks.glob("*.png")}
+        annotations = [by_name.get(image.stem) for image in images]
+        return clip_row(video_id, [file(p) for p in images], list(objects), annotations=annotations, **flags)
+    labels = {obj["id"]: obj["label"] for obj in objects}
+    objects, annotated = [], [False] * len(images)
+    for part in parts:
+        if not part.name.isdecimal():
+            raise ValueError(f"masks of {video_id}: folder {part} isn't the number of an object")
+        by_name = {p.stem: file(p) for p in part.glob("*.png")}
+        own = [by_name.get(image.stem) for image in images]
+        annotated = [before or mask is not None for before, mask in zip(annotated, own)]
+        objects.append(clip_object(int(part.name), labels.get(int(part.name)), masks=own))
+    return clip_row(video_id, [file(p) for p in images], objects, annotated=annotated, **flags)
+
+
+def need(path: Path, what: str) -> Path:
+    """The path, or a ValueError that says which argument asked for it."""
+    if not path.exists():
+        raise ValueError(f"{what}: {path} doesn't exist")
+    return path

@@ -1,0 +1,208 @@
+"""A weighted mixture of data sets as a deterministic stream of training clips."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from .augment import drop_small, jitter_colour, random_anchor, random_view, select_objects, view_matrix, warp_clip
+from .clips import Clip, resolve_row
+from .davis import davis
+from .labels import LABEL_SETS
+from .sampling import cut_object, paste_object, paste_path, pseudo_motion, sample_clip
+from .stills import stills
+
+
+@dataclass
+class ClipSource:
+    """One data set of a mixture, and what is done with it.
+
+    Attributes:
+        clips: Rows in the clip format.
+        pseudo_video: Make clips by moving a camera over single frames.
+        strides: Frame distances to draw from, for video.
+        reverse: Part of the clips that are played backwards, for video.
+        paste: Part of the clips that get one or two objects pasted.
+        donor: Its objects may be pasted into clips of the mixture.
+        detect: False: masks are prompts only, whatever the rows say. None: as the rows say.
+    """
+
+    clips: Dataset
+    pseudo_video: bool = False
+    strides: tuple[int, ...] = (1,)
+    reverse: float = 0.3
+    paste: float = 0.0
+    donor: bool = False
+    detect: bool | None = None
+
+
+class ClipMixture(torch.utils.data.Dataset):
+    """Item i is a pure function of `(seed, i)`: any worker, process or resumed run gets the same clip for it.
+
+    Use it with `DataLoader(mixture, sampler=range(first, last), collate_fn=...)`, where `first` is the number of items
+    already consumed. An item is a dict of `"pixel_values"` `(T, 3, H, W)` uint8, `"masks"` `(N, T, H, W)` bool,
+    `"class_labels"` `(N,)` int64 (-100: unknown), `"label_set"`, `"exhaustive"`, `"annotated_frames"` `(T,)` bool,
+    `"ignore_mask"` `(T, H, W)` bool, `"first_frame_given"`.
+
+    Args:
+        sources: The data sets.
+        weights: One positive number each, how often it is drawn.
+        num_frames: Frames per clip, T.
+        size: Height and width of the clips, multiples of 32.
+        seed: Seed of everything random.
+        max_objects: Most objects per clip; clips with more keep a random choice, the rest is ignored.
+        label_sets: Labels of each label set, in the order of their class numbers. Defaults to those of
+            `ausm_hf.data.labels`.
+        length: Number of items; there is no end to them, but samplers want one.
+
+    Raises:
+        ValueError: An argument is out of range, or a source is empty.
+    """
+
+    def __init__(
+        self,
+        sources: list[ClipSource],
+        weights: list[float],
+        num_frames: int,
+        size: tuple[int, int],
+        seed: int = 0,
+        max_objects: int = 8,
+        label_sets: dict[str, list[str]] | None = None,
+        length: int = 2**31,
+    ):
+        if len(sources) != len(weights) or not sources:
+            raise ValueError(f"got {len(sources)} sources and {len(weights)} weights, want one weight per source")
+        if min(weights) <= 0:
+            raise ValueError(f"weights must be positive, got {list(weights)}")
+        if num_frames < 1:
+            raise ValueError(f"num_frames must be at least 1, got {num_frames}")
+        if len(size) != 2 or any(s < 32 or s % 32 for s in size):
+            raise ValueError(f"size must be a height and a width in multiples of 32, got {tuple(size)}")
+        if max_objects < 3:
+            raise ValueError(f"max_objects must be at least 3, got {max_objects}: up to two are pasted")
+        for number, source in enumerate(sources):
+            if len(source.clips) == 0:
+                raise ValueError(f"source {number} has no clips")
+        self.sources = list(sources)
+        self.weights = np.array(weights, dtype=float) / sum(weights)
+        self.num_frames, self.size, self.seed = num_frames, tuple(size), seed
+        self.max_objects, self.length = max_objects, length
+        label_sets = LABEL_SETS if label_sets is None else label_sets
+        self.class_numbers = {name: {label: n for n, label in enumerate(ls)} for name, ls in label_sets.items()}
+        donors = [n for n, source in enumerate(sources) if source.donor]
+        self.donors = donors
+        self.donor_weights = self.weights[donors] / self.weights[donors].sum() if donors else None
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict:
+        rng = np.random.default_rng((self.seed, index))
+        for _ in range(20):
+            clip = self._draw(self.sources[rng.choice(len(self.sources), p=self.weights)], rng)
+            if len(clip.masks):
+                return self._sample(clip)
+        raise RuntimeError(f"20 clips in a row had no object in view (item {index}); are the annotations empty?")
+
+    def _draw(self, source: ClipSource, rng: np.random.Generator) -> Clip:
+        stride = int(rng.choice(source.strides))
+        clip = self._load(source, stride, bool(rng.random() < source.reverse), rng)
+        if source.detect is not None:
+            clip.first_frame_given = not source.detect
+
+        cutouts = []
+        if rng.random() < source.paste:
+            cutouts = [self._cutout(clip, stride, rng) for _ in range(1 if rng.random() < 0.7 else 2)]
+            cutouts = [cutout for cutout in cutouts if cutout is not None]
+        clip = select_objects(clip, self.max_objects - len(cutouts), rng)
+
+        native = tuple(clip.frames.shape[-2:])
+        view = random_view(native, self.size, rng, random_anchor(clip, rng) if rng.random() < 0.9 else None)
+        if source.pseudo_video:
+            maps = pseudo_motion(view, native, self.size, self.num_frames, rng)
+        else:
+            maps = np.repeat(view_matrix(self.size, **view)[None], self.num_frames, axis=0)
+        clip = warp_clip(clip, maps, self.size)
+        for cutout in cutouts:
+            clip = paste_object(clip, cutout, paste_path(clip, cutout, rng), behind=bool(rng.random() < 0.5))
+        clip.frames = jitter_colour(clip.frames, rng)
+        return drop_small(clip)
+
+    def _load(self, source: ClipSource, stride: int, reverse: bool, rng: np.random.Generator) -> Clip:
+        """Frames of a random video; for pseudo-video a single one."""
+        row = resolve_row(source.clips[int(rng.integers(len(source.clips)))])
+        if source.pseudo_video:
+            return sample_clip(row, 1, 1, False, rng)
+        return sample_clip(row, self.num_frames, stride, reverse, rng)
+
+    def _cutout(self, clip: Clip, stride: int, rng: np.random.Generator):
+        """An object from a donor; one time in five a copy of one of the clip's own, as a distractor."""
+        if rng.random() < 0.2 or not self.donors:
+            return cut_object(clip, rng)
+        for _ in range(4):
+            source = self.sources[rng.choice(self.donors, p=self.donor_weights)]
+            donor = self._load(source, stride, bool(rng.random() < 0.5), rng)
+            cutout = cut_object(donor, rng)
+            if cutout is not None:
+                if donor.label_set != clip.label_set:
+                    cutout.label = None
+                return cutout
+        return None
+
+    def _class_number(self, label_set: str, label: str | None) -> int:
+        if label is None:
+            return -100
+        number = self.class_numbers.get(label_set, {}).get(label)
+        if number is None:
+            raise ValueError(f"label {label!r} isn't in label set {label_set!r}")
+        return number
+
+    def _sample(self, clip: Clip) -> dict:
+        class_labels = [-100] * len(clip.labels)
+        if clip.label_set is not None:
+            class_labels = [self._class_number(clip.label_set, label) for label in clip.labels]
+        return {
+            "pixel_values": clip.frames,
+            "masks": clip.masks,
+            "class_labels": torch.tensor(class_labels, dtype=torch.int64),
+            "label_set": clip.label_set,
+            "exhaustive": clip.exhaustive,
+            "annotated_frames": clip.annotated,
+            "ignore_mask": clip.ignore,
+            "first_frame_given": clip.first_frame_given,
+        }
+
+
+def nano_mixture(root: str, num_frames: int, size: tuple[int, int], seed: int = 0) -> ClipMixture:
+    """What ausm-nano is trained on: half DAVIS 2016 train clips, half pseudo-video from stills.
+
+    Args:
+        root: What `ausm_hf.data.prepare` wrote: `davis/` and `stills/`.
+    """
+    video = ClipSource(
+        davis(os.path.join(root, "davis"), 2016, "train"), strides=(1, 2, 3, 5, 8), reverse=0.3, paste=0.5, donor=True
+    )
+    # Per set: its part of all clips, and whether its masks are exact enough to be cut out and pasted elsewhere.
+    parts = {
+        "ecssd": (0.12, True),
+        "duts": (0.08, True),
+        "sod": (0.025, False),
+        "coco_mini": (0.065, True),
+        "cats": (0.045, True),
+        "fashion": (0.025, True),
+        "balloon": (0.015, True),
+        "coco_mval": (0.07, True),
+        "pennfudan": (0.02, False),
+        "people": (0.01, False),
+        "street": (0.025, False),
+    }
+    photographs = [
+        ClipSource(stills(os.path.join(root, "stills", name)), pseudo_video=True, paste=0.3, donor=donor)
+        for name, (_, donor) in parts.items()
+    ]
+    weights = [0.5, *(weight for weight, _ in parts.values())]
+    return ClipMixture([video, *photographs], weights, num_frames, size, seed)

@@ -1,0 +1,89 @@
+"""Videos annotated by a YouTube-VIS style JSON, one's own included."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+from datasets import Dataset
+
+from .clips import clip_object, clip_row, clips_from_rows, encode_rle, file
+from .labels import LABEL_SETS
+from .mask_folders import need
+
+
+def vis_json(
+    images: str,
+    annotations: str,
+    label_set: str | None = None,
+    exhaustive: bool = True,
+    first_frame_given: bool = False,
+) -> Dataset:
+    """Index videos by a JSON as YouTube-VIS has it.
+
+    The JSON holds `videos` (`id`, `file_names`, `height`, `width`), `categories` (`id`, `name`) and `annotations`
+    (`id`, `video_id`, `category_id`, `iscrowd`, `segmentations`: one per frame, run lengths or polygons, null where
+    the object is absent).
+
+    Args:
+        images: Folder that `file_names` are relative to.
+        annotations: The JSON file.
+        label_set: Name of the label set that the categories are from; None keeps the labels but trains no class.
+        exhaustive: Every object of the categories is annotated.
+        first_frame_given: Masks are prompts only; detection isn't trained.
+
+    Raises:
+        ValueError: A file or key is missing, a category isn't in a label set known here, an annotation names an
+            unknown video or has more or fewer segmentations than its video has frames.
+    """
+    source = need(Path(annotations), "annotations")
+    content = json.loads(source.read_text())
+    for key in ("videos", "categories"):
+        if key not in content:
+            raise ValueError(f"annotations: {source} has no key {key!r}, want the JSON of YouTube-VIS")
+    labels = category_names(content["categories"], label_set, source)
+    videos = {video["id"]: video for video in content["videos"]}
+    objects = defaultdict(list)
+    for annotation in content.get("annotations") or []:  # the JSONs of validation splits have none
+        video = videos.get(annotation["video_id"])
+        if video is None:
+            raise ValueError(f"annotation {annotation['id']} of {source} is of unknown video {annotation['video_id']}")
+        segmentations = annotation["segmentations"]
+        if len(segmentations) != len(video["file_names"]):
+            raise ValueError(
+                f"annotation {annotation['id']} of {source} has {len(segmentations)} segmentations, its video "
+                f"{video['id']} has {len(video['file_names'])} frames"
+            )
+        objects[video["id"]].append(
+            clip_object(
+                annotation["id"],
+                labels[annotation["category_id"]],
+                bool(annotation.get("iscrowd", 0)),
+                [encode_rle(s, video["height"], video["width"]) for s in segmentations],
+            )
+        )
+    return clips_from_rows(
+        clip_row(
+            Path(video["file_names"][0]).parent.as_posix(),
+            [file(Path(images) / name) for name in video["file_names"]],
+            objects[video["id"]],
+            annotated=[bool(content.get("annotations"))] * len(video["file_names"]),
+            label_set=label_set,
+            exhaustive=exhaustive,
+            first_frame_given=first_frame_given,
+            size=(video["height"], video["width"]),
+        )
+        for video in content["videos"]
+    )
+
+
+def category_names(categories: list[dict], label_set: str | None, source: Path) -> dict[int, str]:
+    """Category id to name, checked against the label set if it is one known here."""
+    names = {category["id"]: category["name"] for category in categories}
+    strange = sorted(set(names.values()) - set(LABEL_SETS[label_set])) if label_set in LABEL_SETS else []
+    if strange:
+        raise ValueError(
+            f"label_set {label_set!r} lacks {len(strange)} categories of {source}: {', '.join(strange[:5])}"
+        )
+    return names

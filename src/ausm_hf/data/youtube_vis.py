@@ -1,0 +1,35 @@
+"""YouTube-VIS 2019 and 2021 in the official layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets import Dataset
+
+from .vis_json import vis_json
+
+
+def youtube_vis(root: str, year: int = 2019, split: str = "train") -> Dataset:
+    """Index YouTube-VIS.
+
+    Args:
+        root: Folder with `<split>/JPEGImages/` and `<split>.json` (2019), `<split>/instances.json` (2021) or
+            `annotations/instances_<split>.json` (mirrors).
+        year: 2019 or 2021; picks the label set `youtube_vis_<year>`.
+        split: `"train"`, `"valid"`, ...
+
+    Raises:
+        ValueError: An argument is unknown, or its files aren't there.
+    """
+    if year not in (2019, 2021):
+        raise ValueError(f"year is {year}, want 2019 or 2021")
+    folder = Path(root)
+    places = [
+        folder / f"{split}.json",
+        folder / split / "instances.json",
+        folder / "annotations" / f"instances_{split}.json",
+    ]
+    found = [place for place in places if place.is_file()]
+    if not found:
+        raise ValueError(f"split {split!r} of YouTube-VIS: none of {', '.join(map(str, places))} exists")
+    return vis_json(str(folder / split / "JPEGImages"), str(found[0]), f"youtube_vis_{year}")

@@ -1,0 +1,1 @@
+"""Scores of the field: J&F, G and video AP as `evaluate` modules, and the functions under them."""

@@ -1,0 +1,496 @@
+"""J and F, the measures of video object segmentation, frame by frame and never a whole video at once.
+
+J, *region similarity*, is the intersection over union of two masks. F, *boundary accuracy*, is the F-measure of their
+outlines, where an outline pixel counts as found when the other outline passes within 0.8% of the image's diagonal.
+Perazzi et al., "A Benchmark Dataset and Evaluation Methodology for Video Object Segmentation", CVPR 2016, section 5.
+
+The numbers are those of the DAVIS 2017 toolkit, TrackEval and vos-benchmark. Where these differ from one another (from
+which frame on does an object count?), `SequenceScorer.result` names the conventions and who uses them.
+
+This file needs numpy and scipy only: it travels with the `evaluate` modules that use it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import zip_longest
+from math import ceil, hypot, isqrt
+
+import numpy as np
+from scipy.ndimage import find_objects
+from scipy.optimize import linear_sum_assignment
+
+VOID = 255  # ground-truth pixels with this value are not scored (DAVIS)
+BOUND_TH = 0.008  # how far apart two outlines may be, as a fraction of the image's diagonal (DAVIS)
+
+MODES = ("prompted", "best-track", "union")
+COUNT_FROM = ("start", "first_seen", "first_annotated")
+
+
+def region_similarity(pred: np.ndarray, gt: np.ndarray, void: np.ndarray | None = None) -> float:
+    """J: intersection over union of two masks of one object.
+
+    Args:
+        pred (`np.ndarray` of shape `(H, W)`): Predicted mask; every non-zero pixel belongs to the object.
+        gt (`np.ndarray` of shape `(H, W)`): Ground-truth mask, likewise.
+        void (`np.ndarray` of shape `(H, W)`, *optional*): Pixels that are not scored.
+
+    Returns:
+        `float`: In 0..1; 1 where both masks are empty.
+
+    Raises:
+        ValueError: If the shapes differ or are not two-dimensional.
+    """
+    pred, gt = _two_masks(pred, gt, void)
+    union = np.count_nonzero(pred | gt)
+    return np.count_nonzero(pred & gt) / union if union else 1.0
+
+
+def boundary_accuracy(
+    pred: np.ndarray, gt: np.ndarray, void: np.ndarray | None = None, bound_th: float = BOUND_TH
+) -> float:
+    """F: F-measure of precision and recall of the outlines of two masks of one object.
+
+    Args:
+        pred (`np.ndarray` of shape `(H, W)`): Predicted mask; every non-zero pixel belongs to the object.
+        gt (`np.ndarray` of shape `(H, W)`): Ground-truth mask, likewise.
+        void (`np.ndarray` of shape `(H, W)`, *optional*): Pixels that are not scored.
+        bound_th (`float`, *optional*, defaults to 0.008): How far apart two outlines may be, as a fraction of the
+            image's diagonal, rounded up to whole pixels; 1 or more is a number of pixels.
+
+    Returns:
+        `float`: In 0..1; 1 where neither mask has an outline, 0 where only one has.
+
+    Raises:
+        ValueError: If the shapes differ or are not two-dimensional.
+    """
+    pred, gt = _two_masks(pred, gt, void)
+    return float(_boundary_accuracies(pred.view(np.uint8), gt.view(np.uint8), 1, 1, _radius(gt.shape, bound_th))[0, 0])
+
+
+@dataclass
+class ObjectScore:
+    """J and F of one ground-truth object on every frame that counts for it.
+
+    Args:
+        j (`np.ndarray` of shape `(frames,)`): Region similarity, float64 in 0..1.
+        f (`np.ndarray` of shape `(frames,)`): Boundary accuracy, float64 in 0..1.
+        first_frame (`int`): Index in the sequence of the frame that `j[0]` and `f[0]` belong to.
+        predicted_id (`int` or `None`): Id of the prediction it was compared with; `None` if it was left without one.
+    """
+
+    j: np.ndarray
+    f: np.ndarray
+    first_frame: int
+    predicted_id: int | None
+
+
+class SequenceScorer:
+    """Scores one sequence, frame after frame. It keeps two numbers per object and frame, and no mask.
+
+    Args:
+        name (`str`): Name of the sequence, for messages.
+        mode (`str`, *optional*, defaults to `"prompted"`): Which prediction belongs to which object.
+            - `"prompted"`: the one with the same id, as where the ids were given with a prompt.
+            - `"best-track"`: objects and predicted ids are paired one to one so that the sum of mean J is highest
+              (DAVIS 2017 unsupervised); with one object, it gets the predicted id with the highest mean J.
+            - `"union"`: all predicted ids together, against all non-zero ground truth (DAVIS 2016 unsupervised).
+        binary (`bool`, *optional*, defaults to `False`): The ground truth is black and white, as that of DAVIS 2016:
+            each non-zero pixel belongs to object 1, and nothing is void. `"union"` always reads it so.
+    """
+
+    def __init__(self, name: str = "sequence", mode: str = "prompted", binary: bool = False):
+        if mode not in MODES:
+            raise ValueError(f"`mode` is {mode!r}; it must be one of {', '.join(MODES)}.")
+        self.name = name
+        self.mode = mode
+        self.binary = binary or mode == "union"
+        self.problems: list[str] = []
+        self._pred_ids: list[list[int]] = []  # per frame, who is there
+        self._gt_ids: list[list[int]] = []
+        # per frame, (predicted id, true id) -> J, F; None stands for a mask that is not there
+        self._pairs: list[dict[tuple[int | None, int | None], tuple[float, float]]] = []
+        self._saw_void = False
+
+    def add(self, pred: np.ndarray, gt: np.ndarray, frame: str | None = None) -> None:
+        """Adds the next frame. What is wrong with it is noted in `problems` and reported by `result`.
+
+        Args:
+            pred (`np.ndarray` of shape `(H, W)`): Predicted ids per pixel, any integer type or bool, 0 = background.
+            gt (`np.ndarray` of shape `(H, W)`): True ids per pixel, likewise; 255 = void, not scored.
+            frame (`str`, *optional*): Name of the frame for messages; its number if not given.
+        """
+        frame = frame if frame is not None else str(len(self._pairs))
+        wrong = _what_is_wrong(pred, gt)
+        if wrong:
+            self.problems.append(f"{self.name}, frame {frame}: {wrong}")
+            pred = gt = np.zeros((1, 1), np.uint8)
+        if self.binary:
+            gt = gt != 0
+        elif (gt == VOID).any():
+            self._saw_void = True
+            void = gt == VOID
+            pred, gt = np.where(void, 0, pred), np.where(void, 0, gt)
+        if self.mode == "union":
+            pred = pred != 0
+
+        pred_ids, gt_ids, pairs = _score_frame(pred, gt, same_id=self.mode != "best-track")
+        self._pred_ids.append(pred_ids)
+        self._gt_ids.append(gt_ids)
+        self._pairs.append(pairs)
+
+    def result(
+        self, skip_first: bool = True, skip_last: bool = True, count_from: str = "start"
+    ) -> dict[int, ObjectScore]:
+        """Scores of every ground-truth object.
+
+        Args:
+            skip_first (`bool`, *optional*, defaults to `True`): Leave out the first frame of the sequence: it is the
+                prompt (DAVIS 2016, and DAVIS 2017 semi-supervised; not DAVIS 2017 unsupervised).
+            skip_last (`bool`, *optional*, defaults to `True`): Leave out the last one (DAVIS, as before).
+            count_from (`str`, *optional*, defaults to `"start"`): From which of the remaining frames on an object
+                counts. Frames where neither prediction nor ground truth has it score 1.
+                - `"start"`: from the first (DAVIS toolkit, TrackEval).
+                - `"first_seen"`: from where prediction or ground truth first has it (vos-benchmark, SA-V).
+                - `"first_annotated"`: from where ground truth first has it, that frame included (YouTube-VOS).
+
+        Returns:
+            `dict[int, ObjectScore]`: By object id, ascending. Objects that ground truth has only in frames left out
+            are not in it, except that under `"start"` the first frame counts as showing who there is.
+
+        Raises:
+            ValueError: One report of everything that was wrong with the frames: masks that are no masks or have
+                another size, ids that ground truth does not know (`"prompted"`), nothing to score.
+        """
+        if count_from not in COUNT_FROM:
+            raise ValueError(f"`count_from` is {count_from!r}; it must be one of {', '.join(COUNT_FROM)}.")
+        scores, problems = self.result_or_problems(skip_first, skip_last, count_from)
+        report_problems(problems)
+        return scores
+
+    def result_or_problems(
+        self, skip_first: bool, skip_last: bool, count_from: str
+    ) -> tuple[dict[int, ObjectScore], list[str]]:
+        """As `result`, but hands the problems back, so that those of several sequences make one report."""
+        problems = list(self.problems)
+        total = len(self._pairs)
+        frames = range(int(skip_first), total - int(skip_last))
+        if len(frames) == 0:
+            left_out = " and ".join(n for n, skip in (("the first", skip_first), ("the last", skip_last)) if skip)
+            without = f" without {left_out}" if left_out else ""
+            problems.append(f"{self.name}: no frame to score; it has {total} frames{without}")
+
+        known = {g for ids in self._gt_ids for g in ids}
+        if self.mode == "prompted":
+            for unknown in sorted({p for ids in self._pred_ids for p in ids} - known):
+                first = next(t for t, ids in enumerate(self._pred_ids) if unknown in ids)
+                problems.append(f"{self.name}: predicted id {unknown} (first in frame {first}) is not in ground truth")
+        showing = [*frames, 0] if count_from == "start" and total else frames
+        objects = sorted({g for t in showing for g in self._gt_ids[t]})
+        if not objects and len(frames):
+            hint = "; all there is is void (255): is it black and white, as DAVIS 2016? (`binary`)"
+            problems.append(f"{self.name}: ground truth has no object{hint if self._saw_void and not known else ''}")
+        if problems:
+            return {}, problems
+
+        if self.mode == "best-track":
+            predicted = self._best_tracks(objects, frames)
+        else:
+            seen = {p for t in frames for p in self._pred_ids[t]}
+            predicted = {g: g if g in seen else None for g in objects}
+        scores = {}
+        for g in objects:
+            p = predicted[g]
+            start = frames.start
+            if count_from != "start":
+                start = next(
+                    t
+                    for t in frames
+                    if g in self._gt_ids[t] or (count_from == "first_seen" and p in self._pred_ids[t])
+                )
+            j, f = np.array([self._pair(t, p, g) for t in range(start, frames.stop)]).T
+            scores[g] = ObjectScore(j=j, f=f, first_frame=start, predicted_id=p)
+        return scores, []
+
+    def _pair(self, t: int, p: int | None, g: int) -> tuple[float, float]:
+        """J and F of prediction `p` and object `g` in frame `t`, either of which may be absent there."""
+        here = p if p in self._pred_ids[t] else None, g if g in self._gt_ids[t] else None
+        return (1.0, 1.0) if here == (None, None) else self._pairs[t].get(here, (0.0, 0.0))
+
+    def _best_tracks(self, objects: list[int], frames: range) -> dict[int, int | None]:
+        """One-to-one pairing of objects and predicted ids with the highest sum of mean J over `frames`."""
+        tracks: list[int | None] = sorted({p for t in frames for p in self._pred_ids[t]})
+        # an object may also be left without a prediction, which is worth 1 in each frame where it is absent
+        tracks += [None] * (len(objects) - len(tracks))
+        mean_j = np.array([[np.mean([self._pair(t, p, g)[0] for t in frames]) for g in objects] for p in tracks])
+        rows, columns = linear_sum_assignment(-mean_j)
+        return {objects[column]: tracks[row] for row, column in zip(rows, columns)}
+
+
+def score_sequence(
+    pred_masks: Iterable[np.ndarray],
+    gt_masks: Iterable[np.ndarray],
+    skip_first: bool = True,
+    skip_last: bool = True,
+    mode: str = "prompted",
+    count_from: str = "start",
+    binary: bool = False,
+    name: str = "sequence",
+) -> dict[int, ObjectScore]:
+    """Scores one sequence, given as two iterables of masks that are read one frame at a time.
+
+    Args:
+        pred_masks (iterable of `np.ndarray` of shape `(H, W)`): Predicted ids per pixel, 0 = background.
+        gt_masks (iterable of `np.ndarray` of shape `(H, W)`): True ids per pixel, 0 = background, 255 = void.
+        skip_first, skip_last, count_from: See [`SequenceScorer.result`].
+        mode, binary, name: See [`SequenceScorer`].
+
+    Returns:
+        `dict[int, ObjectScore]`: Per object id, J and F of each frame that counts.
+
+    Raises:
+        ValueError: One report of everything that is wrong, a different number of frames included.
+    """
+    scorer = SequenceScorer(name, mode, binary)
+    missing = object()
+    pred_count = gt_count = 0
+    for pred, gt in zip_longest(pred_masks, gt_masks, fillvalue=missing):
+        pred_count += pred is not missing
+        gt_count += gt is not missing
+        if pred is not missing and gt is not missing:
+            scorer.add(pred, gt)
+    if pred_count != gt_count:
+        scorer.problems.append(f"{name}: {pred_count} predicted frames, {gt_count} frames of ground truth")
+    return scorer.result(skip_first, skip_last, count_from)
+
+
+def statistics(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean, recall and decay of the per-frame values of one object (DAVIS 2016, section 5.2).
+
+    Recall is the fraction of frames above 0.5. Decay is the mean of the first quarter of the frames less that of the
+    last. (The DAVIS toolkit counts quarters in 8 bits, which goes wrong above 256 frames; this does not.)
+
+    Args:
+        values (`np.ndarray` of shape `(frames,)`): J or F per frame.
+
+    Returns:
+        `tuple[float, float, float]`: Mean, recall, decay.
+    """
+    ends = (np.round(np.linspace(1, len(values), 5) + 1e-10) - 1).astype(int)
+    first, last = values[: ends[1] + 1], values[ends[3] : ends[4] + 1]
+    return float(values.mean()), float((values > 0.5).mean()), float(first.mean() - last.mean())
+
+
+MEASURES = ("J&F", "J", "J_recall", "J_decay", "F", "F_recall", "F_decay")
+
+
+def summarize(scores: dict[str, dict[int, ObjectScore]]) -> dict:
+    """Means per object, per sequence and over the data set, as DAVIS takes them: every object weighs the same.
+
+    Args:
+        scores (`dict[str, dict[int, ObjectScore]]`): What `score_sequence` returned for each sequence.
+
+    Returns:
+        `dict`: `J&F`, `J`, `J_recall`, `J_decay`, `F`, `F_recall`, `F_decay`, fractions of 1, over all objects; and
+        `sequences`: for each sequence the same and `objects`: for each object id the same and `frames` (how many
+        counted) and `predicted_id`.
+
+    Raises:
+        ValueError: If there is no object to take a mean over.
+    """
+    sequences, everyone = {}, []
+    for name, of_sequence in scores.items():
+        objects = {}
+        for object_id, score in of_sequence.items():
+            row = dict(zip(MEASURES[1:], (*statistics(score.j), *statistics(score.f))))
+            objects[object_id] = {
+                "J&F": (row["J"] + row["F"]) / 2,
+                **row,
+                "frames": len(score.j),
+                "predicted_id": score.predicted_id,
+            }
+        if objects:
+            sequences[name] = {**mean_of(list(objects.values())), "objects": objects}
+            everyone.extend(objects.values())
+    if not everyone:
+        raise ValueError("`scores` has no object: there is nothing to take a mean over.")
+    return {**mean_of(everyone), "sequences": sequences}
+
+
+def mean_of(rows: list[dict]) -> dict[str, float]:
+    """Mean of each measure over objects."""
+    return {measure: float(np.mean([row[measure] for row in rows])) for measure in MEASURES}
+
+
+def report_problems(problems: list[str]) -> None:
+    """Raises one `ValueError` that lists all problems, if there are any."""
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ValueError(f"{count} with what is to be scored, so no score:\n" + "\n".join(f"- {p}" for p in problems))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One frame. All objects are treated at once: as bits of one image, eight at a time.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _score_frame(
+    pred: np.ndarray, gt: np.ndarray, same_id: bool
+) -> tuple[list[int], list[int], dict[tuple[int | None, int | None], tuple[float, float]]]:
+    """Predicted ids, true ids, and J and F of each pair of them, or of those with the same id only.
+
+    A pair with None stands for an object that only one of the two masks has. It scores 0 and is left out, unless it
+    fills the image: then it has no outline that could be missed, and its F is 1.
+    """
+    size, radius = gt.size, _radius(gt.shape, BOUND_TH)
+    pred_ids, pred, pred_box = _relabel(pred)
+    gt_ids, gt, gt_box = _relabel(gt)
+    if not pred_ids and not gt_ids:
+        return [], [], {}
+    # Nothing lies outside the boxes of the objects. The outline lies on pixels whose right or lower neighbour differs,
+    # so one pixel of margin holds all of it.
+    top, left, bottom, right = (f(a, b) for f, a, b in zip((min, min, max, max), pred_box, gt_box))
+    box = slice(max(top - 1, 0), bottom + 1), slice(max(left - 1, 0), right + 1)
+    pred, gt = pred[box], gt[box]
+
+    counts = np.bincount((pred * (len(gt_ids) + 1) + gt).ravel(), minlength=(len(pred_ids) + 1) * (len(gt_ids) + 1))
+    counts = counts.reshape(len(pred_ids) + 1, len(gt_ids) + 1)
+    pred_areas, gt_areas, common = counts.sum(1)[1:], counts.sum(0)[1:], counts[1:, 1:]
+    j = common / (pred_areas[:, None] + gt_areas - common)
+
+    pairs = {(p, None): (0.0, 1.0) for p, area in zip(pred_ids, pred_areas) if area == size}
+    pairs |= {(None, g): (0.0, 1.0) for g, area in zip(gt_ids, gt_areas) if area == size}
+    if same_id:
+        both = [(pred_ids.index(g), column, g) for column, g in enumerate(gt_ids) if g in pred_ids]
+        # number the shared ids alike, so that only equal numbers need be compared
+        pred_number, gt_number = np.zeros(len(pred_ids) + 1, np.intp), np.zeros(len(gt_ids) + 1, np.intp)
+        for number, (row, column, _) in enumerate(both, start=1):
+            pred_number[row + 1], gt_number[column + 1] = number, number
+        f = _boundary_accuracies(pred_number[pred], gt_number[gt], len(both), len(both), radius, same_number=True)
+        pairs |= {(g, g): (float(j[row, column]), float(f[i, i])) for i, (row, column, g) in enumerate(both)}
+    else:
+        f = _boundary_accuracies(pred, gt, len(pred_ids), len(gt_ids), radius)
+        pairs |= {
+            (p, g): (float(j[row, column]), float(f[row, column]))
+            for row, p in enumerate(pred_ids)
+            for column, g in enumerate(gt_ids)
+        }
+    return pred_ids, gt_ids, pairs
+
+
+def _relabel(mask: np.ndarray) -> tuple[list[int], np.ndarray, tuple[int, int, int, int]]:
+    """Ids of a mask, ascending; the mask with its ids replaced by 1, 2, ...; top, left, bottom, right of them all."""
+    if mask.dtype == bool:
+        mask = (mask != 0).view(np.uint8)  # Pillow hands out bools that are 255 inside
+    ids = None
+    if mask.max() > 65535:  # `find_objects` lists all numbers up to the highest
+        ids, inverse = np.unique(np.append(mask, 0), return_inverse=True)  # 0 too, so that it stays 0
+        mask = inverse[:-1].reshape(mask.shape)
+    found = {value: box for value, box in enumerate(find_objects(mask), start=1) if box is not None}
+    number = np.zeros(max(found, default=0) + 1, np.intp)
+    number[list(found)] = np.arange(1, len(found) + 1)
+    top, left, bottom, right = mask.shape[0], mask.shape[1], 0, 0
+    for rows, columns in found.values():
+        top, left = min(top, rows.start), min(left, columns.start)
+        bottom, right = max(bottom, rows.stop), max(right, columns.stop)
+    names = [value if ids is None else int(ids[value]) for value in found]
+    return names, number[mask], (top, left, bottom, right)
+
+
+def _boundary_accuracies(
+    pred: np.ndarray, gt: np.ndarray, pred_count: int, gt_count: int, radius: int, same_number: bool = False
+) -> np.ndarray:
+    """F of objects 1 ... `pred_count` of `pred` with objects 1 ... `gt_count` of `gt`.
+
+    Returns:
+        `np.ndarray` of shape `(pred_count, gt_count)`; if `same_number`, what is off the diagonal means nothing.
+    """
+    f = np.zeros((pred_count, gt_count))
+    pred_groups = [_outlines(pred, first) for first in range(1, pred_count + 1, 8)]
+    gt_groups = [_outlines(gt, first) for first in range(1, gt_count + 1, 8)]
+    pred_reach, gt_reach = ([_dilate(group, radius) for group in groups] for groups in (pred_groups, gt_groups))
+    for row, (pred_outline, pred_near) in enumerate(zip(pred_groups, pred_reach)):
+        for column, (gt_outline, gt_near) in enumerate(zip(gt_groups, gt_reach)):
+            if same_number and row != column:
+                continue
+            pred_length, precise = _count_bits(pred_outline, gt_near)  # (8,) and (8, 8): pixels of pred, near gt
+            gt_length, recalled = _count_bits(gt_outline, pred_near)
+            with np.errstate(invalid="ignore"):
+                precision, recall = precise / pred_length[:, None], recalled.T / gt_length
+                block = np.nan_to_num(2 * precision * recall / (precision + recall))
+            without = (pred_length == 0)[:, None], gt_length == 0
+            block[without[0] | without[1]] = 0.0
+            block[without[0] & without[1]] = 1.0
+            target = f[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+            target[:] = block[: target.shape[0], : target.shape[1]]
+    return f
+
+
+def _outlines(image: np.ndarray, first: int) -> np.ndarray:
+    """Outlines of objects `first` ... `first + 7`, one bit each: pixels that differ from their right, lower or lower
+    right neighbour in whether they belong to the object. uint8, shape of `image`."""
+    bit = np.zeros(max(int(image.max()) + 1, first + 8), np.uint8)
+    bit[first : first + 8] = 1 << np.arange(8)
+    bits = bit[image]
+    outlines = np.zeros_like(bits)
+    corner = bits[:-1, :-1]
+    outlines[:-1, :-1] = (corner ^ bits[:-1, 1:]) | (corner ^ bits[1:, :-1]) | (corner ^ bits[1:, 1:])
+    # the last row and column of the image have fewer neighbours (where the box ends before them, they are empty)
+    outlines[-1, :-1] = bits[-1, :-1] ^ bits[-1, 1:]
+    outlines[:-1, -1] = bits[:-1, -1] ^ bits[1:, -1]
+    return outlines
+
+
+def _dilate(bits: np.ndarray, radius: int) -> np.ndarray:
+    """Sets each bit within `radius` (a closed disk) of where it is set. uint8, shape of `bits`."""
+    # a disk is a stack of row segments, the longer the nearer to the middle
+    spread, half = bits.copy(), 0  # bits spread by `half` pixels to the left and right
+    out = np.zeros_like(bits)
+    for down in range(radius, -1, -1):
+        while half < isqrt(radius * radius - down * down):
+            step = min(isqrt(radius * radius - down * down) - half, 2 * half + 1)
+            wider = spread.copy()
+            wider[:, step:] |= spread[:, :-step]
+            wider[:, :-step] |= spread[:, step:]
+            spread, half = wider, half + step
+        out[down:] |= spread[: max(len(bits) - down, 0)]
+        out[: max(len(bits) - down, 0)] |= spread[down:]
+    return out
+
+
+_BITS = ((np.arange(256)[:, None] >> np.arange(8)) & 1).astype(float)  # bits of each byte
+
+
+def _count_bits(outlines: np.ndarray, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many pixels have bit a set in `outlines`, `(8,)`; and how many of them have bit b set in `near`, `(8, 8)`."""
+    at = np.flatnonzero(outlines)
+    pairs = outlines.ravel()[at].astype(np.intp) * 256 + near.ravel()[at]
+    histogram = np.bincount(pairs, minlength=65536).reshape(256, 256)
+    return histogram.sum(1) @ _BITS, _BITS.T @ (histogram @ _BITS)
+
+
+def _radius(shape: tuple[int, int], bound_th: float) -> int:
+    return ceil(bound_th if bound_th >= 1 else bound_th * hypot(*shape))
+
+
+def _what_is_wrong(pred: np.ndarray, gt: np.ndarray) -> str | None:
+    for name, mask in (("the prediction", pred), ("ground truth", gt)):
+        if not isinstance(mask, np.ndarray) or mask.ndim != 2 or mask.dtype.kind not in "biu":
+            what = f"{mask.dtype} of shape {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
+            return f"{name} is {what}, not an integer mask (H, W)"
+        if mask.dtype.kind == "i" and mask.size and mask.min() < 0:
+            return f"{name} has negative ids"
+    if pred.shape != gt.shape:
+        return f"the prediction is {pred.shape[0]} x {pred.shape[1]}, ground truth {gt.shape[0]} x {gt.shape[1]}"
+    if gt.size == 0:
+        return "the masks have no pixels"
+    return None
+
+
+def _two_masks(pred: np.ndarray, gt: np.ndarray, void: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    wrong = _what_is_wrong(pred, gt)
+    if wrong is None and void is not None and void.shape != gt.shape:
+        wrong = f"`void` has shape {void.shape}, ground truth {gt.shape}"
+    if wrong:
+        raise ValueError(f"{wrong[0].upper()}{wrong[1:]}.")
+    pred, gt = pred != 0, gt != 0
+    return (pred, gt) if void is None else (pred & (void == 0), gt & (void == 0))

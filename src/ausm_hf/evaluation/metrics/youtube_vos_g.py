@@ -1,0 +1,90 @@
+"""G of YouTube-VOS, as an `evaluate` module."""
+
+import datasets
+import evaluate
+
+from .jf import SequenceScorer, mean_of, report_problems, summarize
+from .streaming import StreamingMetric
+
+_DESCRIPTION = """
+G of YouTube-VOS: the mean of J and F over objects of categories seen in training and of J and F over objects of unseen
+ones. J is the intersection over union of masks and F the F-measure of their outlines, as in DAVIS. An object is scored
+from the first frame that ground truth has it in, that frame included, to the end; what is predicted before does not
+count. Frames are reduced to numbers as they come: no video is kept.
+"""
+
+_INPUTS = """
+Args:
+    predictions: masks (H, W) of ids, numpy arrays of integers, 0 = background: one per annotated frame, in order.
+    references: true masks, likewise; 255 = void, not scored.
+    sequence: for each frame, the name of its video.
+    seen (`compute` only): dict, video -> dict, object id -> bool: is the object's category in the training set?
+Returns:
+    G, J_seen, F_seen, J_unseen, F_unseen: fractions of 1. Where there is no object of a kind, its J and F are None and
+        G is the mean of the others.
+    sequences: J&F, J, F, their recall and decay for each video and, under "objects", for each object.
+Example:
+    >>> import numpy as np
+    >>> masks = [np.array([[0, 1], [2, 1]])] * 3
+    >>> metric.add_batch(predictions=masks, references=masks, sequence=["bear"] * 3)
+    >>> metric.compute(seen={"bear": {1: True, 2: False}})["G"]
+    1.0
+"""
+
+_CITATION = """
+@article{xu2018youtubevos,
+  author  = {Ning Xu and Linjie Yang and Yuchen Fan and Dingcheng Yue and Yuchen Liang and Jianchao Yang and
+             Thomas Huang},
+  title   = {YouTube-VOS: A Large-Scale Video Object Segmentation Benchmark},
+  journal = {arXiv:1809.03327},
+  year    = {2018}
+}
+"""
+
+
+class YoutubeVosG(StreamingMetric):
+    """J and F over objects of seen and unseen categories, and their mean G."""
+
+    def _info(self):
+        mask = datasets.Sequence(datasets.Sequence(datasets.Value("int32")))
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features(
+                {"predictions": mask, "references": mask, "sequence": datasets.Value("string")}
+            ),
+            reference_urls=["https://youtube-vos.org"],
+        )
+
+    def _start(self):
+        self._scorers = {}
+
+    def _add_frame(self, predictions, references, sequence):
+        if sequence not in self._scorers:
+            self._scorers[sequence] = SequenceScorer(sequence)
+        self._scorers[sequence].add(predictions, references)
+
+    def _result(self, seen):
+        scores, problems = {}, []
+        for name, scorer in self._scorers.items():
+            scores[name], of_sequence = scorer.result_or_problems(False, False, "first_annotated")
+            problems += of_sequence
+            for object_id in scores[name]:
+                if object_id not in seen.get(name, {}):
+                    problems.append(f"{name}: `seen` does not say whether object {object_id} is of a seen category")
+        report_problems(problems)
+
+        summary = summarize(scores)
+        result = {}
+        for kind, wanted in (("seen", True), ("unseen", False)):
+            rows = [
+                row
+                for name, of_sequence in summary["sequences"].items()
+                for object_id, row in of_sequence["objects"].items()
+                if bool(seen[name][object_id]) == wanted
+            ]
+            mean = mean_of(rows) if rows else {"J": None, "F": None}
+            result |= {f"J_{kind}": mean["J"], f"F_{kind}": mean["F"]}
+        parts = [value for value in result.values() if value is not None]
+        return {"G": sum(parts) / len(parts), **result, "sequences": summary["sequences"]}

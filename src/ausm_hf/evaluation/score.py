@@ -1,0 +1,163 @@
+"""Score folders of indexed PNGs by J and F.
+
+    python -m ausm_hf.evaluation.score PRED_DIR GT_DIR [--sequences lucia car-turn | dev.txt] [--mode best-track]
+
+Both folders have one folder per sequence with one PNG per frame, as `Annotations/480p` of DAVIS. Frames that only the
+prediction has are left aside: ground truth may be sparse.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .metrics.jf import COUNT_FROM, MODES, SequenceScorer, report_problems, summarize
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """Reads an indexed, grey or 1-bit PNG.
+
+    Args:
+        path (`str` or `Path`): The file.
+
+    Returns:
+        `np.ndarray` of shape `(H, W)`, uint8 (bool for 1-bit files, int32 for 16-bit ones): The stored values, which
+        are ids, not colours.
+    """
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+def score_folder(
+    pred_dir: str | Path,
+    gt_dir: str | Path,
+    sequences: list[str] | None = None,
+    mode: str = "prompted",
+    skip_first: bool = True,
+    skip_last: bool = True,
+    count_from: str = "start",
+    binary: bool = False,
+) -> dict:
+    """Scores a folder of predictions against a folder of ground truth, frame by frame.
+
+    Args:
+        pred_dir (`str` or `Path`): `<sequence>/<frame>.png` for each sequence.
+        gt_dir (`str` or `Path`): Likewise. The frames that are scored are those in here.
+        sequences (`list[str]`, *optional*): Names of sequences. All of `gt_dir` if not given; `pred_dir` must then
+            have the same.
+        mode, binary: See [`~ausm_hf.evaluation.metrics.jf.SequenceScorer`].
+        skip_first, skip_last, count_from: See [`~ausm_hf.evaluation.metrics.jf.SequenceScorer.result`].
+
+    Returns:
+        `dict`: As [`~ausm_hf.evaluation.metrics.jf.summarize`] makes it.
+
+    Raises:
+        ValueError: One report of everything that is wrong: missing sequences and frames, files that are no masks,
+            wrong sizes, ids that ground truth does not know.
+    """
+    pred_dir, gt_dir = Path(pred_dir), Path(gt_dir)
+    for argument, folder in (("pred_dir", pred_dir), ("gt_dir", gt_dir)):
+        if not folder.is_dir():
+            raise ValueError(f"`{argument}` is {folder}, which is not a folder.")
+    if mode not in MODES:
+        raise ValueError(f"`mode` is {mode!r}; it must be one of {', '.join(MODES)}.")
+    if count_from not in COUNT_FROM:
+        raise ValueError(f"`count_from` is {count_from!r}; it must be one of {', '.join(COUNT_FROM)}.")
+
+    problems = []
+    if sequences is None:
+        sequences = sorted(entry.name for entry in gt_dir.iterdir() if entry.is_dir())
+        unknown = sorted(entry.name for entry in pred_dir.iterdir() if entry.is_dir() and entry.name not in sequences)
+        problems += [f"{name}: predicted, but not in ground truth" for name in unknown]
+        if not sequences:
+            problems.append(f"{gt_dir} has no folders")
+
+    scores = {}
+    for name in sequences:
+        frames = sorted((gt_dir / name).glob("*.png"))
+        if not frames:
+            problems.append(f"{name}: no ground truth (no PNG in {gt_dir / name})")
+            continue
+        if not (pred_dir / name).is_dir():
+            problems.append(f"{name}: not predicted (no folder {pred_dir / name})")
+            continue
+        scorer = SequenceScorer(name, mode, binary)
+        missing = []
+        for gt_path in frames:
+            pred_path = pred_dir / name / gt_path.name
+            if not pred_path.is_file():
+                missing.append(gt_path.name)
+                continue
+            try:
+                scorer.add(read_mask(pred_path), read_mask(gt_path), frame=gt_path.name)
+            except OSError as error:
+                scorer.problems.append(f"{name}, frame {gt_path.name}: {error}")
+        if missing:
+            some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            scorer.problems.append(f"{name}: {len(missing)} of {len(frames)} frames are not predicted: {some}")
+        scores[name], of_sequence = scorer.result_or_problems(skip_first, skip_last, count_from)
+        problems += of_sequence
+    report_problems(problems)
+    return summarize(scores)
+
+
+def format_table(summary: dict) -> str:
+    """Table of a summary, in percent: one line per sequence and, last, the mean over all objects.
+
+    Args:
+        summary (`dict`): As [`~ausm_hf.evaluation.metrics.jf.summarize`] makes it.
+
+    Returns:
+        `str`: Lines of text.
+    """
+    columns = {"J&F": "J&F", "J": "J", "F": "F", "J_recall": "J rec", "F_recall": "F rec", "J_decay": "J dec"}
+    width = max(len("sequence"), *(len(name) for name in summary["sequences"]))
+    lines = [f"{'sequence':<{width}}  objects" + "".join(f"{title:>8}" for title in columns.values())]
+    total = sum(len(row["objects"]) for row in summary["sequences"].values())
+    rows = [(name, len(row["objects"]), row) for name, row in summary["sequences"].items()]
+    for name, count, row in [*rows, ("mean", total, summary)]:
+        lines.append(f"{name:<{width}}  {count:>7}" + "".join(f"{100 * row[column]:>8.1f}" for column in columns))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """`python -m ausm_hf.evaluation.score`"""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pred_dir", type=Path)
+    parser.add_argument("gt_dir", type=Path)
+    parser.add_argument("--sequences", nargs="+", help="names, or a text file with one name per line; default: all")
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default="prompted",
+        help="same ids as ground truth; or the best predicted id per object; or all predicted ids as one object",
+    )
+    parser.add_argument("--all-frames", action="store_true", help="score the first and the last frame too")
+    parser.add_argument("--count-from", choices=COUNT_FROM, default="start", help="when an object begins to count")
+    parser.add_argument("--binary", action="store_true", help="ground truth is black and white (DAVIS 2016)")
+    parser.add_argument("--json", type=Path, help="write all numbers here")
+    args = parser.parse_args(arguments)
+
+    sequences = args.sequences
+    if sequences and len(sequences) == 1 and Path(sequences[0]).is_file():
+        sequences = Path(sequences[0]).read_text().split()
+    skip = not args.all_frames
+    try:
+        summary = score_folder(
+            args.pred_dir, args.gt_dir, sequences, args.mode, skip, skip, args.count_from, args.binary
+        )
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if args.json:
+        temporary = args.json.with_name(args.json.name + ".part")
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        os.replace(temporary, args.json)
+    print(format_table(summary))
+
+
+if __name__ == "__main__":
+    main()

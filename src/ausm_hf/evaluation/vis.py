@@ -1,0 +1,93 @@
+"""Score a file of tracks in the YouTube-VIS format against its annotations."""
+
+import json
+from pathlib import Path
+
+from pycocotools import mask as mask_utils
+
+from .metrics.video_ap import VideoAP
+
+
+def score_tracks(results: str | Path | list[dict], annotations: str | Path | dict) -> dict:
+    """Video AP of results as the YouTube-VIS and OVIS servers take them.
+
+    Args:
+        results (`str`, `Path` or `list[dict]`): A JSON file or its content: tracks with `video_id`, `category_id`,
+            `score` and `segmentations`: for each frame of the video a COCO RLE or `None`.
+        annotations (`str`, `Path` or `dict`): A JSON file or its content: `videos` (`id`, `height`, `width`, `length`
+            or `file_names`), `categories` (`id`) and `annotations` (`id`, `video_id`, `category_id`, `segmentations`
+            as above or polygons, optionally `iscrowd`).
+
+    Returns:
+        `dict`: `AP`, `AP50`, `AP75`, `AR1`, `AR10` and `categories`, see
+        [`~ausm_hf.evaluation.metrics.video_ap.VideoAP.result`].
+
+    Raises:
+        ValueError: One report of everything that is wrong: tracks that lack something, unknown videos and categories,
+            wrong numbers of frames, wrong sizes, broken RLEs.
+    """
+    results, annotations = _content(results), _content(annotations)
+    if not isinstance(results, list) or not all(isinstance(track, dict) for track in results):
+        raise ValueError("`results` must be a list of tracks (dicts).")
+    lacking = {"videos", "categories", "annotations"} - set(annotations if isinstance(annotations, dict) else ())
+    if lacking:
+        raise ValueError(f"`annotations` lacks {', '.join(sorted(lacking))}.")
+
+    videos = {video["id"]: video for video in annotations["videos"]}
+    scorer = VideoAP()
+    tracks = {video_id: ([], []) for video_id in videos}
+    for kind, entries, wanted in (
+        ("result", results, {"video_id", "category_id", "score", "segmentations"}),
+        ("annotation", annotations["annotations"], {"video_id", "category_id", "segmentations"}),
+    ):
+        for index, track in enumerate(entries):
+            problem = _track_problem(track, wanted, videos)
+            if problem:
+                scorer.problems.append(f"{kind} {index}: {problem}")
+            else:
+                tracks[track["video_id"]][kind == "annotation"].append((index, track))
+
+    for video_id, video in videos.items():
+        predictions, references = tracks[video_id]
+        for t in range(_length(video)):
+            scorer.add(
+                video_id,
+                [_segment(index, track, t, video) | {"score": track["score"]} for index, track in predictions],
+                [_segment(index, track, t, video) for index, track in references],
+            )
+    return scorer.result([category["id"] for category in annotations["categories"]])
+
+
+def _content(source: str | Path | list | dict) -> list | dict:
+    return json.loads(Path(source).read_text()) if isinstance(source, (str, Path)) else source
+
+
+def _length(video: dict) -> int:
+    return video["length"] if "length" in video else len(video["file_names"])
+
+
+def _track_problem(track: dict, wanted: set[str], videos: dict[int, dict]) -> str | None:
+    lacking = wanted - set(track)
+    if lacking:
+        return f"lacks {', '.join(sorted(lacking))}"
+    if track["video_id"] not in videos:
+        return f"unknown video {track['video_id']}"
+    video, segmentations = videos[track["video_id"]], track["segmentations"]
+    if not isinstance(segmentations, list) or len(segmentations) != _length(video):
+        count = len(segmentations) if isinstance(segmentations, list) else "no"
+        return f"{count} segmentations for the {_length(video)} frames of video {video['id']}"
+    for t, mask in enumerate(segmentations):
+        if isinstance(mask, dict) and "size" in mask and tuple(mask["size"]) != (video["height"], video["width"]):
+            height, width = mask["size"]
+            return (
+                f"mask of {height} x {width} in frame {t} of video {video['id']}, which is "
+                f"{video['height']} x {video['width']}"
+            )
+    return None
+
+
+def _segment(index: int, track: dict, t: int, video: dict) -> dict:
+    mask = track["segmentations"][t] or None
+    if isinstance(mask, list):  # polygons
+        mask = mask_utils.merge(mask_utils.frPyObjects(mask, video["height"], video["width"]))
+    return {"id": index, "category_id": track["category_id"], "mask": mask, "iscrowd": track.get("iscrowd", 0)}

@@ -1,0 +1,230 @@
+"""EfficientNet-Lite as a transformers backbone: feature maps at strides 4, 8, 16 and 32. Lite0: 3.4 M parameters."""
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
+from transformers.modeling_outputs import BackboneOutput
+
+
+@strict
+class EfficientNetLiteConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    Configuration of [`EfficientNetLiteBackbone`]. The defaults are EfficientNet-Lite0.
+
+    The network is a stride-2 stem convolution followed by groups of inverted bottlenecks; entry `i` of each of the
+    five lists describes group `i`. A group of stride 2 opens a new stage.
+
+    Args:
+        stem_width (`int`, *optional*, defaults to 32):
+            Channels of the stem convolution.
+        widths (`list[int]`, *optional*, defaults to `[16, 24, 40, 80, 112, 192, 320]`):
+            Output channels of each group.
+        depths (`list[int]`, *optional*, defaults to `[1, 2, 2, 3, 3, 4, 1]`):
+            Blocks in each group.
+        kernel_sizes (`list[int]`, *optional*, defaults to `[3, 3, 5, 3, 5, 5, 3]`):
+            Side of the depthwise convolutions of each group; odd.
+        strides (`list[int]`, *optional*, defaults to `[1, 2, 2, 2, 1, 2, 1]`):
+            Stride of the first block of each group, 1 or 2; the first must be 1.
+        expand_ratios (`list[int]`, *optional*, defaults to `[1, 6, 6, 6, 6, 6, 6]`):
+            Channels inside a block, as a multiple of the channels that enter it.
+        batch_norm_eps (`float`, *optional*, defaults to 1e-3):
+            Added to the variance in the normalisations.
+        out_features (`list[str]`, *optional*):
+            Stages to return, out of `"stem"` (stride 2), `"stage1"` (stride 4), `"stage2"` (8), ... . All but the stem
+            if neither this nor `out_indices` is given.
+        out_indices (`list[int]`, *optional*):
+            The same by index, 0 is the stem.
+
+    Raises:
+        ValueError: if the five lists differ in length, or a stride or kernel size is impossible.
+    """
+
+    model_type = "efficientnet_lite"
+
+    stem_width: int = 32
+    widths: list[int] | tuple[int, ...] = (16, 24, 40, 80, 112, 192, 320)
+    depths: list[int] | tuple[int, ...] = (1, 2, 2, 3, 3, 4, 1)
+    kernel_sizes: list[int] | tuple[int, ...] = (3, 3, 5, 3, 5, 5, 3)
+    strides: list[int] | tuple[int, ...] = (1, 2, 2, 2, 1, 2, 1)
+    expand_ratios: list[int] | tuple[int, ...] = (1, 6, 6, 6, 6, 6, 6)
+    batch_norm_eps: float = 1e-3
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        per_group = ("widths", "depths", "kernel_sizes", "strides", "expand_ratios")
+        for name in per_group:
+            setattr(self, name, list(getattr(self, name)))
+        lengths = {name: len(getattr(self, name)) for name in per_group}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"{', '.join(per_group)} must have one entry per group, got lengths {lengths}")
+        if self.strides[:1] != [1] or not set(self.strides) <= {1, 2}:
+            raise ValueError(f"strides must start with 1 and hold only 1 and 2, got {self.strides}")
+        if any(size < 1 or size % 2 == 0 for size in self.kernel_sizes):
+            raise ValueError(f"kernel_sizes must be odd, got {self.kernel_sizes}")
+
+        self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.strides.count(2) + 1)]
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        if out_features is None and out_indices is None:
+            out_features = self.stage_names[1:]
+        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+        super().__post_init__(**kwargs)
+
+
+class EfficientNetLiteConvolution(nn.Module):
+    """
+    Convolution padded as TensorFlow's "same", normalisation, and ReLU6 where asked: (B, C, H, W) to
+    (B, C', ceil(H / stride), ceil(W / stride)).
+
+    Batch norm always normalises with its stored statistics and never updates them, in training too: clips are few and
+    their frames alike, so batch statistics would be poor ones, and they would let the frames of a clip see each other.
+    Its scale and shift are trained. With fixed statistics it is a factor and a shift per channel, which the
+    convolution takes over: that saves a pass over the widest maps of the network, forward and backward.
+
+    With a stride, TensorFlow pads more at the bottom and right than at the top and left, and how much depends on the
+    size of the input; the ImageNet weights were trained so, and symmetric padding would shift their features.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int, groups: int, eps: float, relu: bool
+    ):
+        super().__init__()
+        self.kernel_size, self.stride, self.relu = kernel_size, stride, relu
+        # Stride 1 needs (kernel_size - 1) / 2 on each side, which the convolution does by itself.
+        padding = (kernel_size - 1) // 2 if stride == 1 else 0
+        self.convolution = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding=padding, groups=groups, bias=False
+        )
+        self.normalization = nn.BatchNorm2d(out_channels, eps=eps)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.stride > 1:
+            top, bottom = self.same_padding(hidden_states.shape[-2])
+            left, right = self.same_padding(hidden_states.shape[-1])
+            hidden_states = F.pad(hidden_states, (left, right, top, bottom))
+        norm, convolution = self.normalization, self.convolution
+        factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        hidden_states = F.conv2d(
+            hidden_states,
+            convolution.weight * factor.view(-1, 1, 1, 1),
+            norm.bias - norm.running_mean * factor,
+            convolution.stride,
+            convolution.padding,
+            convolution.dilation,
+            convolution.groups,
+        )
+        return F.relu6(hidden_states, inplace=True) if self.relu else hidden_states
+
+    def same_padding(self, size: int) -> tuple[int, int]:
+        """Zeros before and after an axis of `size` pixels, for ceil(size / stride) pixels to come out."""
+        out_size = -(-size // self.stride)
+        total = max((out_size - 1) * self.stride + self.kernel_size - size, 0)
+        return total // 2, total - total // 2
+
+
+class EfficientNetLiteBlock(nn.Module):
+    """Inverted bottleneck: widen (1x1), depthwise, narrow (1x1, linear); the input is added where shapes allow."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int, expand_ratio: int, eps: float
+    ):
+        super().__init__()
+        inner = in_channels * expand_ratio
+        self.expand = (
+            EfficientNetLiteConvolution(in_channels, inner, 1, 1, 1, eps, relu=True) if expand_ratio != 1 else None
+        )
+        self.depthwise = EfficientNetLiteConvolution(inner, inner, kernel_size, stride, inner, eps, relu=True)
+        self.project = EfficientNetLiteConvolution(inner, out_channels, 1, 1, 1, eps, relu=False)
+        self.residual = stride == 1 and in_channels == out_channels
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        inner = self.expand(hidden_states) if self.expand is not None else hidden_states
+        out = self.project(self.depthwise(inner))
+        return hidden_states + out if self.residual else out
+
+
+class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
+    """
+    EfficientNet-Lite without its classification head, as a backbone (use it through `AutoBackbone`).
+
+    ReLU6 and no squeeze-and-excitation, as in the original; its stochastic depth is left out. Batch norm statistics
+    stay as they are in training, see [`EfficientNetLiteConvolution`]. The ImageNet weights expect RGB frames
+    normalised as `(x - 127) / 128`.
+    """
+
+    config_class = EfficientNetLiteConfig
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    has_attentions = False
+
+    def __init__(self, config: EfficientNetLiteConfig):
+        super().__init__(config)
+        self.stem = EfficientNetLiteConvolution(3, config.stem_width, 3, 2, 1, config.batch_norm_eps, relu=True)
+        # stages[0] stays at the stem's stride; its output is the feature named "stem".
+        self.stages = nn.ModuleList([nn.Sequential()])
+        self.num_features = []
+        channels = config.stem_width
+        for width, depth, kernel_size, stride, expand_ratio in zip(
+            config.widths, config.depths, config.kernel_sizes, config.strides, config.expand_ratios
+        ):
+            if stride == 2:
+                self.num_features.append(channels)
+                self.stages.append(nn.Sequential())
+            for i in range(depth):
+                self.stages[-1].append(
+                    EfficientNetLiteBlock(
+                        channels, width, kernel_size, stride if i == 0 else 1, expand_ratio, config.batch_norm_eps
+                    )
+                )
+                channels = width
+        self.num_features.append(channels)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv2d):
+            # Frozen statistics don't rescale what passes, so the convolutions must keep its variance themselves:
+            # depthwise ones do so by fan-in, not by the fan-out of torch, which ignores their groups.
+            init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+
+    def forward(
+        self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None
+    ) -> BackboneOutput | tuple:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
+                Normalised frames of any size.
+            output_hidden_states (`bool`, *optional*):
+                Also return the output of every stage, the stem's included.
+            return_dict (`bool`, *optional*):
+                Whether to return a [`BackboneOutput`] rather than a tuple.
+
+        Returns:
+            [`BackboneOutput`] whose `feature_maps` are, for each of `out_features`, a tensor of shape
+            `(B, C, ceil(H / stride), ceil(W / stride))`.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if return_dict is None:
+            return_dict = self.config.return_dict
+
+        hidden_states = self.stem(pixel_values)
+        all_stages = ()
+        for stage in self.stages:
+            hidden_states = stage(hidden_states)
+            all_stages += (hidden_states,)
+        feature_maps = tuple(
+            feature for name, feature in zip(self.stage_names, all_stages) if name in self.out_features
+        )
+        if not return_dict:
+            return (feature_maps, all_stages) if output_hidden_states else (feature_maps,)
+        return BackboneOutput(feature_maps=feature_maps, hidden_states=all_stages if output_hidden_states else None)
+
+
+__all__ = ["EfficientNetLiteBackbone", "EfficientNetLiteConfig"]

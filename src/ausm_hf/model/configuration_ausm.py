@@ -1,0 +1,282 @@
+"""AUSM model configuration."""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from .backbone_efficientnet_lite import EfficientNetLiteConfig
+
+
+COCO_LABELS = (
+    "person|bicycle|car|motorcycle|airplane|bus|train|truck|boat|traffic light|fire hydrant|stop sign|parking meter|"
+    "bench|bird|cat|dog|horse|sheep|cow|elephant|bear|zebra|giraffe|backpack|umbrella|handbag|tie|suitcase|frisbee|"
+    "skis|snowboard|sports ball|kite|baseball bat|baseball glove|skateboard|surfboard|tennis racket|bottle|"
+    "wine glass|cup|fork|knife|spoon|bowl|banana|apple|sandwich|orange|broccoli|carrot|hot dog|pizza|donut|cake|"
+    "chair|couch|potted plant|bed|dining table|toilet|tv|laptop|mouse|remote|keyboard|cell phone|microwave|oven|"
+    "toaster|sink|refrigerator|book|clock|vase|scissors|teddy bear|hair drier|toothbrush"
+).split("|")
+
+# Swin as Mask2Former uses it. Four stages, strides 4, 8, 16, 32.
+_SWIN_STAGES = {"model_type": "swin", "out_features": ["stage1", "stage2", "stage3", "stage4"], "drop_path_rate": 0.3}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # At most 7.5 M parameters, made for a laptop CPU.
+    "nano": {
+        "backbone_config": {"model_type": "efficientnet_lite"},
+        "pixel_encoder": "fpn",
+        "hidden_size": 128,
+        "mask_feature_size": 64,
+        "num_attention_heads": 4,
+        "temporal_mixer": "mamba2",
+        "mamba_expand": 1,
+        "mamba_head_dim": 32,
+        "num_compressor_layers": 2,
+        "num_history_decoder_layers": 2,
+        "history_feedforward_size": 256,
+        "history_key_stride": 2,
+        "history_self_attention": False,
+        "history_gate_init": 1.0,
+        "num_decoder_layers": 3,
+        "decoder_feedforward_size": 512,
+        "num_id_vectors": 32,
+        "num_detection_queries": 20,
+        "train_num_points": None,
+        "no_object_weight": 0.3,
+        "label_sets": {"coco": COCO_LABELS, "object": ["object"]},
+    },
+    # The paper's sizes.
+    "tiny": {
+        "backbone_config": {
+            **_SWIN_STAGES,
+            "embed_dim": 96,
+            "depths": [2, 2, 6, 2],
+            "num_heads": [3, 6, 12, 24],
+            "window_size": 7,
+        },
+    },
+    "base": {
+        "backbone_config": {
+            **_SWIN_STAGES,
+            "embed_dim": 128,
+            "depths": [2, 2, 18, 2],
+            "num_heads": [4, 8, 16, 32],
+            "window_size": 12,
+        },
+    },
+}
+
+
+@strict
+class AusmConfig(PreTrainedConfig):
+    r"""
+    Configuration of the Autoregressive Universal Segmentation Model (arXiv 2508.19242). The defaults are the paper's
+    sizes with a Swin-B backbone; `AusmConfig.from_preset` gives the ready-made ones.
+
+    Args:
+        backbone_config (`dict` or `PreTrainedConfig`, *optional*):
+            The frame-independent backbone. It must give four feature maps at strides 4, 8, 16 and 32.
+        pixel_encoder (`str`, *optional*, defaults to `"msdeform"`):
+            How the backbone's maps become features of `hidden_size` channels. `"msdeform"` is Mask2Former's
+            multi-scale deformable attention (COCO weights of Mask2Former load into it), `"fpn"` a light top-down
+            pyramid.
+        pixel_encoder_layers (`int`, *optional*, defaults to 6):
+            Layers of deformable attention. Ignored by `"fpn"`.
+        pixel_encoder_feedforward_size (`int`, *optional*, defaults to 1024):
+            Hidden size of the feed-forward of those layers. Ignored by `"fpn"`.
+        hidden_size (`int`, *optional*, defaults to 256):
+            D: channels of the features `X_t`, of ID vectors and of queries.
+        mask_feature_size (`int`, *optional*, defaults to 256):
+            Channels of the stride-4 map that a query's mask embedding is multiplied with.
+        num_attention_heads (`int`, *optional*, defaults to 8):
+            Heads of every attention of the compressor, the history decoder and the pixel decoder.
+        temporal_mixer (`str`, *optional*, defaults to `"mamba"`):
+            The mixer over time, `"mamba"` (Mamba-1) or `"mamba2"`. The paper says "Mamba" and prints no sizes.
+            `"mamba2"` is many times faster on a CPU.
+        mamba_state_size (`int`, *optional*, defaults to 16):
+            Numbers kept per channel of the mixer; with `mamba_expand` this sets the memory of a stream.
+        mamba_conv_kernel (`int`, *optional*, defaults to 4):
+            Frames that the causal convolution before the scan sees.
+        mamba_expand (`int`, *optional*, defaults to 2):
+            Inner channels of the mixer as a multiple of `hidden_size`.
+        mamba_head_dim (`int`, *optional*, defaults to 64):
+            Channels that share one decay. Only `"mamba2"` has heads.
+        num_compressor_layers (`int`, *optional*, defaults to 6):
+            Layers of the History Compressor (Mamba over time, attention over space, feed-forward).
+        num_history_decoder_layers (`int`, *optional*, defaults to 6):
+            Layers of the History Decoder.
+        history_feedforward_size (`int`, *optional*, defaults to 1024):
+            Hidden size of the feed-forwards of both. Not stated in the paper.
+        history_key_stride (`int`, *optional*, defaults to 1):
+            Keys and values of the attention over space are averaged over squares of this side. 1 is the paper's full
+            attention; 2 makes attention four times cheaper.
+        history_self_attention (`bool`, *optional*, defaults to `True`):
+            Whether a History Decoder layer attends within the frame before it asks the history, as a standard
+            Transformer decoder layer does. The paper only says "Transformer decoder layers".
+        history_gate_init (`float`, *optional*, defaults to 0.0):
+            Initial gate of what the history adds to the frame's features. 0 makes a fresh network reproduce the
+            Mask2Former that it was initialised from; networks that start without one start at 1.
+        num_decoder_layers (`int`, *optional*, defaults to 9):
+            Layers of the Pixel Decoder (Mask2Former's Transformer decoder with masked attention).
+        decoder_feedforward_size (`int`, *optional*, defaults to 2048):
+            Hidden size of its feed-forward.
+        num_id_vectors (`int`, *optional*, defaults to 100):
+            N_id: ID vectors in the buffer `B`, hence objects that can be followed at the same time.
+        num_detection_queries (`int`, *optional*, defaults to 100):
+            N_det: learned queries `V` that look for objects which nobody follows yet.
+        label_sets (`dict[str, list[str]]`, *optional*):
+            Name of a label set -> its labels. There is one classification head per label set, as in the paper.
+        default_label_set (`str`, *optional*):
+            The label set used when none is asked for; `id2label` shows its labels. The first one by default.
+        foreground_threshold (`float`, *optional*, defaults to 0.5):
+            Foreground probability above which a detection becomes an object, and below which a followed object that
+            was not prompted counts as absent.
+        duplicate_iou (`float`, *optional*, defaults to 0.5):
+            A detection whose mask overlaps an already followed object by more than this is that object, not a new
+            one.
+        max_age (`int`, *optional*, defaults to 60):
+            Frames after which an unprompted object that has not been seen gives its ID vector back. `None`: never.
+        class_weight, mask_weight, dice_weight, foreground_weight (`float`, *optional*):
+            Weights of the losses, and of the costs of the matching. The paper does not print them; these are
+            Mask2Former's, and the class weight for the foreground.
+        no_object_weight (`float`, *optional*, defaults to 0.1):
+            Weight of unmatched detections in the classification and foreground losses.
+        train_num_points (`int`, *optional*, defaults to 12544):
+            Points at which the mask losses are computed, drawn as in Mask2Former. `None`: all pixels at stride 4.
+        oversample_ratio, importance_sample_ratio (`float`, *optional*):
+            Mask2Former's point sampling: candidates per point, and the share taken where the mask is most uncertain.
+
+    Example:
+
+    ```python
+    >>> from ausm_hf import AusmConfig, AusmForUniversalSegmentation
+
+    >>> config = AusmConfig.from_preset("nano")
+    >>> model = AusmForUniversalSegmentation(config)
+    ```
+    """
+
+    model_type = "ausm"
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    pixel_encoder: Literal["msdeform", "fpn"] = "msdeform"
+    pixel_encoder_layers: int = 6
+    pixel_encoder_feedforward_size: int = 1024
+    hidden_size: int = 256
+    mask_feature_size: int = 256
+    num_attention_heads: int = 8
+    temporal_mixer: Literal["mamba", "mamba2"] = "mamba"
+    mamba_state_size: int = 16
+    mamba_conv_kernel: int = 4
+    mamba_expand: int = 2
+    mamba_head_dim: int = 64
+    num_compressor_layers: int = 6
+    num_history_decoder_layers: int = 6
+    history_feedforward_size: int = 1024
+    history_key_stride: int = 1
+    history_self_attention: bool = True
+    history_gate_init: float = 0.0
+    num_decoder_layers: int = 9
+    decoder_feedforward_size: int = 2048
+    num_id_vectors: int = 100
+    num_detection_queries: int = 100
+    label_sets: dict[str, list[str]] | None = None
+    default_label_set: str | None = None
+    foreground_threshold: float = 0.5
+    duplicate_iou: float = 0.5
+    max_age: int | None = 60
+    class_weight: float = 2.0
+    mask_weight: float = 5.0
+    dice_weight: float = 5.0
+    foreground_weight: float = 2.0
+    no_object_weight: float = 0.1
+    train_num_points: int | None = 12544
+    oversample_ratio: float = 3.0
+    importance_sample_ratio: float = 0.75
+
+    def __post_init__(self, **kwargs):
+        if self.backbone_config is None:
+            self.backbone_config = PRESETS["base"]["backbone_config"]
+        if isinstance(self.backbone_config, dict):
+            values = dict(self.backbone_config)
+            model_type = values.pop("model_type", None)
+            if model_type == EfficientNetLiteConfig.model_type:
+                self.backbone_config = EfficientNetLiteConfig(**values)
+            elif model_type in CONFIG_MAPPING:
+                self.backbone_config = CONFIG_MAPPING[model_type](**values)
+            else:
+                raise ValueError(f"`backbone_config` needs a known `model_type`, got {model_type!r}.")
+        if self.label_sets is None:
+            self.label_sets = {"coco": list(COCO_LABELS)}
+        if self.default_label_set is None:
+            self.default_label_set = next(iter(self.label_sets), None)
+        labels = self.label_sets.get(self.default_label_set, [])
+        kwargs["id2label"] = dict(enumerate(labels))
+        kwargs["label2id"] = {label: index for index, label in enumerate(labels)}
+        super().__post_init__(**kwargs)
+
+
+    def validate_architecture(self):
+        """Refuses sizes that do not fit together, before anything is allocated."""
+        positive = (
+            "hidden_size",
+            "mask_feature_size",
+            "num_attention_heads",
+            "mamba_state_size",
+            "mamba_conv_kernel",
+            "mamba_expand",
+            "mamba_head_dim",
+            "num_compressor_layers",
+            "num_history_decoder_layers",
+            "history_feedforward_size",
+            "history_key_stride",
+            "num_decoder_layers",
+            "decoder_feedforward_size",
+            "num_id_vectors",
+            "num_detection_queries",
+        )
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"`hidden_size` must be a multiple of twice `num_attention_heads`, got {self.hidden_size} and "
+                f"{self.num_attention_heads}."
+            )
+        if self.hidden_size % 4:
+            raise ValueError(f"`hidden_size` must be a multiple of 4 for 2-D sine positions, got {self.hidden_size}.")
+        if self.temporal_mixer == "mamba2" and (self.mamba_expand * self.hidden_size) % self.mamba_head_dim:
+            raise ValueError(
+                f"`mamba_head_dim` must divide mamba_expand x hidden_size = {self.mamba_expand * self.hidden_size}, "
+                f"got {self.mamba_head_dim}."
+            )
+        if not self.label_sets:
+            raise ValueError("`label_sets` must name at least one label set.")
+        for name, labels in self.label_sets.items():
+            if not labels:
+                raise ValueError(f"`label_sets[{name!r}]` has no labels.")
+            if not name.isidentifier():
+                raise ValueError(f"The name of a label set must be an identifier, got {name!r}.")
+        if self.default_label_set not in self.label_sets:
+            raise ValueError(
+                f"`default_label_set` must be one of {sorted(self.label_sets)}, got {self.default_label_set!r}."
+            )
+        if not 0 < self.foreground_threshold < 1:
+            raise ValueError(f"`foreground_threshold` must lie between 0 and 1, got {self.foreground_threshold}.")
+        if self.max_age is not None and self.max_age < 1:
+            raise ValueError(f"`max_age` must be at least 1 or None, got {self.max_age}.")
+
+    @classmethod
+    def from_preset(cls, preset: str, **overrides) -> "AusmConfig":
+        """
+        The configuration of a preset, `"nano"`, `"tiny"` (Swin-T) or `"base"` (Swin-B), with fields overridden.
+
+        Raises:
+            ValueError: If there is no such preset.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
+        return cls(**{**PRESETS[preset], **overrides})
+
+
+__all__ = ["AusmConfig"]

@@ -1,0 +1,310 @@
+"""
+The history of a stream: History Marker, History Compressor and History Decoder, and the constant-size state they carry.
+
+Letters: B batch, T frames, n objects, S = h * w pixels of the stride-8 map, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_ausm import AusmConfig
+from .temporal_mamba import TemporalMamba, TemporalMamba2
+
+
+@dataclass
+class AusmHistory:
+    """
+    All that a stream remembers. Its size depends on the frame size and on the number of objects followed at the same
+    time, never on the number of frames seen. Nothing is changed in place: a step returns a new history.
+
+    Attributes:
+        features (`torch.Tensor` of shape `(B, D, H / 8, W / 8)`, *optional*):
+            `X_{t-1}`, the features of the previous frame. `None` before the first frame, where the learned `X_0`
+            stands in.
+        states (`tuple`, *optional*):
+            The Mamba state of each compressor layer, a pair of tensors of first dimension `B * S`. `None` before the
+            first frame.
+        slots (`torch.LongTensor` of shape `(B, n)`):
+            `A_{t-1}`: which vector of the buffer `B` each object holds.
+        taken (`torch.BoolTensor` of shape `(B, n)`):
+            False where a column is only padding.
+        masks (`torch.Tensor` of shape `(B, n, height, width)`):
+            `M_{t-1}`: the mask of each object in the previous frame, in [0, 1], at any resolution; all zeros where
+            the object was absent.
+    """
+
+    features: Tensor | None
+    states: tuple[tuple[Tensor, ...], ...] | None
+    slots: Tensor
+    taken: Tensor
+    masks: Tensor
+
+    @classmethod
+    def empty(cls, batch_size: int, device: torch.device | str, dtype: torch.dtype) -> AusmHistory:
+        """The history of a stream before its first frame, without objects."""
+        return cls(
+            features=None,
+            states=None,
+            slots=torch.zeros(batch_size, 0, dtype=torch.long, device=device),
+            taken=torch.zeros(batch_size, 0, dtype=torch.bool, device=device),
+            masks=torch.zeros(batch_size, 0, 1, 1, dtype=dtype, device=device),
+        )
+
+    def replace_objects(self, slots: Tensor, taken: Tensor, masks: Tensor) -> AusmHistory:
+        """The same past with other objects: what `A` and `M` are after a frame is the caller's decision."""
+        if slots.shape != taken.shape or slots.shape != masks.shape[:2] or masks.ndim != 4:
+            raise ValueError(
+                "`slots` and `taken` must have shape (B, n) and `masks` (B, n, height, width), got "
+                f"{tuple(slots.shape)}, {tuple(taken.shape)} and {tuple(masks.shape)}."
+            )
+        return replace(self, slots=slots, taken=taken, masks=masks)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, for saving, exporting and counting bytes."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "states"}
+        for layer, state in enumerate(self.states or ()):
+            named |= {f"states.{layer}.{index}": tensor for index, tensor in enumerate(state)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def detach(self) -> AusmHistory:
+        """The same history without its graph: what one training clip passes to the next."""
+        states = None if self.states is None else tuple(tuple(x.detach() for x in state) for state in self.states)
+        features = None if self.features is None else self.features.detach()
+        return replace(self, features=features, states=states, masks=self.masks.detach())
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the stream in bytes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out; `attention_mask` is boolean, True where a query may look."""
+    weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
+    weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class AusmAttention(nn.Module):
+    """Multi-head attention with positions added to queries and keys, through transformers' attention interface."""
+
+    def __init__(self, config: AusmConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """`query` (N, Q, D), `key` and `value` (N, S, D), `attention_mask` bool, broadcastable to (N, 1, Q, S)."""
+        interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        if attention_mask is not None and "flash" in self.config._attn_implementation:
+            interface = ALL_ATTENTION_FUNCTIONS["sdpa"]  # flash attention has no masks of this kind
+        split = (query.shape[0], -1, self.num_heads, self.head_dim)
+        output, _ = interface(
+            self,
+            self.q_proj(query).view(split).transpose(1, 2),
+            self.k_proj(key).view(split).transpose(1, 2),
+            self.v_proj(value).view(split).transpose(1, 2),
+            attention_mask,
+            dropout=0.0,
+            scaling=self.scaling,
+            is_causal=False,
+        )
+        return self.out_proj(output.reshape(query.shape))
+
+
+class AusmFeedForward(nn.Module):
+    def __init__(self, hidden_size: int, feedforward_size: int, activation: str):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, feedforward_size)
+        self.activation = ACT2FN[activation]
+        self.fc2 = nn.Linear(feedforward_size, hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+def mark_history(id_vectors: Tensor, masks: Tensor, size: tuple[int, int], eps: float = 1e-6) -> Tensor:
+    """
+    The History Marker: paints each ID vector onto the pixels of its mask,
+    `S[h, w] = sum_i M_i[h, w] A_i / (eps + sum_i M_i[h, w])`.
+
+    It is evaluated at the resolution of the masks and then averaged over the area of each cell, so a thin object marks
+    a cell by the fraction that it covers.
+
+    Args:
+        id_vectors (`torch.Tensor` of shape `(N, n, D)`): `A_{t-1}`.
+        masks (`torch.Tensor` of shape `(N, n, height, width)`): `M_{t-1}` in [0, 1], at any resolution.
+        size (`tuple[int, int]`): Height and width of the marks.
+
+    Returns:
+        `torch.Tensor` of shape `(N, D, *size)`; zeros where no mask is.
+    """
+    if masks.shape[1] == 0:
+        return id_vectors.new_zeros(masks.shape[0], id_vectors.shape[-1], *size)
+    shares = masks / (eps + masks.sum(dim=1, keepdim=True))
+    shares = F.interpolate(shares, size=size, mode="area").to(id_vectors.dtype)
+    return torch.einsum("nihw,nid->ndhw", shares, id_vectors)
+
+
+def average_tokens(tokens: Tensor, size: tuple[int, int], stride: int) -> Tensor:
+    """Averages tokens (N, S, D) of a map of `size` over squares of `stride` pixels."""
+    if stride == 1:
+        return tokens
+    maps = tokens.transpose(1, 2).unflatten(2, size)
+    return F.avg_pool2d(maps, stride, ceil_mode=True, count_include_pad=False).flatten(2).transpose(1, 2)
+
+
+class AusmCompressorLayer(GradientCheckpointingLayer):
+    """Mamba over time for each pixel alone, self-attention over space for each frame alone, feed-forward."""
+
+    def __init__(self, config: AusmConfig):
+        super().__init__()
+        self.key_stride = config.history_key_stride
+        sizes = {
+            "state_size": config.mamba_state_size,
+            "conv_kernel": config.mamba_conv_kernel,
+            "expand": config.mamba_expand,
+        }
+        self.temporal_norm = nn.LayerNorm(config.hidden_size)
+        if config.temporal_mixer == "mamba2":
+            self.temporal_mixer = TemporalMamba2(config.hidden_size, head_dim=config.mamba_head_dim, **sizes)
+        else:
+            self.temporal_mixer = TemporalMamba(config.hidden_size, **sizes)
+        self.spatial_norm = nn.LayerNorm(config.hidden_size)
+        self.spatial_attention = AusmAttention(config)
+        self.feedforward_norm = nn.LayerNorm(config.hidden_size)
+        self.feedforward = AusmFeedForward(config.hidden_size, config.history_feedforward_size, "gelu")
+
+    def forward(
+        self, hidden_states: Tensor, positions: Tensor, size: tuple[int, int], state: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        batch, frames, pixels, _ = hidden_states.shape
+
+        # B T S D -> (B S) T D: a sequence per pixel
+        sequences = self.temporal_norm(hidden_states).transpose(1, 2).flatten(0, 1)
+        mixed, state = self.temporal_mixer(sequences, state)
+        hidden_states = hidden_states + mixed.view(batch, pixels, frames, -1).transpose(1, 2)
+
+        # B T S D -> (B T) S D: a sequence per frame
+        hidden_states = hidden_states.flatten(0, 1)
+        values = self.spatial_norm(hidden_states)
+        queries = values + positions
+        keys, values = (average_tokens(x, size, self.key_stride) for x in (queries, values))
+        hidden_states = hidden_states + self.spatial_attention(queries, keys, values)
+        hidden_states = hidden_states + self.feedforward(self.feedforward_norm(hidden_states))
+        return hidden_states.view(batch, frames, pixels, -1), state
+
+
+class AusmHistoryDecoderLayer(GradientCheckpointingLayer):
+    """The current frame asks the compressed past."""
+
+    def __init__(self, config: AusmConfig):
+        super().__init__()
+        self.key_stride = config.history_key_stride
+        if config.history_self_attention:
+            self.self_norm = nn.LayerNorm(config.hidden_size)
+            self.self_attention = AusmAttention(config)
+        else:
+            self.self_attention = None
+        self.cross_norm = nn.LayerNorm(config.hidden_size)
+        self.cross_attention = AusmAttention(config)
+        self.feedforward_norm = nn.LayerNorm(config.hidden_size)
+        self.feedforward = AusmFeedForward(config.hidden_size, config.history_feedforward_size, "gelu")
+
+    def forward(
+        self, hidden_states: Tensor, keys: Tensor, values: Tensor, positions: Tensor, size: tuple[int, int]
+    ) -> Tensor:
+        if self.self_attention is not None:
+            own_values = self.self_norm(hidden_states)
+            queries = own_values + positions
+            own_keys, own_values = (average_tokens(x, size, self.key_stride) for x in (queries, own_values))
+            hidden_states = hidden_states + self.self_attention(queries, own_keys, own_values)
+        queries = self.cross_norm(hidden_states) + positions
+        hidden_states = hidden_states + self.cross_attention(queries, keys, values)
+        return hidden_states + self.feedforward(self.feedforward_norm(hidden_states))
+
+
+class AusmHistoryEncoder(nn.Module):
+    """
+    From marked past frames to what they say about the present one: `E_t = X_{t-1} + marks`,
+    `F_t = HistoryCompressor(E_t)`, `HistoryDecoder(query = X_t, key/value = F_t)`.
+
+    The same code runs T frames at once (training) and one frame with a carried state (streaming).
+    """
+
+    def __init__(self, config: AusmConfig):
+        super().__init__()
+        self.key_stride = config.history_key_stride
+        self.initial_features = nn.Parameter(torch.zeros(config.hidden_size))
+        self.compressor = nn.ModuleList(AusmCompressorLayer(config) for _ in range(config.num_compressor_layers))
+        self.memory_norm = nn.LayerNorm(config.hidden_size)
+        self.decoder = nn.ModuleList(AusmHistoryDecoderLayer(config) for _ in range(config.num_history_decoder_layers))
+        self.output_norm = nn.LayerNorm(config.hidden_size)
+        self.output_projection = nn.Linear(config.hidden_size, config.hidden_size)
+        self.gate = nn.Parameter(torch.full((config.hidden_size,), config.history_gate_init))
+
+    def forward(
+        self, features: Tensor, marks: Tensor, positions: Tensor, history: AusmHistory
+    ) -> tuple[Tensor, tuple[tuple[Tensor, ...], ...]]:
+        """
+        Args:
+            features (`torch.Tensor` of shape `(B, T, D, h, w)`): `X_1 .. X_T`.
+            marks (`torch.Tensor` of shape `(B, T, D, h, w)`): Marks of `M_0 .. M_{T-1}`.
+            positions (`torch.Tensor` of shape `(S, D)`): Sine positions of the map.
+            history (`AusmHistory`): Where the stream stands before the first of these frames.
+
+        Returns:
+            What the history adds to the features, `G - X`, of shape `(B, T, D, h, w)`, and the new states.
+        """
+        batch, frames, _, height, width = features.shape
+        size = (height, width)
+        first = history.features
+        if first is None:
+            first = self.initial_features.view(1, -1, 1, 1).expand_as(features[:, 0])
+        previous = torch.cat([first.unsqueeze(1).to(features.dtype), features[:, :-1]], dim=1)
+
+        # B T D h w -> B T S D
+        memory = (previous + marks).flatten(3).transpose(2, 3)
+        states = []
+        for index, layer in enumerate(self.compressor):
+            state = history.states[index] if history.states is not None else None
+            memory, state = layer(memory, positions, size, state)
+            states.append(state)
+
+        values = self.memory_norm(memory).flatten(0, 1)
+        keys = average_tokens(values + positions, size, self.key_stride)
+        values = average_tokens(values, size, self.key_stride)
+        hidden_states = features.flatten(0, 1).flatten(2).transpose(1, 2)
+        for layer in self.decoder:
+            hidden_states = layer(hidden_states, keys, values, positions, size)
+        change = self.gate * self.output_projection(self.output_norm(hidden_states))
+        return change.transpose(1, 2).reshape(features.shape), tuple(states)

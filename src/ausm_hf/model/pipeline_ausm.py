@@ -1,0 +1,234 @@
+"""`pipeline("video-segmentation")`."""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForUniversalSegmentation, Pipeline
+
+from .processing_ausm import AusmProcessor
+from .session_ausm import AusmInferenceSession
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+def start_session(
+    processor: AusmProcessor,
+    size: tuple[int, int],
+    masks: np.ndarray | Image.Image | None = None,
+    threshold: float | None = None,
+) -> AusmInferenceSession:
+    """
+    A stream whose frames will be handed over one by one, with the objects of its first frame if they are known.
+
+    Args:
+        processor ([`AusmProcessor`]): Makes the session.
+        size (`tuple[int, int]`): Height and width of the frames.
+        masks (integer array `(height, width)` or PIL image, *optional*): The objects of the first frame: a pixel is
+            the id of its object, 0 is background. Without it the model finds objects by itself.
+        threshold (`float`, *optional*): Foreground probability above which something is an object; that of the
+            model's configuration by default.
+
+    Returns:
+        [`AusmInferenceSession`]
+
+    Raises:
+        ValueError: if `masks` has another type or size, negative ids, or no object.
+    """
+    # ID vectors are drawn at random; with a seed the same video gives the same masks every time.
+    session = processor.init_video_session(foreground_threshold=threshold, seed=0)
+    if masks is None:
+        return session
+    if isinstance(masks, Image.Image) and len(masks.getbands()) > 1:
+        raise ValueError(f"masks is an image of mode {masks.mode}; wanted is an indexed or grey image, pixel = object id")
+    masks = np.asarray(masks)
+    if masks.dtype == bool:
+        masks = masks.astype(np.uint8)
+    if masks.ndim != 2 or not np.issubdtype(masks.dtype, np.integer):
+        raise ValueError(f"masks is {masks.dtype} {masks.shape}; wanted are integers of shape (height, width)")
+    if masks.shape != tuple(size):
+        raise ValueError(f"masks is {masks.shape} (height, width); wanted is the size of the video, {tuple(size)}")
+    obj_ids = [int(object_id) for object_id in np.unique(masks) if object_id != 0]
+    if not obj_ids:
+        raise ValueError("masks is empty: every pixel is 0; wanted is at least one object")
+    return processor.add_inputs_to_inference_session(
+        session, 0, obj_ids, [masks == object_id for object_id in obj_ids], original_size=tuple(size)
+    )
+
+
+def read_frames(source: Any) -> Iterable:
+    """
+    The frames of a video file or of a folder of images (in order of their names), decoded one at a time; anything else
+    is taken for an iterable of frames.
+
+    With the package `ausm_hf` installed its `read_video` stands in for this: it reads more, and checks more.
+
+    Raises:
+        ValueError: if there is no such file or folder, it has no frames, or `source` can't be iterated over.
+        ImportError: if a video file is to be decoded and PyAV is not installed.
+    """
+    if not isinstance(source, (str, Path)):
+        if not isinstance(source, Iterable):
+            raise ValueError(f"inputs is a {type(source).__name__}; wanted is a path or an iterable of frames")
+        return [source] if isinstance(source, Image.Image) else source
+    path = Path(source)
+    if path.is_dir():
+        paths = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not paths:
+            raise ValueError(f"folder {str(path)!r} has no images ({', '.join(IMAGE_SUFFIXES)})")
+        return (Image.open(p) for p in paths)
+    if not path.is_file():
+        raise ValueError(f"inputs {str(path)!r}: no such file or folder")
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("Decoding a video needs PyAV: `pip install av`, or pass an iterable of frames.") from error
+
+    def decode():
+        try:
+            with av.open(str(path)) as container:
+                for frame in container.decode(video=0):
+                    yield frame.to_ndarray(format="rgb24")
+        except (av.FFmpegError, IndexError) as error:  # IndexError: there is no picture in it
+            raise ValueError(f"video {str(path)!r} can't be decoded: {error}") from error
+
+    return decode()
+
+
+class VideoSegmentationPipeline(Pipeline):
+    """
+    Segments videos: follows the objects that are marked in the first frame, or finds, names and follows them itself.
+
+    ```python
+    >>> from transformers import pipeline
+    >>> import ausm_hf
+
+    >>> segment = pipeline("video-segmentation")
+    >>> for objects in segment("video.mp4", stream=True):
+    ...     print([(item["id"], item["label"]) for item in objects])
+    ```
+    """
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    # Opens what the pipeline is called with; the package puts `ausm_hf.read_video` here.
+    read_video: Callable[[Any], Iterable] = staticmethod(read_frames)
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.model.config.model_type != "ausm":
+            raise ValueError(f"model is of type {self.model.config.model_type!r}; wanted is 'ausm'")
+        if not hasattr(self.processor, "init_video_session"):
+            raise ValueError(f"processor is {type(self.processor).__name__}; wanted is AusmProcessor")
+
+    def __call__(
+        self,
+        inputs: Any,
+        prompts: dict[str, Any] | None = None,
+        threshold: float | None = None,
+        stream: bool = False,
+    ) -> list[list[dict]] | Iterator[list[dict]]:
+        """
+        Segment one video.
+
+        Args:
+            inputs:
+                A path to a video or to a folder of images, or the frames: PIL images, numpy arrays `(H, W, 3)`,
+                tensors `(3, H, W)`, or all in one array; uint8 in 0..255 or floating point in 0..1.
+            prompts (`dict`, *optional*):
+                `{"masks": ...}`: the objects to follow, an integer array or an indexed PIL image of the first frame's
+                size, pixel = object id, 0 = background. Without it the model finds objects by itself.
+            threshold (`float`, *optional*):
+                Foreground probability above which something is an object; that of the model's configuration by
+                default. Prompted objects are not thresholded.
+            stream (`bool`, *optional*, defaults to `False`):
+                Yield the results frame by frame, in constant memory, rather than return them all.
+
+        Returns:
+            For each frame a list with, for each object that is seen in it,
+            - **id** (`int`) -- its id, the same over the whole video;
+            - **label** (`str` or `None`) -- its class;
+            - **score** (`float`) -- how sure the model is of object and class, 0 to 1;
+            - **mask** (`PIL.Image.Image` of mode `L`) -- 255 on the object and 0 elsewhere, at the frame's size.
+
+        Raises:
+            ValueError: if the video can't be read, has no frames or changes its size, or the prompts don't fit it.
+        """
+        if prompts is not None and set(prompts) != {"masks"}:
+            raise ValueError(f"prompts must be a dict with the key 'masks', got {prompts!r:.100}")
+        frames = iter(self.read_video(inputs))
+        first = next(frames, None)
+        if first is None:
+            raise ValueError("inputs has no frames")
+        size = self.preprocess(first)["size"]
+        session = start_session(self.processor, size, (prompts or {}).get("masks"), threshold)
+
+        def results():
+            for frame in chain([first], frames):
+                yield self.run_single(frame, {"size": size}, {"session": session}, {})
+
+        return results() if stream else list(results())
+
+    def _sanitize_parameters(self, **kwargs):
+        if kwargs:
+            raise ValueError(f"unknown arguments {sorted(kwargs)}; a call takes prompts, threshold and stream")
+        return {}, {}, {}
+
+    def preprocess(self, frame, size: tuple[int, int] | None = None) -> dict:
+        inputs = self.processor(images=frame)
+        own_size = tuple(inputs["original_sizes"][0])
+        if size is not None and own_size != size:
+            raise ValueError(f"inputs has a frame of {own_size} (height, width) after frames of {size}")
+        return {"pixel_values": inputs["pixel_values"], "size": own_size}
+
+    def _forward(self, model_inputs: dict, session: AusmInferenceSession) -> dict:
+        output = self.model(inference_session=session, frame=model_inputs["pixel_values"])
+        return self.processor.post_process_instance_segmentation(output, target_sizes=[model_inputs["size"]])[0]
+
+    def postprocess(self, model_outputs: dict) -> list[dict]:
+        segmentation = model_outputs["segmentation"]
+        return [
+            {
+                "id": segment["id"],
+                "label": segment["label"],
+                "score": segment["score"],
+                "mask": Image.fromarray((segmentation == segment["id"]).to(torch.uint8).mul(255).numpy()),
+            }
+            for segment in model_outputs["segments_info"]
+        ]
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """
+        Saves model, processor and the code of both and of this pipeline, so that it also loads where the package is
+        not installed: `pipeline("video-segmentation", model=..., trust_remote_code=True)`.
+
+        Args:
+            save_directory (`str` or `Path`): The folder to write; made if it doesn't exist.
+            kwargs: Further arguments of the model's `save_pretrained`.
+        """
+        # Each class names its own Auto class when it is saved; the bare network isn't, but loads from the same weights.
+        auto_map = getattr(self.model.config, "auto_map", None) or {}
+        self.model.config.auto_map = {"AutoModel": "modeling_ausm.AusmModel", **auto_map}
+        super().save_pretrained(str(save_directory), **kwargs)
+        self.processor.save_pretrained(str(save_directory))
+
+
+# What `Pipeline.save_pretrained` writes down about the pipeline.
+VideoSegmentationPipeline._registered_impl = {
+    "video-segmentation": {
+        "impl": VideoSegmentationPipeline,
+        "pt": (AutoModelForUniversalSegmentation,),
+        "type": "video",
+    }
+}
+
+__all__ = ["VideoSegmentationPipeline", "read_frames", "start_session"]

@@ -1,0 +1,288 @@
+"""Videos and prompts in, masks out."""
+
+import operator
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers.image_processing_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+from .image_processing_ausm import AusmImageProcessor, frame_to_tensor
+from .session_ausm import AusmInferenceSession, AusmVideoSegmentationOutput
+
+
+class AusmProcessor(ProcessorMixin):
+    """
+    Prepares frames, videos and prompts for AUSM and turns what it predicts into masks of the video's own size.
+
+    Args:
+        image_processor ([`AusmImageProcessor`]): What is done to a frame.
+    """
+
+    def __init__(self, image_processor: AusmImageProcessor, **kwargs):
+        super().__init__(image_processor, **kwargs)
+
+    def __call__(
+        self,
+        images: Any = None,
+        videos: Any = None,
+        masks: Any = None,
+        return_tensors: str | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """
+        Args:
+            images:
+                Frames, see [`AusmImageProcessor.preprocess`].
+            videos:
+                A video or a list of videos. A video is an array `(T, H, W, C)`, a tensor `(T, C, H, W)` or an iterable
+                of frames. It is held in memory as a whole: for long videos see `init_video_session`.
+            masks (`list[torch.Tensor]` or `torch.Tensor`, *optional*):
+                For training: the true masks of each video's objects, of shape `(N, T, H, W)` and the frames' size.
+            return_tensors (`str`, *optional*):
+                As for images.
+            kwargs:
+                Further arguments of [`AusmImageProcessor.preprocess`].
+
+        Returns:
+            [`BatchFeature`] with, for images, `pixel_values` and `original_sizes`; for videos, `pixel_values_videos`,
+            a float32 tensor of shape `(B, T, 3, H, W)`; for masks, `mask_labels`, a list of bool tensors
+            `(N, T, H, W)` of the size of `pixel_values_videos`.
+
+        Raises:
+            ValueError: if there is nothing to do, or something is no frame, or videos differ in length or size.
+        """
+        if images is None and videos is None:
+            raise ValueError("images or videos must be given, got neither")
+        if masks is not None and videos is None:
+            raise ValueError("masks are those of videos, got no videos")
+        data = {}
+        if images is not None:
+            data.update(self.image_processor(images, **kwargs))
+        if videos is not None:
+            videos, masks = _as_batch(videos, masks)
+            features = [self.image_processor(list(video), **kwargs) for video in videos]
+            shapes = {tuple(feature["pixel_values"].shape) for feature in features}
+            if len(shapes) > 1:
+                raise ValueError(f"videos must agree in length and size to make a batch, got {sorted(shapes)}")
+            data["pixel_values_videos"] = torch.stack([feature["pixel_values"] for feature in features])
+            if masks is not None:
+                data["mask_labels"] = [
+                    _resize_mask_labels(video_masks, feature) for video_masks, feature in zip(masks, features)
+                ]
+        # The masks of each video stay a tensor of their own: videos differ in their number of objects.
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["mask_labels"])
+
+    def init_video_session(
+        self,
+        video: Any = None,
+        inference_device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        foreground_threshold: float | None = None,
+        find_new_objects: bool | None = None,
+        label_set: str | None = None,
+        seed: int | None = None,
+        keep_results: bool = False,
+    ) -> AusmInferenceSession:
+        """
+        A new stream.
+
+        Args:
+            video (*optional*):
+                Its frames, for `model.propagate_in_video_iterator`: an array `(T, H, W, C)`, a tensor `(T, C, H, W)`
+                or any iterable of frames. They are taken and preprocessed one at a time. Leave it out to hand the
+                frames to the model as they come.
+            inference_device (`str` or `torch.device`, *optional*, defaults to `"cpu"`), dtype (`torch.dtype`,
+                *optional*, defaults to `torch.float32`):
+                Where and as what the video's frames are prepared; the model moves them to itself.
+            foreground_threshold, find_new_objects, label_set, seed, keep_results:
+                See [`AusmInferenceSession`].
+
+        Returns:
+            [`AusmInferenceSession`]
+
+        Raises:
+            ValueError: if the video is empty or no iterable of frames. If a later frame is no frame or has another
+                size, the error comes when that frame is reached.
+        """
+        frames, num_frames, height, width = None, None, None, None
+        if video is not None:
+            if isinstance(video, (str, bytes)) or not isinstance(video, Iterable):
+                raise ValueError(
+                    f"video must be an array, a tensor or an iterable of frames, got {video!r}; decode a file first"
+                )
+            num_frames = len(video) if hasattr(video, "__len__") else None
+            iterator = iter(video)
+            first = next(iterator, None)
+            if first is None:
+                raise ValueError("video must have at least one frame, got none")
+            height, width = frame_to_tensor(first).shape[-2:]
+            frames = self._prepare_frames(chain([first], iterator), (height, width), inference_device, dtype)
+        return AusmInferenceSession(
+            video=frames,
+            num_frames=num_frames,
+            video_height=height,
+            video_width=width,
+            foreground_threshold=foreground_threshold,
+            find_new_objects=find_new_objects,
+            label_set=label_set,
+            seed=seed,
+            keep_results=keep_results,
+        )
+
+    def _prepare_frames(self, frames, size: tuple[int, int], device, dtype) -> Iterator[torch.Tensor]:
+        for frame_idx, frame in enumerate(frames):
+            tensor = frame_to_tensor(frame).to(device)
+            if tuple(tensor.shape[-2:]) != size:
+                raise ValueError(
+                    f"video must have frames of one size, got {tuple(tensor.shape[-2:])} (height, width) for frame "
+                    f"{frame_idx} after {size}"
+                )
+            yield self.image_processor(tensor)["pixel_values"][0].to(dtype)
+
+    def add_inputs_to_inference_session(
+        self,
+        inference_session: AusmInferenceSession,
+        frame_idx: int,
+        obj_ids: int | list[int],
+        input_masks: Any,
+        original_size: tuple[int, int] | None = None,
+    ) -> AusmInferenceSession:
+        """
+        Give masks of objects to follow.
+
+        Args:
+            inference_session ([`AusmInferenceSession`]):
+                The stream.
+            frame_idx (`int`):
+                The frame that the masks belong to: the next one of the stream or a later one.
+            obj_ids (`int` or `list[int]`):
+                What to call the objects: positive integers. An id that is followed already gets its mask replaced.
+            input_masks (array, tensor, PIL image or a list of them, one per object):
+                Masks of shape `(height, width)`, also with leading axes of 1, at the video's own size. Zero outside
+                the object and one other value inside it.
+            original_size (`tuple[int, int]`, *optional*):
+                Height and width of the video before preprocessing. Needed once, if the session was made without a
+                video.
+
+        Returns:
+            [`AusmInferenceSession`]: the same session.
+
+        Raises:
+            ValueError: if the frame is past, an id is no positive integer or comes twice, or a mask is empty, has
+                several values or another size than the video.
+        """
+        session = inference_session
+        known_size = (session.video_height, session.video_width)
+        if original_size is None and None in known_size:
+            raise ValueError("original_size must be given, since the session was made without a video")
+        size = known_size if original_size is None else tuple(int(side) for side in original_size)
+        if None not in known_size and size != known_size:
+            raise ValueError(f"original_size must be that of the video, {known_size} (height, width), got {size}")
+        obj_ids = [_as_int(x) for x in (obj_ids if isinstance(obj_ids, (list, tuple)) else [obj_ids])]
+        input_masks = list(input_masks) if isinstance(input_masks, (list, tuple)) else [input_masks]
+        masks = [_as_mask(mask) for mask in input_masks]
+        session.add_masks(_as_int(frame_idx), obj_ids, masks, size)
+        return session
+
+    def post_process_masks(self, masks, original_sizes, mask_threshold: float = 0.0, binarize: bool = True):
+        """See [`AusmImageProcessor.post_process_masks`]."""
+        return self.image_processor.post_process_masks(masks, original_sizes, mask_threshold, binarize)
+
+    def post_process_instance_segmentation(
+        self,
+        outputs: AusmVideoSegmentationOutput | list[AusmVideoSegmentationOutput],
+        threshold: float = 0.0,
+        target_sizes: list[tuple[int, int]] | None = None,
+        return_binary_maps: bool = False,
+    ) -> list[dict]:
+        """See [`AusmImageProcessor.post_process_instance_segmentation`]."""
+        return self.image_processor.post_process_instance_segmentation(
+            outputs, threshold, target_sizes, return_binary_maps
+        )
+
+    def post_process_panoptic_segmentation(
+        self,
+        outputs: AusmVideoSegmentationOutput | list[AusmVideoSegmentationOutput],
+        threshold: float = 0.0,
+        target_sizes: list[tuple[int, int]] | None = None,
+    ) -> list[dict]:
+        """See [`AusmImageProcessor.post_process_panoptic_segmentation`]."""
+        return self.image_processor.post_process_panoptic_segmentation(outputs, threshold, target_sizes)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["pixel_values_videos", "mask_labels", *self.image_processor.model_input_names]
+
+
+def _as_batch(videos: Any, masks: Any) -> tuple[list, list | None]:
+    """One video or several as a list of videos, and their masks likewise."""
+    if isinstance(videos, (np.ndarray, torch.Tensor)):
+        if videos.ndim not in (4, 5):
+            raise ValueError(f"videos must have 4 axes, or 5 for a batch, got shape {tuple(videos.shape)}")
+        several = videos.ndim == 5
+    else:
+        if isinstance(videos, (str, bytes)) or not isinstance(videos, Iterable):
+            raise ValueError(f"videos must be arrays, tensors or iterables of frames, got {videos!r}")
+        videos = list(videos)
+        first = videos[0] if videos else None
+        several = isinstance(first, (list, tuple)) or getattr(first, "ndim", 0) == 4
+    if not several:
+        videos, masks = [videos], None if masks is None else [masks]
+    if len(videos) == 0 or any(len(video) == 0 for video in videos):
+        raise ValueError("videos must have at least one frame each")
+    if masks is not None and len(masks) != len(videos):
+        raise ValueError(f"masks must be given for each of {len(videos)} videos, got {len(masks)}")
+    return list(videos), masks
+
+
+def _resize_mask_labels(masks: Any, feature: BatchFeature) -> torch.Tensor:
+    masks = torch.as_tensor(masks)
+    num_frames, (height, width) = len(feature["original_sizes"]), feature["original_sizes"][0]
+    if masks.ndim != 4 or tuple(masks.shape[1:]) != (num_frames, height, width):
+        raise ValueError(
+            f"masks must have shape (objects, {num_frames}, {height}, {width}) to fit the video, "
+            f"got {tuple(masks.shape)}"
+        )
+    size = tuple(feature["pixel_values"].shape[-2:])
+    if masks.shape[0] == 0:
+        return torch.zeros((0, num_frames, *size), dtype=torch.bool)
+    return F.interpolate(masks.ne(0).to(torch.uint8), size, mode="nearest-exact").bool()
+
+
+def _as_int(value: Any) -> Any:
+    """numpy's and torch's integers as Python's; what is no integer stays what it is and is refused later."""
+    if isinstance(value, bool):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
+
+
+def _as_mask(mask: Any) -> torch.Tensor:
+    """A mask of any kind as a bool tensor (height, width)."""
+    if isinstance(mask, Image.Image):
+        mask = np.array(mask)
+    if not isinstance(mask, (np.ndarray, torch.Tensor)):
+        raise ValueError(f"input_masks must be arrays, tensors or PIL images, got {type(mask).__name__}")
+    mask = torch.as_tensor(mask)
+    while mask.ndim > 2 and mask.shape[0] == 1:
+        mask = mask[0]
+    if mask.ndim != 2:
+        raise ValueError(f"input_masks must have shape (height, width) each, got {tuple(mask.shape)}")
+    values = mask.unique()
+    if (values != 0).sum() > 1:
+        raise ValueError(
+            f"input_masks must hold zero and one other value each, got {len(values)} values; "
+            "split a map of several objects into one mask per object"
+        )
+    return mask != 0
+
+
+__all__ = ["AusmProcessor"]

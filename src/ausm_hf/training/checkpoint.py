@@ -1,0 +1,232 @@
+"""Checkpoints of a run: written whole or not at all, and read back without unpickling anything.
+
+OUTPUT_DIR/step-00001000/
+  config.json, model.safetensors     the network and its processor, as `from_pretrained` reads them
+  ema/config.json, ...               its moving average, where there is one
+  optimizer.safetensors, .json       AdamW's moments by parameter name; groups and gradient scaler
+  rng-00000.safetensors, .json       torch's (and CUDA's); python's and numpy's; one pair per process
+  state.json                         the step. Data and learning rate are functions of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.utils import logging
+
+STEP_FOLDER = re.compile(r"step-(\d{8})")
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """Complete checkpoints, oldest first. A folder gets its name only when all that is in it is on the disk."""
+    output_dir = Path(output_dir)
+    if not output_dir.is_dir():
+        return []
+    return sorted(p for p in output_dir.iterdir() if STEP_FOLDER.fullmatch(p.name) and p.is_dir())
+
+
+def save_checkpoint(
+    output_dir: str | Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rng_states: list[dict[str, Any]],
+    ema: nn.Module | None = None,
+    processor: Any = None,
+    scaler: torch.amp.GradScaler | None = None,
+    keep: int = 2,
+) -> Path:
+    """Writes checkpoint `step`, then removes all but the newest `keep`. Call it in one process.
+
+    Args:
+        model: has `save_pretrained`.
+        rng_states: `rng_state()` of every process, in order of rank.
+        processor: has `save_pretrained`; saved beside the weights.
+    """
+    output_dir = Path(output_dir)
+    target = output_dir / f"step-{step:08d}"
+    output_dir.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output_dir)
+    temporary = output_dir / f".{target.name}.tmp"
+    temporary.mkdir()
+    with no_progress_bars():
+        for part, folder in ((model, temporary), (ema, temporary / "ema")):
+            if part is not None:
+                part.save_pretrained(folder)
+                if processor is not None:
+                    processor.save_pretrained(folder)
+    tensors, values = _optimizer_state(model, optimizer)
+    values["scaler"] = scaler.state_dict() if scaler is not None else None
+    save_file(tensors, temporary / "optimizer.safetensors")
+    (temporary / "optimizer.json").write_text(json.dumps(values))
+    for rank, state in enumerate(rng_states):
+        save_file(state["tensors"], temporary / f"rng-{rank:05d}.safetensors")
+        (temporary / f"rng-{rank:05d}.json").write_text(json.dumps(state["values"]))
+    (temporary / "state.json").write_text(json.dumps({"step": step, "processes": len(rng_states)}))
+    publish_folder(temporary, target)
+    for old in checkpoints(output_dir)[:-keep]:
+        # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a good name.
+        doomed = output_dir / f".{old.name}.old"
+        os.replace(old, doomed)
+        shutil.rmtree(doomed)
+    return target
+
+
+def load_training_state(
+    checkpoint: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: nn.Module | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> int:
+    """Puts weights, moving average and optimizer back in place.
+
+    Returns:
+        The number of optimizer steps done.
+
+    Raises:
+        ValueError: the checkpoint doesn't fit the model or the recipe.
+    """
+    checkpoint = Path(checkpoint)
+    _load_weights(model, checkpoint)
+    if ema is not None:
+        if not (checkpoint / "ema").is_dir():
+            raise ValueError(f"ema_decay: {checkpoint} has no moving average to go on from; use another output_dir")
+        _load_weights(ema, checkpoint / "ema")
+    _restore_optimizer(checkpoint, model, optimizer)
+    values = json.loads((checkpoint / "optimizer.json").read_text())
+    if scaler is not None and values["scaler"] is not None:
+        scaler.load_state_dict(values["scaler"])
+    return json.loads((checkpoint / "state.json").read_text())["step"]
+
+
+def rng_state() -> dict[str, Any]:
+    """States of the random number generators of this process, as tensors and JSON values."""
+    python = random.getstate()
+    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    values = {
+        "python": [python[0], list(python[1]), python[2]],
+        "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(gauss)],
+    }
+    return {"tensors": tensors, "values": values}
+
+
+def restore_rng_state(checkpoint: str | Path, rank: int) -> None:
+    """Puts the generators of process `rank` back. A process the checkpoint doesn't know keeps its own."""
+    path = Path(checkpoint) / f"rng-{rank:05d}.safetensors"
+    if not path.exists():
+        return
+    tensors = load_file(path)
+    values = json.loads(path.with_suffix(".json").read_text())
+    version, internal, gauss = values["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = values["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(tensors["torch"])
+    if torch.cuda.is_available() and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"])
+
+
+def publish_folder(temporary: Path, target: Path) -> None:
+    """Gives a finished folder its name, after all that is in it reached the disk. Replaces an older `target`."""
+    for root, _, files in os.walk(temporary):
+        for path in [os.path.join(root, name) for name in files] + [root]:
+            _fsync(path)
+    if target.exists():
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)
+        os.replace(temporary, target)
+        shutil.rmtree(old)
+    else:
+        os.replace(temporary, target)
+    _fsync(target.parent)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """transformers shows one for every save, in the middle of that of the training."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Removes what a killed run left unfinished."""
+    for path in output_dir.glob(".*"):
+        if path.is_dir() and path.suffix in (".tmp", ".old"):
+            shutil.rmtree(path)
+
+
+def _fsync(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _load_weights(model: nn.Module, folder: Path) -> None:
+    weights: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        weights.update(load_file(path))
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    # Tied weights are stored once: what is missing must share its memory with something that was there.
+    loaded = {p.data_ptr() for name, p in model.state_dict().items() if name in weights}
+    missing = [name for name in missing if model.state_dict()[name].data_ptr() not in loaded]
+    if missing or unexpected:
+        raise ValueError(
+            f"model: {folder} is of another network: missing {missing[:5]}, unexpected {unexpected[:5]}; "
+            "use another output_dir"
+        )
+
+
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """Parameter names of every group of the optimizer."""
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    return [[name_of[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict]:
+    names = _names(model, optimizer)
+    tensors = {}
+    for group, group_names in zip(optimizer.param_groups, names):
+        for parameter, name in zip(group["params"], group_names):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}:{name}"] = value.detach().contiguous()
+    return tensors, {"groups": names}
+
+
+def _restore_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    tensors = load_file(checkpoint / "optimizer.safetensors")
+    parameters = dict(model.named_parameters())
+    trained = {name for group in _names(model, optimizer) for name in group}
+    unknown = {key.partition(":")[2] for key in tensors} - trained
+    if unknown:
+        raise ValueError(
+            f"optim: {checkpoint} trained other parameters, e.g. {sorted(unknown)[0]}; use another output_dir"
+        )
+    for key, value in tensors.items():
+        kind, _, name = key.partition(":")
+        parameter = parameters[name]
+        # AdamW counts steps on the CPU; its moments live with the parameter.
+        optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)

@@ -1,0 +1,200 @@
+"""Two more ways to run the network over a training clip than its own `forward` (all frames at once).
+
+`CarriedForm` runs a long clip in pieces and passes the state from piece to piece. `IterativeForm` runs it frame by
+frame on the network's own predictions: the baseline that the paper compares its parallel form with.
+
+Letters: B batch, T frames, N objects (padded), h, w size of the predicted masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ausm_hf.model.history_ausm import AusmHistory
+from ausm_hf.model.loss_ausm import Instances, TeacherForcing, pad_instances, plan_teacher_forcing
+from ausm_hf.model.modeling_ausm import AusmForUniversalSegmentation, AusmModelOutput
+
+
+def plan_clip(network: AusmForUniversalSegmentation, inputs: dict[str, Any]) -> tuple[Instances, TeacherForcing]:
+    """Ground truth and teacher forcing of whole clips, from what `AusmForUniversalSegmentation.forward` takes."""
+    instances = pad_instances(
+        inputs["pixel_values_videos"],
+        inputs["mask_labels"],
+        inputs["class_labels"],
+        inputs.get("history_masks"),
+        inputs["annotated_frames"],
+        inputs["ignore_masks"],
+    )
+    plan = plan_teacher_forcing(
+        instances,
+        network.config.num_id_vectors,
+        switch_frames=inputs["switch_frames"],
+        id_slots=inputs["id_slots"],
+        detect=inputs["detect"],
+        exhaustive=inputs["exhaustive"],
+    )
+    return instances, plan
+
+
+def split_clip(
+    network: AusmForUniversalSegmentation, inputs: dict[str, Any], num_pieces: int
+) -> Iterator[dict[str, Any]]:
+    """Yields what `CarriedForm` takes, but for the history, for each of `num_pieces` pieces of equal length.
+
+    The plan is made for the whole clip and then cut. So the first frame of a piece gets the masks of the frame before
+    it, and an object that was handed over in one piece is tracked in the next.
+    """
+    instances, plan = plan_clip(network, inputs)
+    length = inputs["pixel_values_videos"].shape[1] // num_pieces
+    for start in range(0, num_pieces * length, length):
+        frames = slice(start, start + length)
+        yield {
+            "pixel_values_videos": inputs["pixel_values_videos"][:, frames],
+            "instances": _cut_instances(instances, frames),
+            "plan": _cut_plan(plan, frames),
+            "label_sets": inputs["label_sets"],
+        }
+
+
+class CarriedForm(nn.Module):
+    """The parallel form over one piece of a clip, starting from the state that the piece before left."""
+
+    def __init__(self, network: AusmForUniversalSegmentation):
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self,
+        pixel_values_videos: Tensor,
+        instances: Instances,
+        plan: TeacherForcing,
+        label_sets: list[str | None],
+        history: AusmHistory | None,
+    ) -> dict[str, Any]:
+        """
+        Args:
+            pixel_values_videos: (B, T, 3, H, W).
+            history: features and states after the piece before; None for the first one.
+
+        Returns:
+            "loss", "loss_dict", "masks_queries_logits" (B, T, N + N_det, h, w) and "history", not detached.
+        """
+        output = self.network.model(
+            pixel_values_videos,
+            history_masks=plan.history_masks.to(self.network.dtype),
+            id_slots=plan.id_slots,
+            taken=plan.taken,
+            history=history,
+            output_intermediate=True,
+        )
+        predictions = _layer_predictions(self.network, output)
+        loss, loss_dict = self.network.criterion(predictions, instances, plan, label_sets)
+        return {
+            "loss": loss,
+            "loss_dict": loss_dict,
+            "masks_queries_logits": output.masks_queries_logits,
+            "history": output.history,
+        }
+
+
+class IterativeForm(nn.Module):
+    """Frame by frame, with the network's own masks as history and gradients through them.
+
+    An object enters the history with its true mask in the frame in which it is handed over (or as its prompt); from
+    then on its mask is what the network predicts, unbinarised, so that gradients pass.
+    """
+
+    def __init__(self, network: AusmForUniversalSegmentation):
+        super().__init__()
+        self.network = network
+
+    def forward(self, **inputs) -> dict[str, Any]:
+        """Takes what `AusmForUniversalSegmentation.forward` takes for training, and everything of it.
+
+        Returns:
+            "loss", "loss_dict" and "masks_queries_logits" (B, T, N + N_det, h, w).
+        """
+        network = self.network
+        instances, plan = plan_clip(network, inputs)
+        frames = inputs["pixel_values_videos"]
+        history = network.init_history(frames.shape[0])
+        own_masks = None
+        steps = []
+        for t in range(frames.shape[1]):
+            masks = plan.history_masks[:, t].to(network.dtype)
+            if own_masks is not None:
+                # The mask of frame t - 1 is its own once it has been tracked there.
+                masks = torch.where((plan.taken[:, t - 1] & plan.taken[:, t])[..., None, None], own_masks, masks)
+            output = network.model(
+                frames[:, t : t + 1],
+                history_masks=masks.unsqueeze(1),
+                id_slots=plan.id_slots,
+                taken=plan.taken[:, t : t + 1],
+                history=history,
+                output_intermediate=True,
+            )
+            predictions = _layer_predictions(network, output)
+            steps.append(predictions)
+            history = output.history
+            own_masks = self.own_masks(predictions[-1], masks.shape[1])
+        predictions = [_join_frames(layer) for layer in zip(*steps)]
+        loss, loss_dict = network.criterion(predictions, instances, plan, inputs["label_sets"])
+        return {"loss": loss, "loss_dict": loss_dict, "masks_queries_logits": predictions[-1]["masks"]}
+
+    def own_masks(self, prediction: dict[str, Any], num_objects: int) -> Tensor:
+        """(B, N, h, w) in [0, 1]; as at inference an object that isn't seen leaves no mask."""
+        seen = prediction["foreground"][:, 0, :num_objects].sigmoid() > self.network.config.foreground_threshold
+        return prediction["masks"][:, 0, :num_objects].sigmoid() * seen[..., None, None]
+
+
+def _layer_predictions(network: AusmForUniversalSegmentation, output: AusmModelOutput) -> list[dict[str, Any]]:
+    """The heads on the query states of every layer, as `AusmLoss` takes them."""
+    states = (*output.intermediate_query_hidden_states, output.query_hidden_states)
+    masks = (*output.intermediate_masks_queries_logits, output.masks_queries_logits)
+    return [
+        {
+            "masks": layer_masks,
+            "foreground": network.foreground_head(layer_states).squeeze(-1),
+            "classes": {name: head(layer_states) for name, head in network.class_heads.items()},
+        }
+        for layer_states, layer_masks in zip(states, masks)
+    ]
+
+
+def _join_frames(predictions: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    """One prediction of T frames from T predictions of one."""
+    return {
+        "masks": torch.cat([p["masks"] for p in predictions], dim=1),
+        "foreground": torch.cat([p["foreground"] for p in predictions], dim=1),
+        "classes": {
+            name: torch.cat([p["classes"][name] for p in predictions], dim=1) for name in predictions[0]["classes"]
+        },
+    }
+
+
+def _cut_instances(instances: Instances, frames: slice) -> Instances:
+    return replace(
+        instances,
+        masks=instances.masks[:, :, frames],
+        small_masks=instances.small_masks[:, :, frames],
+        history_masks=instances.history_masks[:, :, frames],
+        present=instances.present[:, :, frames],
+        annotated=instances.annotated[:, frames],
+        pixel_weights=instances.pixel_weights[:, frames],
+    )
+
+
+def _cut_plan(plan: TeacherForcing, frames: slice) -> TeacherForcing:
+    return replace(
+        plan,
+        taken=plan.taken[:, frames],
+        history_masks=plan.history_masks[:, frames],
+        tracked=plan.tracked[:, frames],
+        detected=plan.detected[:, frames],
+        searched=plan.searched[:, frames],
+    )

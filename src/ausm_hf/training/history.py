@@ -1,0 +1,139 @@
+"""What the history of a training clip is made of: when objects are handed over, and how clean their masks are.
+
+All draws come from a generator per clip, so a clip's targets depend on the clip's number alone: not on the batch, the
+process or the step it falls into.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ausm_hf.model.loss_ausm import draw_switch_frames
+
+
+def clip_generator(seed: int, index: int) -> torch.Generator:
+    """Generator for clip number `index` of a run with that seed (on the CPU)."""
+    state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def switch_frames_of_clip(
+    masks: torch.Tensor, detect: bool, prompt_probability: float, generator: torch.Generator
+) -> torch.Tensor:
+    """`draw_switch_frames` for one clip.
+
+    Args:
+        masks: (N, T, H, W), non-zero where the object is.
+        detect: False: the objects of this clip are always given, in the first frame where they appear.
+        prompt_probability: share of the objects visible in the first frame that are given there.
+
+    Returns:
+        (N,) int64 on the CPU, s_i in 0..T.
+    """
+    present = (masks.flatten(2) != 0).any(2).cpu()
+    return draw_switch_frames(present[None], torch.tensor([detect]), generator, prompt_probability)[0]
+
+
+def corrupt_history(
+    masks: torch.Tensor, switch_frames: torch.Tensor, probability: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Masks as a tracker would have left them: dilated, eroded, shifted, dropped, or those of another object.
+
+    The frame in which an object is handed over, or prompted, is dilated or eroded only: without a trustworthy first
+    mark there is nothing that the network could be asked to follow.
+
+    Args:
+        masks: (N, T, H, W) bool, uint8 or float in [0, 1]; not changed.
+        switch_frames: (N,) int64, s_i.
+        probability: that a mask is corrupted.
+
+    Returns:
+        (N, T, H, W) in the dtype and on the device of `masks`.
+    """
+    num_objects, num_frames, height, width = masks.shape
+    if num_objects == 0 or probability == 0:
+        return masks
+    corrupted = masks.clone()
+    # 0 dilate, 1 erode, 2 shift, 3 drop, 4 swap
+    kind = torch.randint(5, (num_objects, num_frames), generator=generator)
+    hit = torch.rand(num_objects, num_frames, generator=generator) < probability
+    first = (switch_frames.cpu().clamp(min=1) - 1)[:, None] == torch.arange(num_frames)
+    kind = torch.where(first, kind % 2, kind)
+    largest = max(1, round(0.04 * min(height, width)))
+    radius = int(torch.randint(1, largest + 1, (1,), generator=generator))
+    reach = max(1, round(0.1 * min(height, width)))
+    shifts = torch.randint(-reach, reach + 1, (num_objects, num_frames, 2), generator=generator)
+
+    def chosen(number: int) -> torch.Tensor:
+        return (hit & (kind == number)).to(masks.device)
+
+    where = chosen(0)
+    corrupted[where] = _dilate(masks[where], radius)
+    where = chosen(1)
+    eroded = 1 - _dilate(1 - masks[where].float(), radius)
+    gone = ~eroded.flatten(1).any(1)[:, None, None]
+    corrupted[where] = torch.where(gone, masks[where].float(), eroded).to(masks.dtype)
+    where = chosen(2)
+    corrupted[where] = _shift(masks[where], shifts.to(masks.device)[where])
+    corrupted[chosen(3)] = 0
+    if num_objects > 1:
+        where = chosen(4)
+        corrupted[where] = masks.roll(1, dims=0)[where]
+    return corrupted
+
+
+def sample_history(
+    masks: torch.Tensor,
+    mask_logits: torch.Tensor,
+    foreground_logits: torch.Tensor,
+    switch_frames: torch.Tensor,
+    probability: float,
+    foreground_threshold: float,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """True masks, some of them replaced by what the network predicted (scheduled sampling).
+
+    Only masks that the network tracks can be its own: those after frame s_i, and not the prompt in the first frame.
+    As at inference, a mask is empty where its foreground probability is below the threshold.
+
+    Args:
+        masks: (N, T, H, W) bool, uint8 or float; not changed.
+        mask_logits: (T, N, h, w) of the objects' ID vectors, from a pass over the clip without gradient.
+        foreground_logits: (T, N).
+        switch_frames: (N,) int64, s_i.
+        probability: that a tracked mask is replaced.
+
+    Returns:
+        (N, T, H, W) in the dtype and on the device of `masks`.
+    """
+    num_objects, num_frames, height, width = masks.shape
+    tracked = torch.arange(num_frames) >= switch_frames.cpu().clamp(min=1)[:, None]
+    replaced = torch.rand(num_objects, num_frames, generator=generator) < probability
+    where = (tracked & replaced).to(masks.device)
+    logits = mask_logits.float().transpose(0, 1)[where]
+    predicted = F.interpolate(logits[:, None], size=(height, width), mode="bilinear", align_corners=False)[:, 0] > 0
+    seen = foreground_logits.float().sigmoid().transpose(0, 1)[where] > foreground_threshold
+    sampled = masks.clone()
+    sampled[where] = (predicted & seen[:, None, None]).to(masks.dtype)
+    return sampled
+
+
+def _dilate(masks: torch.Tensor, radius: int) -> torch.Tensor:
+    """Dilates (K, H, W) masks by a square of side 2 * radius + 1, one axis after the other."""
+    size = 2 * radius + 1
+    x = masks.float()[:, None]
+    x = F.max_pool2d(F.max_pool2d(x, (size, 1), 1, (radius, 0)), (1, size), 1, (0, radius))
+    return x[:, 0].to(masks.dtype)
+
+
+def _shift(masks: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+    """Moves (K, H, W) masks by (K, 2) pixels (down, right); what leaves the frame is lost."""
+    _, height, width = masks.shape
+    rows = torch.arange(height, device=masks.device) - shifts[:, :1]
+    columns = torch.arange(width, device=masks.device) - shifts[:, 1:]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    moved = masks.gather(1, rows.clamp(0, height - 1)[:, :, None].expand_as(masks))
+    moved = moved.gather(2, columns.clamp(0, width - 1)[:, None, :].expand_as(masks))
+    return moved * inside.to(masks.dtype)

@@ -1,0 +1,477 @@
+"""The training loop. `train(recipe)` is all there is to call; read it from top to bottom."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, gather_object, set_seed
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from ausm_hf.data.labels import LABEL_SETS
+from ausm_hf.model.configuration_ausm import AusmConfig
+from ausm_hf.model.image_processing_ausm import AusmImageProcessor
+from ausm_hf.model.modeling_ausm import AusmForUniversalSegmentation
+from ausm_hf.model.pipeline_ausm import VideoSegmentationPipeline
+from ausm_hf.model.processing_ausm import AusmProcessor
+
+from .checkpoint import (
+    checkpoints,
+    load_training_state,
+    no_progress_bars,
+    publish_folder,
+    remove_leftovers,
+    restore_rng_state,
+    rng_state,
+    save_checkpoint,
+)
+from .data import build_data
+from .forms import CarriedForm, IterativeForm, split_clip
+from .history import clip_generator, corrupt_history, sample_history, switch_frames_of_clip
+from .initialization import load_imagenet_weights
+from .optimizer import build_optimizer, is_backbone_parameter, learning_rate_factor, set_learning_rate
+from .recipe import Recipe, recipe_to_dict
+from .samples import SampleWriter
+
+# So many optimizer steps in a row may have a gradient that is not finite (they are left out) before the run stops.
+MAX_SKIPPED_STEPS = 20
+
+
+def train(
+    recipe: Recipe,
+    model: nn.Module | None = None,
+    dataset: Dataset | None = None,
+    collator: Callable[[list[dict]], dict] | None = None,
+    evaluate: Callable[[nn.Module, int, Path], dict[str, float]] | None = None,
+) -> Path:
+    """Trains as the recipe says; goes on from the newest checkpoint in `recipe.output_dir` if there is one.
+
+    The same call works in one process and under `accelerate launch` or `torchrun`. `output_dir` receives
+
+        recipe.yaml             what was trained
+        samples/                masks drawn on frames, every `eval_every` steps
+        log.jsonl               losses, learning rate and frames per second, one line every `log_every` steps
+        step-00001000/          checkpoints, see `checkpoint.py`
+        final/                  the result (the moving average if there is one) for `from_pretrained`
+
+    Args:
+        recipe: see `Recipe`.
+        model: the network, instead of the one `recipe.model` describes.
+        dataset: clips (see `ausm_hf.data`), instead of those `recipe.data` describes. Item i, for any i >= 0, must be
+            a function of i alone: that is what makes resuming exact.
+        collator: makes a batch of the clips of `dataset`; needed with a `dataset`.
+        evaluate: called as `evaluate(model, step, output_dir)` in the main process every `recipe.eval_every` steps;
+            the numbers it returns are logged. By default a `SampleWriter`, which draws the masks of a few clips.
+
+    Returns:
+        The folder `final`.
+
+    Raises:
+        ValueError: the recipe can't work; names the key, before anything is loaded.
+        FloatingPointError: the gradient has not been finite for many steps.
+    """
+    recipe.validate()
+    if (dataset is None) != (collator is None):
+        raise ValueError("collator: want dataset and collator together, got only one of them")
+    if dataset is None and recipe.data.mixture is None and recipe.data.sources is None:
+        raise ValueError("data: want one of data.mixture and data.sources, got neither")
+    available = [str(tracker) for tracker in get_available_trackers()]
+    if recipe.tracker is not None and recipe.tracker not in available:
+        raise ValueError(f"tracker: {recipe.tracker!r} is not installed; available: {', '.join(available) or 'none'}")
+
+    output_dir = Path(recipe.output_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        mixed_precision=recipe.mixed_precision,
+        log_with=recipe.tracker,
+        project_dir=str(output_dir),
+        # The class heads of the label sets that are not in a batch get no gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(
+            f"accelerate: {accelerator.distributed_type} is not supported; want one process, or data parallel ones"
+        )
+    set_seed(recipe.seed)
+    config = build_config(recipe) if model is None else model.config
+    processor = build_processor(recipe, config) if isinstance(config, AusmConfig) else None
+    if dataset is None:
+        dataset, collator = build_data(recipe.data, config, processor.image_processor, recipe.carried_state)
+    if model is None:
+        model = build_model(recipe, config)
+    if evaluate is None:
+        evaluate = SampleWriter(dataset, collator)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if recipe.freeze_backbone:
+        freeze_backbone(model)
+    network = model.to(accelerator.device)
+    ema = copy.deepcopy(network).eval().requires_grad_(False) if recipe.ema_decay is not None else None
+    optimizer = build_optimizer(network, recipe.optim)
+    form = network
+    if recipe.mode == "iterative":
+        form = IterativeForm(network)
+    elif recipe.carried_state > 1:
+        form = CarriedForm(network)
+    model, prepared_optimizer = accelerator.prepare(form, optimizer)
+
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(output_dir)
+        _write_text(output_dir / "recipe.yaml", yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))
+    accelerator.wait_for_everyone()
+    set_seed(recipe.seed + accelerator.process_index)  # dropout differs between processes, initial weights don't
+    first_step = 0
+    if checkpoints(output_dir):
+        newest = checkpoints(output_dir)[-1]
+        first_step = load_training_state(newest, network, optimizer, ema, accelerator.scaler)
+        restore_rng_state(newest, accelerator.process_index)
+        accelerator.print(f"going on from {newest}")
+    log = _Log(recipe, accelerator, output_dir, first_step)
+
+    batches = load_batches(recipe, dataset, collator, first_step, accelerator.process_index, accelerator.num_processes)
+    train_mode(network, recipe)
+    skipped_in_a_row = 0
+    bar = tqdm(total=recipe.optim.max_steps, initial=first_step, disable=None if accelerator.is_main_process else True)
+    for step in range(first_step, recipe.optim.max_steps):
+        set_learning_rate(optimizer, step, recipe.optim)
+        for _ in range(recipe.gradient_accumulation_steps):
+            indices, batch = next(batches)
+            batch = _to_device(batch, accelerator.device)
+            with accelerator.accumulate(model):
+                with accelerator.autocast():
+                    inputs = training_inputs(recipe, network, indices, batch)
+                if recipe.carried_state == 1:
+                    output = model(**inputs)
+                    accelerator.backward(output["loss"])
+                    log.add(output)
+                else:
+                    history = None
+                    for piece in split_clip(network, inputs, recipe.carried_state):
+                        output = model(**piece, history=history)
+                        accelerator.backward(output["loss"] / recipe.carried_state)
+                        log.add(output)
+                        history = output["history"].detach()
+            log.frames += batch["pixel_values_videos"].shape[:2].numel()
+
+        norm = _clip_gradients(accelerator, network, recipe.optim.clip_grad_norm)
+        # fp16 finds overflows by itself (the scaler skips the step); elsewhere a bad gradient is left out here.
+        finite = bool(torch.isfinite(norm))
+        if finite or accelerator.scaler is not None:
+            prepared_optimizer.step()
+        prepared_optimizer.zero_grad()
+        skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+        if skipped_in_a_row > MAX_SKIPPED_STEPS:
+            raise FloatingPointError(
+                f"the gradient was not finite for {skipped_in_a_row} steps up to step {step + 1}; "
+                f"the newest checkpoint in {output_dir} is from before or during that"
+            )
+        if ema is not None:
+            update_ema(ema, network, recipe.ema_decay, step)
+
+        done = step + 1
+        bar.update()
+        if done % recipe.log_every == 0 or done == recipe.optim.max_steps:
+            log.write(done, bar, float(norm), learning_rate_factor(step, recipe.optim) * recipe.optim.lr)
+        if recipe.eval_every and done % recipe.eval_every == 0:
+            if accelerator.is_main_process:
+                judged = ema if ema is not None else network
+                judged.eval()
+                with torch.no_grad():
+                    log.write_values(done, evaluate(judged, done, output_dir))
+            train_mode(network, recipe)
+            accelerator.wait_for_everyone()
+            log.restart_clock()
+        if done % recipe.save_every == 0 or done == recipe.optim.max_steps:
+            rng_states = gather_object([rng_state()])
+            if accelerator.is_main_process:
+                save_checkpoint(
+                    output_dir,
+                    done,
+                    network,
+                    optimizer,
+                    rng_states,
+                    ema=ema,
+                    processor=processor,
+                    scaler=accelerator.scaler,
+                    keep=recipe.keep_checkpoints,
+                )
+            accelerator.wait_for_everyone()
+    bar.close()
+
+    final = output_dir / "final"
+    if accelerator.is_main_process:
+        temporary = output_dir / ".final.tmp"
+        result = ema if ema is not None else network
+        with no_progress_bars():
+            if processor is None:
+                result.save_pretrained(temporary)
+            else:
+                # Network, processor and code, as `pipeline(...)` and `from_pretrained` want them.
+                VideoSegmentationPipeline(result, processor=processor, device="cpu").save_pretrained(temporary)
+        publish_folder(temporary, final)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return final
+
+
+def build_config(recipe: Recipe) -> AusmConfig:
+    """The configuration of the recipe's network. Raises ValueError for what it doesn't know or want."""
+    if recipe.model.path is not None:
+        values, _ = AusmConfig.get_config_dict(recipe.model.path)
+        config = AusmConfig.from_dict(values)
+    else:
+        config = AusmConfig.from_preset(recipe.model.preset)
+    for key in recipe.model.overrides:
+        if not hasattr(config, key):
+            raise ValueError(f"model.overrides.{key}: unknown key; AusmConfig has no such attribute")
+    changes = dict(recipe.model.overrides)
+    if recipe.model.label_sets is not None:
+        label_sets = {}
+        for name, labels in recipe.model.label_sets.items():
+            label_sets[name] = list(LABEL_SETS[name] if labels is None else labels)
+            if recipe.model.path is not None and config.label_sets.get(name, label_sets[name]) != label_sets[name]:
+                raise ValueError(f"model.label_sets.{name}: {recipe.model.path} has other labels under that name")
+        changes |= {"label_sets": label_sets, "default_label_set": next(iter(label_sets))}
+    if recipe.model.path is not None:
+        return AusmConfig.from_dict({**values, **changes})
+    return AusmConfig.from_preset(recipe.model.preset, **changes)
+
+
+def build_model(recipe: Recipe, config: AusmConfig) -> nn.Module:
+    """The network of the recipe, with the weights that it starts from. Heads of new label sets start at random."""
+    if recipe.model.path is not None:
+        return AusmForUniversalSegmentation.from_pretrained(recipe.model.path, config=config)
+    model = AusmForUniversalSegmentation(config)
+    if recipe.model.imagenet_backbone:
+        load_imagenet_weights(find_backbone(model))
+    return model
+
+
+def build_processor(recipe: Recipe, config: AusmConfig) -> AusmProcessor:
+    """What prepares frames at inference as they were in training. It is saved with the network."""
+    path = recipe.model.path
+    if path is not None and (not Path(path).is_dir() or (Path(path) / "processor_config.json").exists()):
+        return AusmProcessor.from_pretrained(path)
+    side = min(recipe.data.size)
+    size = {"shortest_edge": side, "longest_edge": 2 * side}
+    if config.backbone_config.model_type == "efficientnet_lite":
+        return AusmProcessor(AusmImageProcessor(size=size, image_mean=[127 / 255] * 3, image_std=[128 / 255] * 3))
+    return AusmProcessor(AusmImageProcessor(size=size))
+
+
+def load_batches(
+    recipe: Recipe,
+    dataset: Dataset,
+    collator: Callable[[list[dict]], dict],
+    first_step: int,
+    rank: int,
+    num_processes: int,
+) -> Iterator[tuple[list[int], dict]]:
+    """Yields (clip numbers, batch) for every forward pass from `first_step` to the end of the run.
+
+    The clips of an optimizer step are numbered through its accumulation steps, processes and batch places. So the
+    same clips make up a step however they are divided, and a resumed run sees what an uninterrupted one would.
+    """
+    size = recipe.data.batch_size
+    first = first_step * recipe.gradient_accumulation_steps
+    last = recipe.optim.max_steps * recipe.gradient_accumulation_steps
+    starts = [(turn * num_processes + rank) * size for turn in range(first, last)]
+    numbers = [list(range(start, start + size)) for start in starts]
+    loader = DataLoader(
+        dataset,
+        batch_sampler=numbers,
+        collate_fn=collator,
+        num_workers=recipe.data.workers,
+        worker_init_fn=_init_worker,
+        pin_memory=torch.cuda.is_available(),
+        # Its own generator: the loader must not draw from the one that dropout uses, or resuming would not be exact.
+        generator=torch.Generator(),
+    )
+    return zip(numbers, loader)
+
+
+def training_inputs(recipe: Recipe, network: nn.Module, indices: list[int], batch: dict[str, Any]) -> dict[str, Any]:
+    """What the network is given for one batch: the batch, and what is drawn for its clips.
+
+    What is random about a clip's targets comes from a generator of its own, seeded by its number.
+    """
+    device = batch["pixel_values_videos"].device
+    generators = [clip_generator(recipe.seed, index) for index in indices]
+    masks = batch["mask_labels"]
+    switch_frames = [
+        switch_frames_of_clip(m, detect, recipe.switch_frame_prompt_probability, g)
+        for m, detect, g in zip(masks, batch["detect"], generators)
+    ]
+    slots = [torch.randperm(network.config.num_id_vectors, generator=g)[: len(m)] for m, g in zip(masks, generators)]
+    inputs = {
+        **batch,
+        "switch_frames": [s.to(device) for s in switch_frames],
+        "id_slots": [s.to(device) for s in slots],
+    }
+    if recipe.scheduled_sampling:
+        network.eval()
+        with torch.no_grad():
+            first_pass = network(**inputs)
+        train_mode(network, recipe)
+        # Queries are in the order [A; V], the ID vectors in the order of the objects.
+        inputs["history_masks"] = [
+            sample_history(
+                m,
+                first_pass["masks_queries_logits"][i, :, : len(m)],
+                first_pass["foreground_queries_logits"][i, :, : len(m)],
+                switch_frames[i],
+                recipe.scheduled_sampling,
+                network.config.foreground_threshold,
+                generators[i],
+            )
+            for i, m in enumerate(masks)
+        ]
+    if recipe.history_corruption:
+        inputs["history_masks"] = [
+            corrupt_history(m, s, recipe.history_corruption, g)
+            for m, s, g in zip(inputs.get("history_masks", masks), switch_frames, generators)
+        ]
+    return inputs
+
+
+def find_backbone(model: nn.Module) -> nn.Module:
+    """The submodule named `backbone`. Raises ValueError if there is none."""
+    for name, module in model.named_modules():
+        if name.split(".")[-1] == "backbone":
+            return module
+    raise ValueError("model: has no submodule named 'backbone'")
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Takes the gradient from the backbone's parameters."""
+    find_backbone(model)
+    for name, parameter in model.named_parameters():
+        if is_backbone_parameter(name):
+            parameter.requires_grad_(False)
+
+
+def train_mode(model: nn.Module, recipe: Recipe) -> None:
+    """Training mode; a frozen backbone stays in evaluation mode (no stochastic depth, no statistics)."""
+    model.train()
+    if recipe.freeze_backbone:
+        find_backbone(model).eval()
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Moves the average towards the weights; the first steps weigh more, as the start is no weight to remember."""
+    decay = min(decay, (1 + step) / (10 + step))
+    for average, value in zip(ema.parameters(), model.parameters()):
+        average.lerp_(value, 1 - decay)
+    for average, value in zip(ema.buffers(), model.buffers()):
+        average.copy_(value)
+
+
+def _clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> torch.Tensor:
+    """Clips and returns the norm before clipping."""
+    return accelerator.clip_grad_norm_(model.parameters(), max_norm if max_norm is not None else float("inf"))
+
+
+def _init_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, list):
+        return [_to_device(item, device) for item in value]
+    if isinstance(value, dict):
+        return {key: _to_device(item, device) for key, item in value.items()}
+    return value
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+class _Log:
+    """`log.jsonl`, the tracker and the progress bar."""
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, output_dir: Path, first_step: int):
+        self.accelerator = accelerator
+        self.path = output_dir / "log.jsonl"
+        self.sums: dict[str, torch.Tensor] = {}
+        self.passes: dict[str, int] = {}
+        self.restart_clock()
+        if accelerator.is_main_process and self.path.exists():
+            # A killed run wrote lines for steps that are about to be done again.
+            lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= first_step]
+            _write_text(self.path, "".join(line + "\n" for line in lines))
+        if recipe.tracker is not None:
+            values = _flatten(recipe_to_dict(recipe))
+            accelerator.init_trackers("ausm", config=values)
+
+    def restart_clock(self) -> None:
+        self.frames = 0
+        self.start = time.perf_counter()
+
+    def add(self, output: dict[str, Any]) -> None:
+        """Adds the losses of a forward pass. Nothing waits for the device here."""
+        for name, value in {"loss": output["loss"], **output["loss_dict"]}.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value).detach()
+            self.passes[name] = self.passes.get(name, 0) + 1
+
+    def write(self, step: int, bar: tqdm, grad_norm: float, lr: float) -> None:
+        """Means since the last call, over all processes."""
+        mine = {name: float(total) / self.passes[name] for name, total in self.sums.items()}
+        everyone = gather_object([mine])
+        # A term (the classes of a label set) may be there in some batches only.
+        names = {name: None for values in everyone for name in values}
+        terms = {}
+        for name in names:
+            values = [v[name] for v in everyone if name in v]
+            terms[name] = sum(values) / len(values)
+        frames_per_second = self.frames * self.accelerator.num_processes / (time.perf_counter() - self.start)
+        self.write_values(step, {**terms, "grad_norm": grad_norm, "lr": lr, "frames_per_second": frames_per_second})
+        shown = {name: f"{value:.3g}" for name, value in terms.items()}
+        bar.set_postfix({**shown, "fps": f"{frames_per_second:.1f}"}, refresh=False)
+        self.sums, self.passes = {}, {}
+        self.restart_clock()
+
+    def write_values(self, step: int, values: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            line = json.dumps({"step": step, **{name: float(f"{v:.6g}") for name, v in values.items()}})
+            with self.path.open("a") as file:
+                file.write(line + "\n")
+            if not sys.stderr.isatty():
+                print(line, flush=True)
+        self.accelerator.log(values, step=step)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # the run was killed while it wrote this line
+        return float("inf")
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim.lr": 1e-4, ...} with values that every tracker takes."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return flat

@@ -1,0 +1,465 @@
+"""Frames in and frames out, one at a time: video files, folders of frames, cameras, streams, iterables; MP4 writing.
+
+A frame is everywhere a numpy uint8 RGB array of shape (height, width, 3). Nothing here holds more of a video in memory
+than the frame at hand and what the decoder looks ahead.
+"""
+
+import glob
+import os
+import re
+import shutil
+import sys
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageOps
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+STREAM_SCHEMES = ("http://", "https://", "rtsp://", "rtsps://", "rtmp://", "rtmps://")
+FPS_WHEN_UNKNOWN = 24
+
+
+def as_rgb_frame(frame) -> np.ndarray:
+    """Turns one image of any common kind into a frame.
+
+    Args:
+        frame: one of
+            - a `PIL.Image` of any 8-bit mode;
+            - a numpy array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4);
+            - a torch tensor (H, W), (1, H, W), (3, H, W) or (4, H, W), on any device.
+            Arrays and tensors are uint8 in 0..255 or floating point in 0..1. Grey is repeated over the three channels.
+            A fourth channel is alpha and is dropped: what lies behind a see-through pixel is not known.
+
+    Returns:
+        uint8 RGB array (H, W, 3), contiguous. It may share memory with `frame`.
+
+    Raises:
+        ValueError: for any other type, shape, dtype or range, and for an image without pixels.
+    """
+    if isinstance(frame, Image.Image):
+        if frame.mode[0] in "IF":
+            raise ValueError(f"frame is a PIL image of mode {frame.mode!r}; wanted are 8 bits per channel")
+        array = np.asarray(frame.convert("RGB"))
+    elif _is_tensor(frame):
+        tensor = frame.detach().cpu()
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        array = tensor.numpy()
+        if array.ndim == 3:
+            if array.shape[0] not in (1, 3, 4):
+                raise ValueError(f"frame is a tensor of shape {array.shape}; wanted is (1, 3 or 4, height, width)")
+            array = array.transpose(1, 2, 0)
+    elif isinstance(frame, np.ndarray):
+        array = frame
+    else:
+        raise ValueError(f"frame is a {type(frame).__name__}; wanted is a PIL image, a numpy array or a torch tensor")
+
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
+        raise ValueError(f"frame has shape {frame.shape}; wanted is (height, width) or (height, width, 1, 3 or 4)")
+    if array.size == 0:
+        raise ValueError(f"frame has shape {array.shape}: it has no pixels")
+
+    array = array[:, :, :3]
+    if np.issubdtype(array.dtype, np.floating):
+        low, high = float(array.min()), float(array.max())
+        if not (low >= -1e-3 and high <= 1 + 1e-3):  # the slack is for rounding; NaN fails too
+            raise ValueError(f"frame is floating point and spans {low:g} to {high:g}; wanted is 0 to 1")
+        array = (array.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise ValueError(f"frame has dtype {array.dtype}; wanted is uint8 in 0..255 or floating point in 0..1")
+    if array.shape[2] == 1:
+        array = array.repeat(3, axis=2)
+    return np.ascontiguousarray(array)
+
+
+class VideoSource:
+    """A video to be read frame by frame: iterate over it. Made by [`read_video`].
+
+    The first frame is decoded when the source is made, so that a broken video is found out before any work starts.
+    Files and folders can be iterated over again; cameras, network streams and one-shot iterators only once.
+
+    Attributes:
+        name (`str`): file stem, folder name, `"camera0"`, last part of a URL, or `"frames"`.
+        fps (`Fraction` or `None`): average frames per second; `None` for images.
+        size (`tuple[int, int]`): (height, width) of every frame, in pixels, after rotation.
+        num_frames (`int` or `None`): how many frames the source says it has: exact for images and lists, what the
+            file's header says for videos (good for a progress bar), `None` where nobody knows.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        open_frames: Callable[[], Iterator[tuple[float | None, object]]],
+        fps: Fraction | None = None,
+        num_frames: int | None = None,
+        once: bool = False,
+    ):
+        self.name, self.fps, self.num_frames = name, fps, num_frames
+        self._open_frames, self._once = open_frames, once
+        opened = open_frames()
+        try:
+            time, frame = next(opened)
+        except StopIteration:
+            raise ValueError(f"video {name!r} has no frames") from None
+        first = self._checked(0, frame)
+        self.size = first.shape[:2]
+        self._opened = (time, first, opened)  # goes to whoever iterates first
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for _, frame in self.with_times():
+            yield frame
+
+    def with_times(self) -> Iterator[tuple[float | None, np.ndarray]]:
+        """Iterates over (time, frame): time in seconds since the first frame, `None` where the source has no clock.
+
+        Raises:
+            ValueError: naming the frame, when a frame can't be decoded or is of another size than the first one.
+        """
+        if self._opened is not None:
+            time, first, opened = self._opened
+            self._opened = None
+            yield time, first
+            del first  # keep only one frame alive
+            start = 1
+        elif self._once:
+            raise ValueError(f"video {self.name!r} can be read only once")
+        else:
+            opened, start = self._open_frames(), 0
+        for index, (time, frame) in enumerate(opened, start):
+            frame = self._checked(index, frame)
+            if frame.shape[:2] != self.size:
+                (height, width), (new_height, new_width) = self.size, frame.shape[:2]
+                raise ValueError(
+                    f"frame {index} of {self.name!r} is {new_width} x {new_height} pixels (width x height), "
+                    f"the frames before it {width} x {height}; all frames must be of one size"
+                )
+            yield time, frame
+
+    def _checked(self, index: int, frame) -> np.ndarray:
+        try:
+            return as_rgb_frame(frame)
+        except ValueError as error:
+            raise ValueError(f"frame {index} of {self.name!r}: {error}") from None
+
+
+def read_video(source) -> VideoSource:
+    """Opens anything that shows frames one after another.
+
+    Args:
+        source: one of
+            - a path: a video file, an image file (a video of one frame), or a folder of frames (jpg, png, webp, bmp,
+              in natural order of their names: `2.png` before `10.png`);
+            - a glob pattern of images, or of one video, as `"shots/*_left.png"`;
+            - `"camera:0"`: the camera at `/dev/video0` (Linux);
+            - an `http`, `https`, `rtsp` or `rtmp` URL;
+            - an iterable of frames, each as [`as_rgb_frame`] takes them; so also arrays (T, H, W, 3) and tensors
+              (T, 3, H, W);
+            - one image (`PIL.Image`, array or tensor of two or three dimensions): a video of one frame;
+            - a `VideoSource`, which is returned as it is.
+            How a phone was held (rotation of videos, EXIF orientation of photographs) is undone.
+
+    Returns:
+        [`VideoSource`]: an iterable of uint8 RGB arrays (H, W, 3).
+
+    Raises:
+        ValueError: if nothing is there, it can't be decoded, or it has no frames. Later, while iterating, if a frame
+            can't be decoded or changes its size.
+    """
+    if isinstance(source, VideoSource):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        return _read_location(os.fspath(source))
+    if isinstance(source, Image.Image) or ((_is_tensor(source) or isinstance(source, np.ndarray)) and source.ndim < 4):
+        source = [source]
+    if isinstance(source, Iterable) and not isinstance(source, (bytes, dict)):
+        return VideoSource(
+            "frames",
+            lambda: ((None, frame) for frame in source),
+            num_frames=len(source) if hasattr(source, "__len__") else None,
+            once=isinstance(source, Iterator),
+        )
+    raise ValueError(f"source is a {type(source).__name__}; wanted is a path, URL, 'camera:0' or iterable of frames")
+
+
+def _read_location(location: str) -> VideoSource:
+    if location.startswith("camera:"):
+        device = f"/dev/video{location.removeprefix('camera:')}"
+        if not os.path.exists(device):
+            raise ValueError(f"source {location!r}: there is no camera at {device}")
+        return _read_container(device, location.replace(":", ""), live=True, format="v4l2")
+    if location.startswith(STREAM_SCHEMES):
+        # A URL may carry a password or a token, so only its last part is ever shown.
+        name = location.split("?")[0].rstrip("/").split("/")[-1].split("@")[-1]
+        return _read_container(location, name, live=True, timeout=(10, 30))
+
+    path = Path(location)
+    if path.is_dir():
+        images = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
+        if not images:
+            raise ValueError(f"folder {location!r} has no images ({', '.join(IMAGE_SUFFIXES)})")
+        return _read_images(path.resolve().name, images)
+    if path.is_file():
+        return _read_file(path)
+    if any(letter in location for letter in "*?["):
+        paths = [Path(p) for p in glob.glob(location, recursive=True) if os.path.isfile(p)]
+        if not paths:
+            raise ValueError(f"pattern {location!r} matches no file")
+        if len(paths) == 1:
+            return _read_file(paths[0])
+        for p in paths:
+            if p.suffix.lower() not in IMAGE_SUFFIXES:
+                raise ValueError(
+                    f"pattern {location!r} matches {len(paths)} files and {p.name!r} is no image; "
+                    "wanted are images (the frames of one video) or one video"
+                )
+        return _read_images(paths[0].resolve().parent.name, paths)
+    raise ValueError(f"source {location!r}: no such file or folder")
+
+
+def _read_file(path: Path) -> VideoSource:
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return _read_images(path.stem, [path])
+    # An absolute path is never taken for a protocol by FFmpeg, whatever the file is called.
+    return _read_container(os.path.abspath(path), path.stem)
+
+
+def _read_images(name: str, paths: list[Path]) -> VideoSource:
+    paths = sorted(paths, key=_natural)
+
+    def frames():
+        for path in paths:
+            try:
+                with Image.open(path) as image:
+                    frame = ImageOps.exif_transpose(image)
+                    frame.load()
+            except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
+                raise ValueError(f"image {str(path)!r} can't be decoded: {error}") from error
+            yield None, frame
+
+    return VideoSource(name, frames, num_frames=len(paths))
+
+
+def _natural(path: Path) -> list:
+    """Sort key of a path under which numbers count as numbers."""
+    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", str(path))]
+
+
+def _read_container(location: str, name: str, live: bool = False, **options) -> VideoSource:
+    """A video that FFmpeg reads. `live`: no second reading, and no frames held back by the decoder's threads."""
+
+    def open_stream():
+        try:
+            container = av.open(location, **options)
+        except (av.FFmpegError, OSError) as error:
+            # `from None`: the original names the whole URL, with the password that may be in it.
+            raise ValueError(f"video {name!r} can't be opened: {error.strerror or 'unknown reason'}") from None
+        if not container.streams.video:
+            container.close()
+            raise ValueError(f"video {name!r} can't be opened: there are no pictures in it")
+        stream = container.streams.video[0]
+        stream.thread_type = "SLICE" if live else "AUTO"
+        return container, stream
+
+    def frames():
+        container, stream = opened.pop() if opened else open_stream()
+        start = None
+        with container:
+            decoded = container.decode(stream)
+            index = 0
+            while True:
+                try:
+                    frame = next(decoded)
+                except StopIteration:
+                    break
+                except (av.FFmpegError, OSError) as error:
+                    raise ValueError(
+                        f"frame {index} of {name!r} can't be decoded: {error.strerror or error}"
+                    ) from error
+                if start is None:
+                    start = frame.time
+                # Frames are too small for more threads of the colour conversion to pay.
+                array = frame.to_ndarray(format="rgb24", threads=1)
+                if frame.rotation % 360:
+                    array = np.rot90(array, round(frame.rotation / 90))
+                yield (None if frame.time is None or start is None else frame.time - start), array
+                index += 1
+        if index < num_frames:
+            # Not an error: a video trimmed without coding it anew hides frames that its header still counts.
+            message = f"video {name!r} should have {num_frames} frames, {index} could be read; it may be cut short"
+            warnings.warn(message, stacklevel=2)
+
+    container, stream = open_stream()
+    opened = [(container, stream)]  # for the first reading; later ones open the file anew
+    fps, num_frames = stream.average_rate or stream.guessed_rate, stream.frames
+    return VideoSource(name, frames, fps=fps or None, num_frames=num_frames or None, once=live)
+
+
+def _is_tensor(x) -> bool:
+    torch = sys.modules.get("torch")  # who holds a tensor has imported torch; nobody else should wait for it
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+class WholeOrNothing:
+    """Base of all that writes results: used in `with`, the output appears under `path` at the end, or not at all.
+
+    Work goes to a hidden sibling `.NAME.partial-xxxxxxxx.SUFFIX`. When the block ends well it takes the place of
+    `path` and of what may have been there; when it ends in an exception it is removed, and `path` is as it was.
+    Missing parent folders are made, and on an exception removed again.
+
+    Subclasses fill in `_start` (open `self.partial`), `_finish` (complete it) and `_release` (close it, however the
+    block ended; may be called after `_finish`).
+    """
+
+    _makes_folder = False
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.partial: Path | None = None
+        if self.path.exists() and self.path.is_dir() != self._makes_folder:
+            is_one, wanted = ("file", "folder") if self._makes_folder else ("folder", "file")
+            raise ValueError(f"path {str(path)!r} is a {is_one}; wanted is a {wanted} to write")
+
+    def __enter__(self):
+        self._made = [parent for parent in self.path.absolute().parents if not parent.exists()]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.partial = self.path.with_name(f".{self.path.stem}.partial-{uuid.uuid4().hex[:8]}{self.path.suffix}")
+        try:
+            self._start()
+        except BaseException:
+            self._clean_up()
+            raise
+        return self
+
+    def __exit__(self, exception_type, exception, traceback):
+        try:
+            if exception_type is None:
+                self._finish()
+                self._publish()
+        finally:
+            self._clean_up()
+
+    def _publish(self):
+        os.replace(self.partial, self.path)
+
+    def _clean_up(self):
+        self._release()
+        if self.partial.is_dir():
+            shutil.rmtree(self.partial)
+        else:
+            self.partial.unlink(missing_ok=True)
+        self.partial = None
+        for parent in self._made:
+            with suppress(OSError):  # not empty: it holds results
+                parent.rmdir()
+
+    def _check_open(self):
+        if self.partial is None:
+            raise ValueError(f"{type(self).__name__} writes only inside its `with` block")
+
+    def _start(self):
+        raise NotImplementedError
+
+    def _finish(self):
+        pass
+
+    def _release(self):
+        pass
+
+
+class VideoWriter(WholeOrNothing):
+    """Writes frames to a video file (H.264, yuv420p: what every browser plays), whole or not at all.
+
+    Args:
+        path: the file to write; its suffix names the container (`.mp4`, `.mkv`, `.mov`).
+        fps: frames per second; `None` (images have no rate) stands for 24.
+        size: (height, width) of the frames in pixels. H.264 wants even numbers: an odd last row or column is repeated.
+
+    Raises:
+        ValueError: for a suffix, rate or size that can't be; on leaving the block, when no frame was written.
+
+    ```python
+    with VideoWriter("out.mp4", fps=source.fps, size=source.size) as writer:
+        for frame in source:
+            writer.write(frame)
+    ```
+    """
+
+    # Time stamps of frames that bring their own time are counted in this unit, usual for video.
+    _TICK = Fraction(1, 90_000)
+
+    def __init__(self, path: str | os.PathLike, fps: float | Fraction | None, size: tuple[int, int]):
+        super().__init__(path)
+        if self.path.suffix.lower() not in (".mp4", ".mkv", ".mov"):
+            raise ValueError(f"path {str(path)!r} ends in {self.path.suffix!r}; wanted is .mp4, .mkv or .mov")
+        fps = FPS_WHEN_UNKNOWN if fps is None else fps
+        if not 0.01 <= fps <= 100_000:  # NaN fails too
+            raise ValueError(f"fps is {fps}; wanted is a number from 0.01 to 100000")
+        self.fps = Fraction(fps).limit_denominator(1001)
+        self.size = tuple(size)
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise ValueError(f"size is {size}; wanted is (height, width), both positive")
+        self._container = None
+
+    def _start(self):
+        height, width = self.size
+        self._container = av.open(str(self.partial.absolute()), "w", options={"movflags": "+faststart"})
+        self._stream = self._container.add_stream("libx264", rate=self.fps)
+        self._stream.width, self._stream.height = width + width % 2, height + height % 2
+        self._stream.pix_fmt = "yuv420p"
+        # Without B-frames the times of a video of variable rate come out right, and its length with them.
+        self._stream.options = {"crf": "18", "preset": "veryfast", "bf": "0"}
+        codec = self._stream.codec_context
+        codec.colorspace = codec.color_primaries = codec.color_trc = 6  # SMPTE 170M, said so that no player guesses
+        codec.color_range = 1  # limited
+        self._last_pts = -1
+        self._timed = None
+
+    def write(self, frame: np.ndarray, time: float | None = None) -> None:
+        """Appends a frame.
+
+        Args:
+            frame: uint8 RGB array (H, W, 3) of the writer's size.
+            time: seconds since the first frame, for videos of variable rate; with every frame or with none. A time
+                that doesn't go on from the one before is moved to just after it.
+
+        Raises:
+            ValueError: for a frame of another size or dtype, or a time sometimes given and sometimes not.
+        """
+        self._check_open()
+        if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.shape != (*self.size, 3):
+            got = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
+            raise ValueError(f"frame is {got}; wanted is a uint8 array of shape {(*self.size, 3)}")
+        if self._timed is None:
+            self._timed = time is not None
+            self._tick = self._TICK if self._timed else 1 / self.fps
+            self._stream.codec_context.time_base = self._tick
+        if self._timed != (time is not None):
+            raise ValueError("time is given for some frames and not for others")
+
+        height, width = self.size
+        if height % 2 or width % 2:
+            frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+        picture = picture.reformat(format="yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG", threads=1)
+        picture.pts = max(self._last_pts + 1, round(time / self._tick) if self._timed else 0)
+        picture.time_base = self._tick
+        self._last_pts = picture.pts
+        self._container.mux(self._stream.encode(picture))
+
+    def _finish(self):
+        if self._last_pts < 0:
+            raise ValueError(f"no frame was written to {str(self.path)!r}")
+        self._container.mux(self._stream.encode())
+        self._container.close()
+
+    def _release(self):
+        if self._container is not None:
+            with suppress(av.FFmpegError):  # nothing more to lose: an unfinished file is about to be removed
+                self._container.close()

@@ -1,0 +1,198 @@
+"""Masks drawn on frames, and frames laid out on a sheet."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+
+@lru_cache
+def davis_palette() -> np.ndarray:
+    """The colours of indexed masks: the PASCAL VOC colour map, which DAVIS uses too.
+
+    Returns:
+        uint8 array (256, 3) of RGB colours; row 0, the background, is black. Read-only.
+    """
+    index = np.arange(256)
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    for bit in range(8):  # bits 0, 1, 2 of the index give the top bit of R, G, B; bits 3, 4, 5 the next; and so on
+        for channel in range(3):
+            palette[:, channel] |= (((index >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    palette.flags.writeable = False
+    return palette
+
+
+def color_of(object_id: int) -> tuple[int, int, int]:
+    """The RGB colour in which an object is drawn. Ids above 255 take the colours of 1 to 255 again; 0 is black."""
+    return tuple(davis_palette()[_palette_index(np.asarray(object_id))].tolist())
+
+
+def _palette_index(ids: np.ndarray) -> np.ndarray:
+    return ids if ids.dtype == np.uint8 else np.where(ids == 0, 0, (ids - 1) % 255 + 1).astype(np.uint8)
+
+
+def object_labels(objects: list[dict]) -> dict[int, str]:
+    """What to write beside each object: its id, its label and its score as far as known, as in `"3 dog 0.97"`.
+
+    Args:
+        objects: dicts `{"id": int, "label": str | None, "score": float | None}`.
+    """
+    labels = {}
+    for item in objects:
+        words = [str(item["id"])]
+        if item["label"] is not None:
+            words.append(item["label"])
+        if item["score"] is not None:
+            words.append(f"{item['score']:.2f}")
+        labels[item["id"]] = " ".join(words)
+    return labels
+
+
+def draw_overlay(
+    frame: np.ndarray,
+    masks: np.ndarray,
+    labels: dict[int, str] | None = None,
+    alpha: float = 0.5,
+    contour: bool = True,
+) -> np.ndarray:
+    """Draws the objects of a frame on it, each in its own colour ([`color_of`]).
+
+    Args:
+        frame: uint8 RGB array (H, W, 3); it is not changed.
+        masks: integer array (H, W): 0 background, else the id of the object that the pixel belongs to.
+        labels: text to write at the top of each object, by id; those of objects not in `masks` are left out.
+        alpha: how much of the colour is mixed in, 0 (none) to 1 (all).
+        contour: whether to draw the objects' outlines, half way from their colour to white.
+
+    Returns:
+        uint8 RGB array (H, W, 3).
+
+    Raises:
+        ValueError: if `frame` or `masks` are not of these types, or differ in height or width.
+    """
+    _check_masks(frame, masks)
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; wanted is 0 to 1")
+    height, width = masks.shape
+
+    # Pillow looks colours up and mixes them several times faster than numpy's indexing does.
+    index = _palette_index(masks)
+    colors = Image.fromarray(index)
+    colors.putpalette(davis_palette().tobytes())
+    strength = Image.fromarray((masks != 0).astype(np.uint8) * np.uint8(round(alpha * 255)))
+    out = np.array(Image.composite(colors.convert("RGB"), Image.fromarray(frame), strength))
+
+    if contour:
+        edges = _inner_edges(masks, thickness=max(1, round(height / 480)))
+        out[edges] = davis_palette()[index[edges]] // 2 + 128
+
+    for object_id, text in (labels or {}).items():
+        mine = masks == object_id
+        first = int(mine.argmax())
+        row = first // width
+        if mine[row, first % width]:
+            columns = np.flatnonzero(mine[row])
+            _write(out, text, bottom=row, center=int(columns[0] + columns[-1]) // 2, color=color_of(object_id))
+    return out
+
+
+def _check_masks(frame: np.ndarray, masks: np.ndarray):
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+        raise ValueError(f"frame is {frame.dtype} {frame.shape}; wanted is uint8 (height, width, 3)")
+    if not np.issubdtype(masks.dtype, np.integer) or masks.shape != frame.shape[:2]:
+        raise ValueError(f"masks are {masks.dtype} {masks.shape}; wanted are integers of shape {frame.shape[:2]}")
+
+
+def _inner_edges(masks: np.ndarray, thickness: int) -> np.ndarray:
+    """Pixels of objects that have something else `thickness` pixels away: bool (H, W)."""
+    edges = np.zeros(masks.shape, dtype=bool)
+    across = masks[:, thickness:] != masks[:, :-thickness]
+    edges[:, thickness:] |= across
+    edges[:, :-thickness] |= across
+    down = masks[thickness:] != masks[:-thickness]
+    edges[thickness:] |= down
+    edges[:-thickness] |= down
+    edges &= masks != 0
+    return edges
+
+
+def _write(image: np.ndarray, text: str, bottom: int, center: int, color: tuple[int, int, int]):
+    """Writes `text` into `image` on a plate of `color` whose lower edge is at row `bottom`, moved to fit the image."""
+    height, width = image.shape[:2]
+    size = max(10, height // 30)
+    glyphs = np.concatenate([_glyphs(word, size) for word in text.split() or [""]], axis=1)[:height, :width]
+    plate_height, plate_width = glyphs.shape
+    top = max(0, bottom - plate_height)
+    left = min(max(0, center - plate_width // 2), width - plate_width)
+    ink = 0 if np.dot(color, (0.299, 0.587, 0.114)) > 128 else 255
+    strength = glyphs[:, :, None] / np.float32(255)
+    plate = np.float32(color) * (1 - strength) + ink * strength
+    image[top : top + plate_height, left : left + plate_width] = plate.astype(np.uint8)
+
+
+@lru_cache(maxsize=1024)  # words, not whole labels: a score of two digits is soon seen before
+def _glyphs(word: str, size: int) -> np.ndarray:
+    """The ink of one word in 0..255, as high as the line, half a space at either side: uint8 (height, width)."""
+    font = _font(size)
+    space = max(1, round(font.getlength(" ") / 2))
+    image = Image.new("L", (round(font.getlength(word)) + 2 * space, sum(font.getmetrics())))
+    ImageDraw.Draw(image).text((space, 0), word, fill=255, font=font)
+    return np.asarray(image)
+
+
+@lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def contact_sheet(
+    frames: Sequence[np.ndarray],
+    columns: int = 4,
+    titles: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Image.Image:
+    """Lays frames out on one picture, row by row.
+
+    Args:
+        frames: uint8 RGB arrays (H, W, 3); they may differ in size, each cell is as large as the largest.
+        columns: cells per row.
+        titles: a line above each frame.
+        title: a line above all.
+
+    Returns:
+        `PIL.Image.Image` in RGB, on white.
+
+    Raises:
+        ValueError: without frames, for less than one column, or when `titles` are not as many as `frames`.
+    """
+    if len(frames) == 0:
+        raise ValueError("frames is empty; wanted is at least one frame")
+    if columns < 1:
+        raise ValueError(f"columns is {columns}; wanted is at least 1")
+    if titles is not None and len(titles) != len(frames):
+        raise ValueError(f"titles are {len(titles)}, frames {len(frames)}; wanted is one title per frame")
+
+    gap = 4
+    cell_height = max(frame.shape[0] for frame in frames)
+    cell_width = max(frame.shape[1] for frame in frames)
+    size = max(10, cell_height // 16)
+    line = round(1.6 * size)
+    font = _font(size)
+    title_height = line if title is not None else 0
+    row_height = cell_height + gap + (line if titles is not None else 0)
+    columns = min(columns, len(frames))
+    rows = -(-len(frames) // columns)
+
+    sheet = Image.new("RGB", (columns * (cell_width + gap) + gap, title_height + rows * row_height + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    if title is not None:
+        draw.text((gap, gap), title, fill="black", font=font)
+    for index, frame in enumerate(frames):
+        x = gap + index % columns * (cell_width + gap)
+        y = gap + title_height + index // columns * row_height
+        if titles is not None:
+            draw.text((x, y), titles[index], fill="black", font=font)
+            y += line
+        sheet.paste(Image.fromarray(frame), (x, y))
+    return sheet

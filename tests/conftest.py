@@ -1,0 +1,84 @@
+"""Fixtures that several test files share."""
+
+from os import environ
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+
+# Tiny tensors gain nothing from more threads, and lose much where other programs want the cores too.
+torch.set_num_threads(1)
+
+TINY_BACKBONE = {
+    "model_type": "efficientnet_lite",
+    "stem_width": 8,
+    "widths": [8, 8, 16, 16, 16],
+    "depths": [1, 1, 1, 1, 1],
+    "kernel_sizes": [3, 3, 3, 3, 3],
+    "strides": [1, 2, 2, 2, 2],
+    "expand_ratios": [1, 2, 2, 2, 2],
+}
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with real videos and true masks, from AUSM_SHARED_DATA or beside the repository."""
+    folder = Path(environ.get("AUSM_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"there is no data in {folder}; set AUSM_SHARED_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """A network of a few thousand parameters with four ID vectors and two labels."""
+    from ausm_hf import AusmConfig
+
+    return AusmConfig.from_preset(
+        "nano",
+        backbone_config=TINY_BACKBONE,
+        hidden_size=32,
+        mask_feature_size=16,
+        num_compressor_layers=1,
+        num_history_decoder_layers=1,
+        num_decoder_layers=1,
+        history_feedforward_size=32,
+        decoder_feedforward_size=32,
+        num_id_vectors=4,
+        num_detection_queries=5,
+        label_sets={"pets": ["cat", "dog"]},
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config):
+    """The network of `tiny_config` with fixed random weights."""
+    from ausm_hf import AusmForUniversalSegmentation
+
+    torch.manual_seed(0)
+    return AusmForUniversalSegmentation(tiny_config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_model, tmp_path_factory) -> Path:
+    """A saved folder of `tiny_model`: weights, processor, pipeline and the code of all three."""
+    from ausm_hf import AusmImageProcessor, AusmProcessor, VideoSegmentationPipeline
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "ausm-tiny-random"
+    processor = AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64}))
+    VideoSegmentationPipeline(tiny_model, processor=processor, device="cpu").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def moving_square() -> tuple[np.ndarray, np.ndarray]:
+    """Six frames (6, 48, 64, 3) of a bright square that moves over a dark ground, and its mask in each (6, 48, 64)."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 60, (6, 48, 64, 3), dtype=np.uint8)
+    masks = np.zeros((6, 48, 64), dtype=np.uint8)
+    for t in range(6):
+        masks[t, 12:30, 8 + 4 * t : 26 + 4 * t] = 1
+    frames[masks == 1] += 180
+    return frames, masks

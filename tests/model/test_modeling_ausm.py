@@ -1,0 +1,315 @@
+"""The network in its two forms: all frames at once, and frame by frame."""
+
+import pytest
+import torch
+from transformers import Mask2FormerConfig, SwinConfig
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixelDecoder
+
+from ausm_hf.model.configuration_ausm import AusmConfig
+from ausm_hf.model.history_ausm import mark_history
+from ausm_hf.model.modeling_ausm import AusmDeformablePixelEncoder, AusmForUniversalSegmentation, AusmModel
+
+
+TINY_SWIN = {
+    "model_type": "swin",
+    "image_size": 64,
+    "embed_dim": 8,
+    "depths": [1, 1, 1, 1],
+    "num_heads": [1, 1, 2, 2],
+    "window_size": 4,
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}
+
+
+def tiny_config(**overrides) -> AusmConfig:
+    values = {
+        "backbone_config": TINY_SWIN,
+        "hidden_size": 32,
+        "mask_feature_size": 16,
+        "num_attention_heads": 2,
+        "pixel_encoder": "fpn",
+        "pixel_encoder_layers": 1,
+        "pixel_encoder_feedforward_size": 32,
+        "mamba_head_dim": 16,
+        "num_compressor_layers": 2,
+        "num_history_decoder_layers": 2,
+        "history_feedforward_size": 32,
+        "history_gate_init": 1.0,
+        "num_decoder_layers": 3,
+        "decoder_feedforward_size": 32,
+        "num_id_vectors": 6,
+        "num_detection_queries": 5,
+        "train_num_points": None,
+        "label_sets": {"shapes": ["square", "disc"], "object": ["object"]},
+    }
+    return AusmConfig(**{**values, **overrides})
+
+
+def tiny_model(**overrides) -> AusmForUniversalSegmentation:
+    torch.manual_seed(0)
+    return AusmForUniversalSegmentation(tiny_config(**overrides)).eval()
+
+
+def moving_squares(frames: int, size: int, appearances: list[tuple[int, int, int | None]]) -> torch.Tensor:
+    """Masks (N, T, size, size) of squares; each is there from `first` to `last` but for one `hidden` frame."""
+    masks = torch.zeros(len(appearances), frames, size, size, dtype=torch.uint8)
+    for index, (first, last, hidden) in enumerate(appearances):
+        for frame in range(first, last):
+            if frame != hidden:
+                left = 4 * frame + 8 * index
+                masks[index, frame, 8 * index : 8 * index + 16, left : left + 16] = 1
+    return masks
+
+
+def clips(frames: int = 5, size: int = 64):
+    """Two clips with different numbers of objects: one stays, one enters late, one is hidden once, one leaves."""
+    torch.manual_seed(1)
+    pixels = torch.randn(2, frames, 3, size, size)
+    masks = [
+        moving_squares(frames, size, [(0, frames, None), (2, frames, None), (0, frames, 3)]),
+        moving_squares(frames, size, [(0, 2, None)]),
+    ]
+    switch = [torch.tensor([0, 3, 1]), torch.tensor([1])]
+    slots = [torch.tensor([4, 0, 2]), torch.tensor([5])]
+    return pixels, masks, switch, slots
+
+
+def outputs_of(result, index: int | slice):
+    return {
+        name: getattr(result, name)[:, index]
+        for name in ("masks_queries_logits", "class_queries_logits", "foreground_queries_logits")
+    }
+
+
+@pytest.mark.parametrize("temporal_mixer", ["mamba", "mamba2"])
+@pytest.mark.parametrize("pixel_encoder, key_stride", [("fpn", 2), ("msdeform", 1)])
+def test_parallel_form_equals_recurrent_form(temporal_mixer, pixel_encoder, key_stride):
+    """The most important test of the project: what is trained is what runs."""
+    model = tiny_model(temporal_mixer=temporal_mixer, pixel_encoder=pixel_encoder, history_key_stride=key_stride)
+    pixels, masks, switch, slots = clips()
+    labels = [torch.tensor([0, 1, -100]), torch.tensor([1])]
+    with torch.no_grad():
+        parallel = model(pixels, mask_labels=masks, class_labels=labels, switch_frames=switch, id_slots=slots)
+
+        history = model.init_history(2)
+        for frame in range(pixels.shape[1]):
+            # Teacher forcing by hand: `A_{t-1}`, `M_{t-1}` from the true masks, t = frame + 1
+            taken = torch.zeros(2, 3, dtype=torch.bool)
+            known = torch.zeros(2, 3, 16, 16)
+            held = torch.zeros(2, 3, dtype=torch.long)
+            for clip in range(2):
+                for index, s in enumerate(switch[clip].tolist()):
+                    held[clip, index] = slots[clip][index]
+                    if s < frame + 1:
+                        taken[clip, index] = True
+                        cells = masks[clip][index, max(frame - 1, 0)].float()
+                        cells = torch.nn.functional.avg_pool2d(cells[None, None], 4)[0, 0]
+                        known[clip, index] = (cells >= 0.5).float()
+            history = history.replace_objects(held, taken, known)
+            recurrent = model.step(pixels[:, frame], history)
+            history = recurrent.history
+
+            queries = torch.cat([taken, torch.ones(2, 5, dtype=torch.bool)], dim=1)
+            for name, value in outputs_of(parallel, frame).items():
+                torch.testing.assert_close(getattr(recurrent, name)[queries], value[queries], atol=1e-4, rtol=1e-4)
+    for name, tensor in history.tensors().items():
+        torch.testing.assert_close(tensor, parallel.history.tensors()[name], atol=1e-4, rtol=1e-4)
+
+
+def test_history_matters():
+    """Guards the test above against a network that ignores its history."""
+    model = tiny_model()
+    pixels, masks, switch, slots = clips()
+    with torch.no_grad():
+        first = model(pixels, mask_labels=masks, switch_frames=switch, id_slots=slots)
+        moved = [m.roll(24, dims=-1) for m in masks]
+        second = model(pixels, mask_labels=masks, history_masks=moved, switch_frames=switch, id_slots=slots)
+    assert (first.masks_queries_logits - second.masks_queries_logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("temporal_mixer", ["mamba", "mamba2"])
+@pytest.mark.parametrize("frame", [1, 3])
+def test_causality(temporal_mixer, frame):
+    model = tiny_model(temporal_mixer=temporal_mixer)
+    pixels, masks, switch, slots = clips()
+    changed = pixels.clone()
+    changed[:, frame] += 1.0
+    with torch.no_grad():
+        before = model(pixels, mask_labels=masks, switch_frames=switch, id_slots=slots)
+        after = model(changed, mask_labels=masks, switch_frames=switch, id_slots=slots)
+    for name, value in outputs_of(before, slice(0, frame)).items():
+        torch.testing.assert_close(outputs_of(after, slice(0, frame))[name], value, atol=1e-6, rtol=1e-6)
+    for name, value in outputs_of(before, frame).items():
+        assert not torch.allclose(outputs_of(after, frame)[name], value, atol=1e-3)
+
+
+def test_a_clip_in_two_pieces_equals_the_whole():
+    model = tiny_model()
+    pixels = clips()[0]
+    with torch.no_grad():
+        whole = model(pixels)
+        first = model(pixels[:, :2])
+        second = model(pixels[:, 2:], history=first.history)
+    for name, value in outputs_of(whole, slice(2, None)).items():
+        torch.testing.assert_close(outputs_of(second, slice(None))[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_of_instances_changes_nothing():
+    """A clip alone and the same clip beside one with more objects give the same."""
+    model = tiny_model()
+    pixels, masks, switch, slots = clips()
+    with torch.no_grad():
+        both = model(pixels, mask_labels=masks, switch_frames=switch, id_slots=slots)
+        alone = model(pixels[1:], mask_labels=masks[1:], switch_frames=switch[1:], id_slots=slots[1:])
+    torch.testing.assert_close(
+        both.masks_queries_logits[1:, 1:, [0, 3, 4, 5, 6, 7]], alone.masks_queries_logits[:, 1:], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_marker_paints_ids_normalised_by_coverage():
+    ids = torch.tensor([[[1.0, 0.0], [0.0, 3.0]]])
+    masks = torch.zeros(1, 2, 4, 4)
+    masks[0, 0, :2, :2] = 1  # a whole cell
+    masks[0, 0, 0, 2] = 1  # a quarter of the next cell
+    masks[0, 1, 2:, :2] = 1
+    masks[0, 0, 2:, :2] = 1  # two objects share this cell
+    marks = mark_history(ids, masks, (2, 2))
+    expected = torch.tensor([[[1.0, 0.25], [0.5, 0.0]], [[0.0, 0.0], [1.5, 0.0]]])
+    torch.testing.assert_close(marks[0], expected, atol=1e-5, rtol=0)
+
+
+def test_gate_zero_switches_the_history_off():
+    model = tiny_model(history_gate_init=0.0)
+    pixels, masks, switch, slots = clips()
+    with torch.no_grad():
+        history = model.init_history(2).replace_objects(
+            torch.tensor([[1], [2]]), torch.zeros(2, 1, dtype=torch.bool), torch.ones(2, 1, 16, 16)
+        )
+        history = model.step(pixels[:, 0], history).history
+        late = model.step(pixels[:, 1], history)
+        fresh = model.step(pixels[:, 1])
+    torch.testing.assert_close(late.masks_queries_logits[:, 1:], fresh.masks_queries_logits, atol=1e-5, rtol=1e-5)
+
+
+def test_deformable_pixel_encoder_is_mask2formers():
+    """Its two halves together are `Mask2FormerPixelDecoder.forward`."""
+    config = tiny_config(pixel_encoder="msdeform")
+    torch.manual_seed(0)
+    ours = AusmModel(config).pixel_encoder.eval()
+    theirs = Mask2FormerPixelDecoder(
+        Mask2FormerConfig(
+            backbone_config=SwinConfig(**{k: v for k, v in TINY_SWIN.items() if k != "model_type"}),
+            feature_size=32,
+            mask_feature_size=16,
+            hidden_dim=32,
+            encoder_feedforward_dim=32,
+            encoder_layers=1,
+            num_attention_heads=2,
+        ),
+        [8, 16, 32, 64],
+    ).eval()
+    theirs.load_state_dict(ours.state_dict())
+    maps = [torch.randn(2, c, 64 // s, 64 // s) for c, s in zip((8, 16, 32, 64), (4, 8, 16, 32))]
+    with torch.no_grad():
+        expected = theirs(maps)
+        levels = ours(maps)
+        masks = ours.mask_features(levels[0], maps[0])
+    torch.testing.assert_close(masks, expected.mask_features)
+    for level, reference in zip(levels, reversed(expected.multi_scale_features)):
+        torch.testing.assert_close(level, reference)
+
+
+def test_attention_back_ends_agree():
+    pixels, masks, switch, slots = clips()
+    results = []
+    for implementation in ("eager", "sdpa"):
+        model = tiny_model()
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            results.append(model(pixels, mask_labels=masks, switch_frames=switch, id_slots=slots))
+    torch.testing.assert_close(
+        results[0].masks_queries_logits[:, :, 3:], results[1].masks_queries_logits[:, :, 3:], atol=1e-4, rtol=1e-4
+    )
+
+
+def test_every_parameter_is_trained():
+    model = tiny_model(pixel_encoder="msdeform").train()
+    pixels, masks, switch, slots = clips()
+    labels = [torch.tensor([0, 1, -100]), torch.tensor([0])]
+    model(
+        pixels, mask_labels=masks, class_labels=labels, switch_frames=switch, id_slots=slots, label_sets=["shapes", "object"]
+    ).loss.backward()
+    without = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    # transformers' Swin backbone has one norm that none of its feature maps goes through.
+    assert without == {"model.backbone.swin.layernorm.weight", "model.backbone.swin.layernorm.bias"}
+
+
+def test_gradient_checkpointing_changes_nothing():
+    pixels, masks, switch, slots = clips()
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model().train()
+        if checkpointing:
+            # transformers 5.2x renamed it
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
+        torch.manual_seed(3)
+        model(pixels, mask_labels=masks, switch_frames=switch, id_slots=slots).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"pixel_values_videos": torch.zeros(2, 3, 64, 64)}, r"shape \(B, T, 3, H, W\)"),
+        ({"pixel_values_videos": torch.zeros(2, 5, 3, 60, 64)}, "multiples of 32"),
+        ({"pixel_values_videos": torch.zeros(2, 0, 3, 64, 64)}, "at least one frame"),
+        ({"mask_labels": [torch.zeros(1, 5, 64, 64)]}, "one entry per clip"),
+        ({"mask_labels": [torch.zeros(1, 4, 64, 64)] * 2}, r"`mask_labels\[0\]` must have shape"),
+        ({"class_labels": [torch.zeros(2).long()] * 2}, r"`class_labels\[0\]` must have shape"),
+        ({"class_labels": [torch.tensor([0, 1, 7]), torch.tensor([0])]}, "has label 7"),
+        ({"switch_frames": [torch.tensor([0, 3, 6]), torch.tensor([1])]}, "must lie in 0 .. 5"),
+        ({"id_slots": [torch.tensor([0, 0, 1]), torch.tensor([1])]}, "must differ"),
+        ({"label_sets": ["shapes", "colours"]}, "`label_set` must be one of"),
+        ({"mask_labels": [torch.zeros(7, 5, 64, 64)] * 2, "switch_frames": None, "id_slots": None}, "only 6 ID vectors"),
+        ({"frame": torch.zeros(3, 64, 64), "inference_session": object()}, "give the next `frame` and no"),
+        ({"pixel_values_videos": None}, "Give `pixel_values_videos`"),
+    ],
+)
+def test_bad_input_is_refused(change, message):
+    pixels, masks, switch, slots = clips()
+    arguments = {"pixel_values_videos": pixels, "mask_labels": masks, "switch_frames": switch, "id_slots": slots}
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"hidden_size": 30}, "`hidden_size`"),
+        ({"temporal_mixer": "mamba2", "mamba_head_dim": 24}, "`mamba_head_dim`"),
+        ({"num_id_vectors": 0}, "`num_id_vectors` must be at least 1"),
+        ({"label_sets": {"a": []}}, "has no labels"),
+        ({"default_label_set": "b"}, "`default_label_set`"),
+        ({"temporal_mixer": "lstm"}, "temporal_mixer"),
+        ({"backbone_config": {"model_type": "nothing"}}, "`backbone_config`"),
+    ],
+)
+def test_bad_configuration_is_refused(change, message):
+    with pytest.raises(Exception, match=message):
+        tiny_config(**change)
+
+
+def test_presets():
+    config = AusmConfig.from_preset("nano")
+    assert sum(p.numel() for p in AusmForUniversalSegmentation(config).parameters()) <= 7_500_000
+    assert config.id2label[0] == "person" and config.num_labels == 80
+    with pytest.raises(ValueError, match="no preset 'huge'"):
+        AusmConfig.from_preset("huge")
+    for preset, channels in (("tiny", 96), ("base", 128)):
+        config = AusmConfig.from_preset(preset)
+        assert (config.hidden_size, config.num_id_vectors, config.num_detection_queries) == (256, 100, 100)
+        assert (config.num_compressor_layers, config.num_history_decoder_layers) == (6, 6)
+        assert config.backbone_config.embed_dim == channels

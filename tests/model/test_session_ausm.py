@@ -1,0 +1,485 @@
+"""Who is who in a stream, to the last bit: a network that answers from a script, then a tiny real one."""
+
+import logging
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from ausm_hf import AusmImageProcessor, AusmProcessor
+from ausm_hf.model.session_ausm import (
+    PROMPT_LOGIT,
+    AusmInferenceSession,
+    FollowedObject,
+    propagate_in_video_iterator,
+    step_session,
+)
+
+SIZE = (4, 6)  # of mask logits; frames are four times as large
+FRAME = torch.zeros(3, 16, 24)
+LABELS = ["cat", "dog"]
+
+
+@dataclass
+class Seen:
+    """What the scripted network says of one object: where it is, how surely it is one, and which."""
+
+    box: tuple[int, int, int, int]  # top, bottom, left, right in mask logits
+    foreground: float = 0.9
+    dog: float = 0.5
+    logit: float = 5.0
+    no_object: float = 50.0  # odds of "no object" in the class logits
+
+    @property
+    def mask(self) -> torch.Tensor:
+        mask = torch.zeros(SIZE, dtype=torch.bool)
+        top, bottom, left, right = self.box
+        mask[top:bottom, left:right] = True
+        return mask
+
+
+NOTHING = Seen((0, 0, 0, 0), foreground=0.01)
+A, B, C = Seen((0, 2, 0, 2)), Seen((2, 4, 0, 2)), Seen((0, 2, 4, 6))
+
+
+@dataclass
+class FakeHistory:
+    slots: torch.Tensor
+    taken: torch.Tensor
+    masks: torch.Tensor
+    steps: int = 0
+
+    def replace_objects(self, slots, taken, masks):
+        assert slots.shape == taken.shape == masks.shape[:2]
+        assert slots.dtype == torch.int64 and taken.dtype == torch.bool and masks.dtype == torch.float32
+        return replace(self, slots=slots, taken=taken, masks=masks)
+
+
+class ScriptedModel:
+    """
+    Answers frame `t` by `script[t] = (tracked, detected)`. `tracked` is a dict from object id to [`Seen`] (the order
+    of the history is asked of the session), `detected` a list. Keeps the histories that it was given.
+    """
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, script, num_id_vectors=4, num_detection_queries=4, max_age=60):
+        self.script = script
+        self.num_detection_queries = num_detection_queries
+        self.config = SimpleNamespace(
+            num_id_vectors=num_id_vectors,
+            foreground_threshold=0.5,
+            duplicate_iou=0.5,
+            max_age=max_age,
+            label_sets={"pets": LABELS, "ships": ["tug", "yacht"]},
+            default_label_set="pets",
+        )
+        self.histories = []
+        self.session = None
+
+    def init_history(self, batch_size):
+        return FakeHistory(
+            torch.zeros(batch_size, 0, dtype=torch.int64),
+            torch.zeros(batch_size, 0, dtype=torch.bool),
+            torch.zeros(batch_size, 0, 1, 1),
+        )
+
+    def step(self, pixel_values, history, label_set=None):
+        self.histories.append(history)
+        tracked, detected = self.script[history.steps]
+        # In a first frame the session's objects are only known by their number: prompts in the order given.
+        ids = self.session.obj_ids or list(tracked)
+        assert len(ids) == history.slots.shape[1]
+        rows = [tracked.get(object_id, NOTHING) for object_id in ids] + detected
+        rows += [NOTHING] * (len(ids) + self.num_detection_queries - len(rows))
+        return SimpleNamespace(
+            masks_queries_logits=torch.stack([torch.where(x.mask, x.logit, -5.0) for x in rows])[None],
+            foreground_queries_logits=torch.tensor([[x.foreground for x in rows]]).logit(),
+            class_queries_logits=torch.tensor([[[1 - x.dog, x.dog, x.no_object] for x in rows]]).log(),
+            history=replace(history, steps=history.steps + 1),
+        )
+
+
+def play(script, session=None, prompts=None, **model_kwargs):
+    """Runs the script. `prompts`: frame index -> object id -> mask of the frame's size."""
+    model = ScriptedModel(script, **model_kwargs)
+    session = session or AusmInferenceSession(seed=0)
+    for frame_idx, masks in (prompts or {}).items():
+        session.add_masks(frame_idx, list(masks), list(masks.values()), (16, 24))
+    model.session = session
+    return model, session, [step_session(model, session, FRAME) for _ in script]
+
+
+def frame_mask(seen: Seen) -> torch.Tensor:
+    """The mask of a scripted object at the frame's size."""
+    return seen.mask.repeat_interleave(4, 0).repeat_interleave(4, 1)
+
+
+def test_detections_become_objects_best_first_and_are_followed():
+    weak = Seen((0, 2, 4, 6), foreground=0.4)
+    model, session, outputs = play([({}, [B, weak, Seen(A.box, 0.95)]), ({1: A, 2: B}, [])])
+    assert [output.object_ids for output in outputs] == [[1, 2], [1, 2]]
+    assert [output.frame_idx for output in outputs] == [0, 1]
+    assert outputs[0].prompted == [False, False]
+    torch.testing.assert_close(outputs[0].pred_masks[:, 0] > 0, torch.stack([A.mask, B.mask]))
+    assert outputs[0].pred_masks.shape == (2, 1, *SIZE)
+    # What the second step was given: the first one's history, with A and M filled in.
+    assert model.histories[0].slots.shape == (1, 0)
+    history = model.histories[1]
+    assert history.steps == 1 and history.taken.all()
+    assert history.slots[0].tolist() == [followed.slot for followed in session.objects]
+    torch.testing.assert_close(history.masks[0], torch.stack([A.mask, B.mask]).float())
+
+
+def test_session_threshold_replaces_the_configured_one():
+    _, _, outputs = play([({}, [Seen(A.box, 0.6), Seen(B.box, 0.8)])], AusmInferenceSession(foreground_threshold=0.7))
+    assert (outputs[0].pred_masks[:, 0] > 0).equal(B.mask[None])
+
+
+def test_foreground_exactly_at_the_threshold():
+    """Above it a detection is an object; at it a followed one still counts as seen."""
+    at, above = Seen(A.box, 0.5), Seen(A.box, 0.51)
+    _, _, outputs = play([({}, [at]), ({}, [above]), ({1: at}, [])])
+    assert [output.object_ids for output in outputs] == [[], [1], [1]]
+
+
+def test_absent_object_is_left_out_keeps_its_id_and_comes_back():
+    gone = Seen(A.box, foreground=0.2)
+    model, session, outputs = play([({}, [A]), ({1: gone}, []), ({1: A}, []), ({1: A}, [])])
+    assert [output.object_ids for output in outputs] == [[1], [], [1], [1]]
+    assert outputs[1].pred_masks.shape == (0, 1, *SIZE) and outputs[1].scores.shape == (0,)
+    assert [history.masks.sum().item() for history in model.histories[1:]] == [4, 0, 4]
+    assert [history.slots.tolist() for history in model.histories[1:]] == [[[session.objects[0].slot]]] * 3
+    assert session.objects[0].absent_frames == 0
+
+
+def test_object_without_a_mask_counts_as_absent():
+    empty = Seen((0, 0, 0, 0), foreground=0.9)
+    _, session, outputs = play([({}, [A]), ({1: empty}, [empty])])
+    assert outputs[1].object_ids == [] and session.obj_ids == [1]
+    assert session.objects[0].absent_frames == 1
+
+
+def test_slot_is_given_back_after_max_age_and_the_id_never_returns():
+    script = [({}, [A]), ({}, []), ({}, []), ({}, [A])]
+    model, session, outputs = play(script, max_age=2)
+    assert [history.slots.shape[1] for history in model.histories] == [0, 1, 1, 0]
+    assert outputs[3].object_ids == [2]
+
+    _, session, _ = play(script, max_age=None)
+    assert session.obj_ids == [1, 2]
+
+
+def test_reappearing_resets_the_age():
+    script = [({}, [A]), ({}, []), ({1: A}, []), ({}, []), ({1: A}, [])]
+    assert play(script, max_age=2)[2][-1].object_ids == [1]
+
+
+def test_duplicates_of_followed_objects_and_of_better_detections_are_dropped():
+    half = Seen((0, 2, 1, 3), foreground=0.8)  # IoU with A is 1/3
+    _, _, outputs = play(
+        [
+            ({}, [A, Seen(A.box, 0.8), Seen(B.box, 0.7), Seen((2, 4, 0, 3), 0.6)]),  # the last: IoU 2/3 with B
+            ({1: A, 2: B}, [A, half]),
+        ]
+    )
+    assert outputs[0].object_ids == [1, 2]
+    assert outputs[1].object_ids == [1, 2, 3]
+
+
+def test_masks_in_the_history_are_exclusive_and_the_output_keeps_the_logits():
+    left, right = Seen((0, 4, 0, 4), logit=3.0), Seen((0, 4, 2, 6), 0.8, logit=7.0)
+    model, _, outputs = play([({}, [left, right]), ({}, [])])
+    masks = model.histories[1].masks[0]
+    assert masks[0].sum() == 8 and masks[1].sum() == 16 and masks.sum(0).max() == 1
+    assert masks[0, :, :2].all() and masks[1, :, 2:].all()
+    assert (outputs[0].pred_masks > 0).sum((1, 2, 3)).tolist() == [16, 16]
+
+
+def test_detection_that_is_left_without_a_pixel_is_none():
+    inside = Seen((0, 1, 0, 1), 0.8, logit=1.0)
+    _, session, outputs = play([({}, [Seen((0, 4, 0, 4), logit=9.0), inside, C])])
+    assert outputs[0].object_ids == [1, 2] and session.next_object_id == 3
+    assert (outputs[0].pred_masks[1, 0] > 0).equal(C.mask)
+
+
+def test_when_all_slots_are_taken_the_best_win_and_a_warning_says_so_once(caplog):
+    script = [({}, [Seen(A.box, 0.7), Seen(B.box, 0.8), Seen(C.box, 0.9)]), ({1: C, 2: B}, [A]), ({1: C, 2: B}, [A])]
+    logging.getLogger("ausm_hf.model.session_ausm").propagate = True
+    with caplog.at_level("WARNING"):
+        model, _, outputs = play(script, num_id_vectors=2)
+    assert [output.object_ids for output in outputs] == [[1, 2]] * 3
+    torch.testing.assert_close(outputs[0].pred_masks[:, 0] > 0, torch.stack([C.mask, B.mask]))
+    assert [record.message.startswith("All 2 ID vectors are taken") for record in caplog.records] == [True]
+    assert sorted(model.histories[1].slots[0].tolist()) == [0, 1]
+
+
+def test_what_is_not_followed_takes_neither_slots_nor_pixels():
+    empty, beaten = Seen((0, 0, 0, 0), 0.95), Seen((0, 2, 3, 5), 0.6, logit=9.0)  # IoU with C is 1/3
+    model, _, outputs = play([({}, [C, empty, B, beaten]), ({}, [])], num_id_vectors=2)
+    torch.testing.assert_close(outputs[0].pred_masks[:, 0] > 0, torch.stack([C.mask, B.mask]))
+    torch.testing.assert_close(model.histories[1].masks[0], torch.stack([C.mask, B.mask]).float())
+
+
+def test_slots_are_drawn_without_replacement_and_repeat_with_the_seed():
+    def slots(seed):
+        return [x.slot for x in play([({}, [A, B]), ({1: A, 2: B}, [C])], AusmInferenceSession(seed=seed))[1].objects]
+
+    drawn = [slots(seed) for seed in range(8)]
+    assert drawn == [slots(seed) for seed in range(8)] and len({tuple(x) for x in drawn}) > 1
+    assert all(len(set(x)) == 3 and set(x) <= set(range(4)) for x in drawn)
+
+
+def test_slots_are_drawn_uniformly():
+    held = [FollowedObject(1, slot=1, prompted=False)]
+    drawn = [AusmInferenceSession(seed=seed).draw_slots(2, 5, held) for seed in range(400)]
+    for column in range(2):
+        counts = {slot: [x[column] for x in drawn].count(slot) for slot in range(5)}
+        assert counts[1] == 0 and min(counts[slot] for slot in (0, 2, 3, 4)) > 65  # 100 expected, deviation 9
+
+
+def test_class_is_a_mean_over_frames_weighted_by_foreground_and_the_score_is_a_product():
+    cat, dog = Seen(A.box, 0.9, dog=0.2), Seen(A.box, 0.6, dog=0.9, no_object=0.1)
+    hidden = Seen(A.box, 0.3, dog=0.99)  # absent: has no vote
+    _, _, outputs = play([({}, [cat]), ({1: hidden}, []), ({1: dog}, []), ({1: dog}, [])])
+    assert [output.labels for output in outputs] == [["cat"], [], ["cat"], ["dog"]]
+    assert [output.label_ids for output in outputs] == [[0], [], [0], [1]]
+    assert outputs[0].scores.item() == pytest.approx(0.9 * 0.8)
+    assert outputs[2].scores.item() == pytest.approx(0.6 * (0.9 * 0.8 + 0.6 * 0.1) / 1.5)
+    assert outputs[3].scores.item() == pytest.approx(0.6 * (0.9 * 0.2 + 2 * 0.6 * 0.9) / 2.1)
+
+
+def test_label_set_is_the_one_asked_for():
+    assert play([({}, [A])], AusmInferenceSession(label_set="ships"))[2][0].labels == ["tug"]
+
+
+def test_prompt_for_the_first_frame_is_in_the_history_before_and_after_its_step():
+    prompt = frame_mask(A)
+    prompt[0, 0] = False  # a detail that the logits' resolution cannot show
+    elsewhere = Seen(B.box, foreground=0.1)
+    model, session, outputs = play([({7: elsewhere}, [C]), ({7: B}, [C])], prompts={0: {7: prompt}})
+    fractions = A.mask.float()
+    fractions[0, 0] = 15 / 16
+    for history in model.histories:
+        torch.testing.assert_close(history.masks[0, 0], fractions)
+        assert history.slots.shape == (1, 1) and history.slots[0, 0] == session.objects[0].slot
+    assert outputs[0].object_ids == [7] and outputs[0].prompted == [True]
+    # The output is the prompt itself, at its own size; from the next frame on it is what the network says.
+    assert outputs[0].pred_masks.shape == (1, 1, 16, 24) and (outputs[0].pred_masks[0, 0] > 0).equal(prompt)
+    assert outputs[1].pred_masks.shape == (1, 1, *SIZE) and (outputs[1].pred_masks[0, 0] > 0).equal(B.mask)
+    assert outputs[0].scores.item() == pytest.approx(0.1 * 0.5)
+    assert not session.mask_prompts
+
+
+def test_thin_prompt_does_not_vanish():
+    prompt = torch.zeros(16, 24, dtype=torch.bool)
+    prompt[5, 3] = True
+    model, _, outputs = play([({1: NOTHING}, [])], prompts={0: {1: prompt}})
+    assert model.histories[0].masks.sum() == pytest.approx(1 / 16)
+    assert (outputs[0].pred_masks[0, 0] > 0).equal(prompt)
+
+
+def test_prompted_objects_are_never_thresholded_or_forgotten():
+    faint = Seen(A.box, foreground=0.01)
+    model, _, outputs = play([({1: A}, [])] + [({1: faint}, [])] * 5, prompts={0: {1: frame_mask(A)}}, max_age=2)
+    assert [output.object_ids for output in outputs] == [[1]] * 6
+    assert all(history.masks.sum() == 4 for history in model.histories)
+
+
+@pytest.mark.parametrize(("find", "ids"), [(None, [1]), (True, [1, 2]), (False, [1])])
+def test_with_prompts_new_objects_are_found_only_when_asked(find, ids):
+    session = AusmInferenceSession(find_new_objects=find)
+    assert play([({1: A}, [B])], session, {0: {1: frame_mask(A)}})[2][0].object_ids == ids
+
+
+def test_prompt_on_a_later_frame_joins_after_its_step_with_an_id_of_its_own():
+    session = AusmInferenceSession(find_new_objects=True)
+    model, session, outputs = play(
+        [({}, [A]), ({6: A}, []), ({6: A, 5: B}, [])], session, prompts={1: {5: frame_mask(B)}}
+    )
+    assert [output.object_ids for output in outputs] == [[6], [6, 5], [6, 5]]  # 5 was spoken for
+    assert [history.slots.shape[1] for history in model.histories] == [0, 1, 2]
+    torch.testing.assert_close(model.histories[2].masks[0], torch.stack([A.mask, B.mask]).float())
+    assert outputs[1].labels == ["cat", None] and outputs[1].label_ids == [0, -1]
+    assert outputs[1].scores[1] == 1
+    assert outputs[2].labels == ["cat", "cat"]
+    assert (outputs[1].pred_masks[1, 0] > 0).equal(frame_mask(B)) and outputs[1].pred_masks.max() == PROMPT_LOGIT
+
+
+def test_prompt_for_a_followed_object_replaces_its_mask_and_takes_pixels_from_others():
+    model = ScriptedModel([({}, [A, B]), ({1: A, 2: B}, []), ({1: B, 2: NOTHING}, [])])
+    model.session = session = AusmInferenceSession(find_new_objects=True)
+    step_session(model, session, FRAME)
+    session.add_masks(1, [1], [frame_mask(B)], (16, 24))
+    output = step_session(model, session, FRAME)
+    step_session(model, session, FRAME)
+    assert output.object_ids == [1, 2] and output.prompted == [True, False]
+    torch.testing.assert_close(model.histories[2].masks[0], torch.stack([B.mask, torch.zeros(SIZE)]).float())
+
+
+def test_detection_where_a_prompt_is_is_a_duplicate():
+    session = AusmInferenceSession(find_new_objects=True)
+    assert play([({1: NOTHING}, [A, B])], session, {0: {1: frame_mask(A)}})[2][0].object_ids == [1, 2]
+
+
+def test_prompts_take_the_slots_of_found_objects_that_are_missed_least():
+    session = AusmInferenceSession(find_new_objects=True)
+    sure, unsure = Seen(A.box, 0.9), Seen(B.box, 0.8)
+    script = [({}, [sure, unsure, Seen(C.box, 0.7)]), ({8: sure, 9: unsure}, []), ({8: sure, 9: unsure}, [])]
+    one, two = Seen((3, 4, 3, 4)), Seen((3, 4, 4, 5))
+    prompts = {2: {6: frame_mask(one), 7: frame_mask(two)}}
+    _, session, outputs = play(script, session, prompts, num_id_vectors=3)
+    assert outputs[1].object_ids == [8, 9] and outputs[2].object_ids == [8, 6, 7]
+    assert sorted(x.slot for x in session.objects) == [0, 1, 2]
+
+
+def test_the_session_does_not_grow():
+    session = play([({}, [A])] + [({1: A}, [B]), ({1: A, 2: B}, [])] + [({1: A, 2: B}, [])] * 20)[1]
+    assert session.results is None and len(session.objects) == 2 and not session.mask_prompts
+    kept = play([({}, [A]), ({1: A}, [])], AusmInferenceSession(keep_results=True))[1]
+    assert list(kept.results) == [0, 1] and kept.results[1].object_ids == [1]
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (torch.zeros(3, 32, 24), r"frame must have the size of the frames before it, \(16, 24\)"),
+        (torch.zeros(1, 16, 24), "frame must have shape"),
+        (torch.zeros(2, 3, 16, 24), "frame must have shape"),
+        (torch.zeros(3, 16, 24, dtype=torch.uint8), "frame must be a floating point tensor"),
+        ([0, 1], "frame must be a floating point tensor"),
+    ],
+)
+def test_wrong_frames_leave_the_session_as_it_was(frame, message):
+    model, session, _ = play([({}, [A]), ({1: A}, [])][:1])
+    model.script.append(({1: A}, []))
+    with pytest.raises(ValueError, match=message):
+        step_session(model, session, frame)
+    assert session.next_frame_idx == 1
+    assert step_session(model, session, FRAME[None]).object_ids == [1]
+
+
+def test_more_prompts_than_id_vectors():
+    masks = {i: frame_mask(A) for i in range(1, 4)}
+    with pytest.raises(ValueError, match="at most 2, the number of ID vectors, got 3"):
+        play([({}, [])], prompts={0: masks}, num_id_vectors=2)
+    with pytest.raises(ValueError, match="at most 2, the number of ID vectors, got 3"):
+        play([({1: A, 2: B}, [])] * 2, prompts={0: {1: masks[1], 2: masks[2]}, 1: {3: masks[3]}}, num_id_vectors=2)
+
+
+@pytest.mark.parametrize(
+    ("frame_idx", "obj_ids", "masks", "message"),
+    [
+        (0, [1], [torch.ones(16, 24)], "frame_idx must be an integer of at least 1"),
+        ("1", [1], [torch.ones(16, 24)], "frame_idx must be an integer"),
+        (9, [1], [torch.ones(16, 24)], "frame_idx must be below 9"),
+        (1, [0], [torch.ones(16, 24)], "obj_ids must be positive integers, got 0"),
+        (1, ["cat"], [torch.ones(16, 24)], "obj_ids must be positive integers, got 'cat'"),
+        (1, [True], [torch.ones(16, 24)], "obj_ids must be positive integers, got True"),
+        (1, [], [], "at least one object"),
+        (1, [2, 2], [torch.ones(16, 24)] * 2, "each one once"),
+        (1, [1, 2], [torch.ones(16, 24)], "as many as obj_ids"),
+        (1, [1], [torch.ones(24, 16)], r"size of the video, \(16, 24\)"),
+        (1, [1], [torch.zeros(16, 24)], "empty mask for object 1"),
+    ],
+)
+def test_wrong_prompts(frame_idx, obj_ids, masks, message):
+    session = AusmInferenceSession(num_frames=9)
+    play([({}, [])], session)
+    with pytest.raises(ValueError, match=message):
+        session.add_masks(frame_idx, obj_ids, masks, (16, 24))
+    assert not session.mask_prompts and session.next_object_id == 1 and session.video_height is None
+
+
+def test_propagating():
+    def started(length=5, **kwargs):
+        model = ScriptedModel([({}, [])] * 10)
+        model.session = AusmInferenceSession(video=(FRAME for _ in range(length)), **kwargs)
+        return model, model.session
+
+    def indices(model, session, *args):
+        return [output.frame_idx for output in propagate_in_video_iterator(model, session, *args)]
+
+    model, session = started()
+    assert indices(model, session, None, 2) == [0, 1]  # exactly as many as asked for
+    assert indices(model, session) == [2, 3, 4] and indices(model, session) == []
+    assert indices(*started(), 3, 9) == [3, 4]
+    assert indices(*started(), 0, 0) == []
+    assert indices(*started(num_frames=5), 5) == []
+
+    model, session = started()
+    frames = propagate_in_video_iterator(model, session, show_progress_bar=True)
+    assert next(frames).frame_idx == 0 and session.next_frame_idx == 1  # one at a time
+
+
+def test_wrong_propagation():
+    model = ScriptedModel([({}, [])] * 10)
+
+    def session(**kwargs):
+        model.session = AusmInferenceSession(video=[FRAME] * 3, **kwargs)
+        return model.session
+
+    with pytest.raises(ValueError, match="made with a video"):
+        propagate_in_video_iterator(model, AusmInferenceSession())
+    with pytest.raises(ValueError, match="must not be negative"):
+        propagate_in_video_iterator(model, session(), max_frame_num_to_track=-1)
+    with pytest.raises(ValueError, match="at most 3"):
+        propagate_in_video_iterator(model, session(num_frames=3), 4)
+    with pytest.raises(ValueError, match="at most 3"):
+        list(propagate_in_video_iterator(model, session(), 4))
+    prompted = session()
+    prompted.add_masks(1, [1], [frame_mask(A)], (16, 24))
+    with pytest.raises(ValueError, match="prompts of frame 1"):
+        propagate_in_video_iterator(model, prompted, 2)
+    running = session()
+    step_session(model, running, FRAME)
+    with pytest.raises(ValueError, match="at least 1, the next frame"):
+        propagate_in_video_iterator(model, running, 0)
+
+
+def test_threshold_is_a_probability():
+    with pytest.raises(ValueError, match="foreground_threshold"):
+        AusmInferenceSession(foreground_threshold=1.5)
+
+
+def test_streaming_a_real_network(tiny_model, moving_square):
+    """Found objects and prompts together, from a video; one object is lost and its slot is taken by another."""
+    frames, masks = moving_square
+    processor = AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64}))
+    session = processor.init_video_session(video=frames, find_new_objects=True, foreground_threshold=0.01, seed=0)
+    processor.add_inputs_to_inference_session(session, 0, 9, masks[0])
+    processor.add_inputs_to_inference_session(session, 3, [9, 7], [masks[3], masks[0]])
+    outputs = list(tiny_model.propagate_in_video_iterator(session))
+    assert [output.frame_idx for output in outputs] == list(range(6))
+    assert all(9 in output.object_ids for output in outputs) and all(7 in output.object_ids for output in outputs[3:])
+    assert session.get_obj_num() == session.history.slots.shape[1] == session.history.masks.shape[1] <= 4
+    assert len({x.slot for x in session.objects}) == session.get_obj_num()
+    for t in (0, 3):
+        (result,) = processor.post_process_instance_segmentation(outputs[t], target_sizes=[(48, 64)])
+        assert ((result["segmentation"] == 9).numpy() == (masks[t] == 1)).all()
+    assert all(output.pred_masks.shape[1:] == (1, 16, 24) for output in (outputs[1], outputs[2], outputs[4]))
+    assert all(output.pred_masks.isfinite().all() for output in outputs)
+
+
+def test_frames_one_by_one_equal_a_video(tiny_model, moving_square):
+    frames, masks = moving_square
+    processor = AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64}))
+    streamed, whole = (processor.init_video_session(video=video, seed=1) for video in (None, frames))
+    for session in (streamed, whole):
+        processor.add_inputs_to_inference_session(session, 0, 1, masks[0], original_size=(48, 64))
+    for frame, expected in zip(frames, tiny_model.propagate_in_video_iterator(whole), strict=True):
+        output = tiny_model(inference_session=streamed, frame=processor(images=frame)["pixel_values"][0])
+        assert torch.equal(output.pred_masks, expected.pred_masks) and output.object_ids == expected.object_ids == [1]
+    with pytest.raises(ValueError, match="size of the frames before it"):
+        tiny_model(inference_session=streamed, frame=torch.zeros(3, 64, 64))
+
+
+def test_history_has_a_constant_size(tiny_model, moving_square):
+    frames, masks = moving_square
+    processor = AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64}))
+    session = processor.init_video_session(video=np.concatenate([frames] * 3))
+    processor.add_inputs_to_inference_session(session, 0, 1, masks[0])
+    sizes = {session.history.num_bytes for _ in tiny_model.propagate_in_video_iterator(session)}
+    assert len(sizes) == 1

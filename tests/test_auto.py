@@ -1,0 +1,131 @@
+"""Auto classes, from a clean process with an empty cache: with the package, and with nothing but the saved code."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from ausm_hf import AusmConfig, AusmForUniversalSegmentation, AusmModel, AusmProcessor
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_checkpoint, tmp_path_factory):
+    """Inputs, and what this process makes of them, in a file for the other process to compare with."""
+    frames = np.random.default_rng(0).integers(0, 256, (3, 48, 64, 3), dtype=np.uint8)
+    model = AusmForUniversalSegmentation.from_pretrained(tiny_checkpoint).eval()
+    pixel_values = AusmProcessor.from_pretrained(tiny_checkpoint)(videos=frames)["pixel_values_videos"]
+    with torch.no_grad():
+        output = model(pixel_values)
+        bare = AusmModel.from_pretrained(tiny_checkpoint).eval()(pixel_values)
+    path = tmp_path_factory.mktemp("expected") / "expected.npz"
+    np.savez(
+        path,
+        frames=frames,
+        masks=output.masks_queries_logits.numpy(),
+        classes=output.class_queries_logits.numpy(),
+        foreground=output.foreground_queries_logits.numpy(),
+        bare=bare.query_hidden_states.numpy(),
+    )
+    return path
+
+
+COMPARE = """
+import sys
+import numpy as np
+import torch
+from transformers import AutoImageProcessor, AutoModel, AutoModelForUniversalSegmentation, AutoProcessor, pipeline
+
+torch.set_num_threads(THREADS)  # bit for bit: sums in the same order
+expected = np.load(EXPECTED)
+options = OPTIONS
+processor = AutoProcessor.from_pretrained(FOLDER, **options)
+assert type(processor).__name__ == "AusmProcessor"
+assert type(AutoImageProcessor.from_pretrained(FOLDER, **options)).__name__ == "AusmImageProcessor"
+pixel_values = processor(videos=expected["frames"])["pixel_values_videos"]
+with torch.no_grad():
+    output = AutoModelForUniversalSegmentation.from_pretrained(FOLDER, **options).eval()(pixel_values)
+    bare = AutoModel.from_pretrained(FOLDER, **options).eval()(pixel_values)
+assert (output.masks_queries_logits.numpy() == expected["masks"]).all()
+assert (output.class_queries_logits.numpy() == expected["classes"]).all()
+assert (output.foreground_queries_logits.numpy() == expected["foreground"]).all()
+assert (bare.query_hidden_states.numpy() == expected["bare"]).all()
+segment = pipeline("video-segmentation", model=FOLDER, device="cpu", **options)
+results = segment(expected["frames"], threshold=0.0)
+assert len(results) == 3 and results[0][0]["mask"].size == (64, 48)
+print(type(segment).__module__, type(segment.model).__module__, sorted(m for m in sys.modules if m == "ausm_hf"))
+"""
+
+
+def run(code: str, folder, expected, options: dict, cwd) -> str:
+    for name, value in {"EXPECTED": str(expected), "FOLDER": str(folder), "OPTIONS": options}.items():
+        code = code.replace(name, repr(value))
+    code = code.replace("THREADS", str(torch.get_num_threads()))
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("HF_")}
+    environment |= {"HF_HOME": str(cwd / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+# Stands for "the package is not installed", whichever way it is.
+HIDE_PACKAGE = """
+import sys
+class Hidden:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] == "ausm_hf":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hidden)
+"""
+
+
+def test_remote_code_without_the_package(tiny_checkpoint, expected, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "downloaded-model")
+    code = HIDE_PACKAGE + COMPARE
+    printed = run(code, folder, expected, {"trust_remote_code": True}, tmp_path)
+    pipeline_module, model_module, package = printed.split(maxsplit=2)
+    assert pipeline_module.startswith("transformers_modules.") and pipeline_module.endswith(".pipeline_ausm")
+    assert model_module.startswith("transformers_modules.") and model_module.endswith(".modeling_ausm")
+    assert package == "[]"
+
+
+def test_local_code_with_the_package(tiny_checkpoint, expected, tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(os.path.dirname(os.path.dirname(sys.modules['ausm_hf'].__file__)))!r})\n"
+    printed = run(code + "import ausm_hf\n" + COMPARE, tiny_checkpoint, expected, {}, tmp_path)
+    assert printed == "ausm_hf.model.pipeline_ausm ausm_hf.model.modeling_ausm ['ausm_hf']"
+
+
+def test_model_code_needs_nothing_of_the_package(tiny_checkpoint):
+    """Every file of `model/` that the network needs was saved along, and none reaches out of its folder."""
+    saved = {path.name for path in tiny_checkpoint.glob("*.py")}
+    assert {"modeling_ausm.py", "configuration_ausm.py", "processing_ausm.py", "pipeline_ausm.py"} <= saved
+    for path in tiny_checkpoint.glob("*.py"):
+        assert "from ausm_hf" not in path.read_text() and "import ausm_hf\n" not in path.read_text().split('"""')[0]
+    config = json.loads((tiny_checkpoint / "config.json").read_text())
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForUniversalSegmentation"}
+
+
+def test_model_saved_by_itself_loads_with_remote_code(tiny_model, tmp_path):
+    """As a training run saves it: without a pipeline."""
+    tiny_model.save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForUniversalSegmentation"] == "modeling_ausm.AusmForUniversalSegmentation"
+    assert (tmp_path / "temporal_mamba.py").is_file()
+
+
+def test_backbone():
+    from transformers import AutoBackbone, AutoConfig
+
+    backbone = AutoBackbone.from_config(AutoConfig.for_model("efficientnet_lite"))
+    assert type(backbone).__name__ == "EfficientNetLiteBackbone"
+
+
+def test_config_round_trip(tmp_path):
+    config = AusmConfig.from_preset("nano")
+    config.save_pretrained(tmp_path)
+    assert AusmConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()

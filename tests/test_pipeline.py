@@ -1,0 +1,192 @@
+"""`pipeline("video-segmentation")`."""
+
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import pipeline
+
+import ausm_hf
+from ausm_hf import AusmImageProcessor, AusmProcessor, VideoSegmentationPipeline, VideoWriter
+from ausm_hf.model.pipeline_ausm import read_frames
+
+
+@pytest.fixture(scope="module")
+def segment(tiny_checkpoint):
+    return pipeline("video-segmentation", model=str(tiny_checkpoint), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def clip(moving_square, tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip") / "square.mp4"
+    with VideoWriter(path, fps=10, size=(48, 64)) as writer:
+        for frame in moving_square[0]:
+            writer.write(frame)
+    return path
+
+
+def as_arrays(results):
+    return [[(x["id"], x["label"], x["score"], np.asarray(x["mask"]).tolist()) for x in frame] for frame in results]
+
+
+def test_same_as_the_session_by_hand(segment, moving_square):
+    """The pipeline is the public streaming interface, frame by frame; nothing is added, nothing lost."""
+    frames, masks = moving_square
+    model, processor = segment.model, segment.processor
+    session = processor.init_video_session(video=list(frames), seed=0)
+    processor.add_inputs_to_inference_session(session, 0, [1], [masks[0] == 1])
+    expected = [
+        processor.post_process_instance_segmentation(output, target_sizes=[(48, 64)])[0]
+        for output in model.propagate_in_video_iterator(session)
+    ]
+
+    results = segment(frames, prompts={"masks": masks[0]})
+    assert len(results) == len(expected) == 6
+    for result, wanted in zip(results, expected):
+        assert [x["id"] for x in result] == [x["id"] for x in wanted["segments_info"]]
+        for item, info in zip(result, wanted["segments_info"]):
+            assert item["label"] == info["label"] and item["score"] == pytest.approx(info["score"])
+            assert item["mask"].mode == "L" and item["mask"].size == (64, 48)
+            assert (np.asarray(item["mask"]) == 255 * (wanted["segmentation"] == item["id"]).numpy()).all()
+    assert (np.asarray(results[0][0]["mask"]) == 255 * masks[0]).all()
+
+
+def test_stream_is_lazy(segment, moving_square):
+    taken = []
+
+    def frames():
+        for frame in moving_square[0]:
+            taken.append(len(taken))
+            yield frame
+
+    masks = moving_square[1][0]
+    results = segment(frames(), prompts={"masks": masks}, stream=True)
+    assert isinstance(results, types.GeneratorType)
+    next(results)
+    next(results)
+    assert len(taken) <= 3
+    whole = segment(moving_square[0], prompts={"masks": masks})
+    assert as_arrays([*results]) == as_arrays(whole[2:])
+
+
+def test_threshold(segment, moving_square):
+    frames = moving_square[0]
+    none, many = segment(frames, threshold=1.0), segment(frames, threshold=0.0)
+    assert not any(none) and any(many)
+    prompted = segment(frames, prompts={"masks": moving_square[1][0]}, threshold=1.0)
+    assert all(x["id"] == 1 for frame in prompted for x in frame) and len(prompted[0]) == 1
+
+
+def test_path_and_folder(segment, moving_square, clip, tmp_path):
+    prompts = {"masks": moving_square[1][0]}
+    for i, frame in enumerate(ausm_hf.read_video(clip)):
+        Image.fromarray(frame).save(tmp_path / f"{i}.png")
+    from_folder = as_arrays(segment(tmp_path, prompts=prompts))
+    assert len(from_folder) == 6
+    assert as_arrays(segment(str(clip), prompts=prompts)) == from_folder
+    assert as_arrays(segment(iter(ausm_hf.read_video(clip)), prompts=prompts)) == from_folder
+
+
+def test_own_reader_without_the_package(moving_square, clip, tmp_path):
+    """What a checkpoint's own code reads where the package isn't installed."""
+    frames = [np.asarray(frame) for frame in read_frames(str(clip))]
+    assert all((a == b).all() for a, b in zip(frames, ausm_hf.read_video(clip), strict=True))
+    Image.fromarray(frames[1]).save(tmp_path / "b.png")
+    Image.fromarray(frames[0]).save(tmp_path / "a.png")
+    assert all((np.asarray(a) == b).all() for a, b in zip(read_frames(tmp_path), frames))
+    with pytest.raises(ValueError, match="has no images"):
+        read_frames(tmp_path.parent / "none" if (tmp_path.parent / "none").mkdir() else tmp_path.parent / "none")
+    with pytest.raises(ValueError, match="no such file"):
+        read_frames("missing.mp4")
+    (tmp_path / "broken.mp4").write_bytes(b"not a video")
+    with pytest.raises(ValueError, match="can't be decoded"):
+        list(read_frames(tmp_path / "broken.mp4"))
+    with pytest.raises(ValueError, match="wanted is a path or an iterable"):
+        read_frames(3)
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        ({"boxes": [1, 2, 3, 4]}, "prompts must be a dict with the key 'masks'"),
+        ({"masks": np.zeros((48, 64), np.uint8)}, "masks is empty"),
+        ({"masks": np.ones((64, 48), np.uint8)}, "wanted is the size of the video"),
+        ({"masks": np.ones((48, 64), np.float32)}, "wanted are integers"),
+        ({"masks": np.ones((48, 64, 3), np.uint8)}, "wanted are integers of shape"),
+        ({"masks": Image.new("RGB", (64, 48), "red")}, "wanted is an indexed or grey image"),
+        ({"masks": np.full((48, 64), -1)}, "positive integers"),
+        ({"masks": np.arange(48 * 64).reshape(48, 64) % 6}, "at most 4, the number of ID vectors"),
+    ],
+)
+def test_wrong_prompts(segment, moving_square, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        segment(moving_square[0], prompts=prompts)
+
+
+@pytest.mark.parametrize(
+    "inputs, message",
+    [
+        ("missing.mp4", "no such file"),
+        ([], "no frames"),
+        ([np.zeros((48, 64, 3), np.uint8), np.zeros((64, 48, 3), np.uint8)], "of one size"),
+        (7, "wanted is a path"),
+        ([np.zeros((48, 64, 3), np.int64)], "dtype int64"),
+    ],
+)
+def test_wrong_inputs(segment, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        segment(inputs)
+    with pytest.raises(ValueError, match=message):
+        list(segment(inputs, stream=True))
+
+
+def test_frames_that_change_size_without_the_package(tiny_model):
+    class Plain(VideoSegmentationPipeline):
+        read_video = staticmethod(read_frames)
+
+    segment = Plain(tiny_model, processor=AusmProcessor(AusmImageProcessor(size={"height": 32, "width": 32})))
+    with pytest.raises(ValueError, match=r"frame of \(40, 64\) \(height, width\) after frames of \(48, 64\)"):
+        segment([np.zeros((48, 64, 3), np.uint8), np.zeros((40, 64, 3), np.uint8)])
+
+
+def test_unknown_argument(segment, moving_square):
+    with pytest.raises(TypeError, match="mask_threshold"):
+        segment(moving_square[0], mask_threshold=0.5)
+
+
+@pytest.mark.parametrize("frame", [(48, 64), (48, 64, 1), (48, 64, 4), (1, 1, 3)], ids=["grey", "grey1", "rgba", "1x1"])
+def test_odd_frames_are_frames(segment, frame):
+    (result,) = segment([np.full(frame, 128, np.uint8)], threshold=0.0)
+    assert all(x["mask"].size == (frame[1], frame[0]) for x in result)
+
+
+def test_another_model_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="wanted is AusmProcessor"):
+        VideoSegmentationPipeline(tiny_model, device="cpu")
+    other = torch.nn.Linear(1, 1)
+    other.config, other.device = types.SimpleNamespace(model_type="bert"), torch.device("cpu")
+    with pytest.raises(ValueError, match="model is of type 'bert'"):
+        VideoSegmentationPipeline(other, processor=AusmProcessor(AusmImageProcessor()), device="cpu")
+
+
+def test_save_and_load(segment, moving_square, tmp_path):
+    segment.save_pretrained(tmp_path / "again")
+    again = pipeline("video-segmentation", model=str(tmp_path / "again"), device="cpu")
+    frames, masks = moving_square
+    prompts = {"masks": masks[0]}
+    assert as_arrays(again(frames, prompts=prompts)) == as_arrays(segment(frames, prompts=prompts))
+    assert "checkpoints" not in (tmp_path / "again" / "config.json").read_text()  # no path of this machine
+
+
+def test_default_is_the_bundled_checkpoint(tiny_checkpoint, monkeypatch, moving_square):
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    from ausm_hf._register import BUNDLED_CHECKPOINT
+
+    task = PIPELINE_REGISTRY.check_task("video-segmentation")[1]
+    assert task["default"]["model"][0] == str(BUNDLED_CHECKPOINT)
+    monkeypatch.setitem(task["default"], "model", (str(tiny_checkpoint), "main"))
+    segment = pipeline("video-segmentation", device="cpu")
+    assert len(segment(moving_square[0])) == 6

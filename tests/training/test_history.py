@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from ausm_hf.training import history
+from ausm_hf.training.history import clip_generator, corrupt_history, sample_history
+
+
+def squares(num_objects=3, num_frames=5, size=64):
+    masks = torch.zeros(num_objects, num_frames, size, size, dtype=torch.bool)
+    for n in range(num_objects):
+        masks[n, :, 5 + 18 * n : 19 + 18 * n, 10:40] = True
+    return masks
+
+
+def test_a_clip_draws_the_same_whatever_is_around_it():
+    first = torch.rand(3, generator=clip_generator(1, 5))
+    torch.rand(7)
+    assert torch.equal(first, torch.rand(3, generator=clip_generator(1, 5)))
+    assert not torch.equal(first, torch.rand(3, generator=clip_generator(1, 6)))
+    assert not torch.equal(first, torch.rand(3, generator=clip_generator(2, 5)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
+def test_corruption_changes_a_copy_and_keeps_the_form(dtype):
+    masks = squares().to(dtype)
+    before = masks.clone()
+    corrupted = corrupt_history(masks, torch.zeros(3, dtype=torch.long), 1.0, clip_generator(0, 0))
+    assert torch.equal(masks, before)
+    assert corrupted.shape == masks.shape and corrupted.dtype == dtype
+    assert not torch.equal(corrupted, masks)
+    assert set(corrupted.float().unique().tolist()) <= {0.0, 1.0}
+
+
+def test_probability_is_the_share_of_changed_masks():
+    masks, switch_frames = squares(), torch.full((3,), 5)
+    assert torch.equal(corrupt_history(masks, switch_frames, 0.0, clip_generator(0, 0)), masks)
+    changed = [
+        (corrupt_history(masks, switch_frames, 0.25, clip_generator(0, i)) != masks).flatten(2).any(2)
+        for i in range(200)
+    ]
+    # A shift by nothing leaves a few as they are.
+    assert torch.stack(changed).float().mean().item() == pytest.approx(0.25, abs=0.03)
+
+
+def test_the_first_mark_stays_at_its_place():
+    masks = squares()
+    switch_frames = torch.tensor([0, 1, 4])
+    for i in range(50):
+        corrupted = corrupt_history(masks, switch_frames, 1.0, clip_generator(0, i))
+        for n, t in enumerate([0, 0, 3]):
+            mark, true = corrupted[n, t], masks[n, t]
+            assert mark.any() and ((mark & ~true).any() != (true & ~mark).any())  # grown or shrunk, nothing else
+
+
+def test_all_kinds_happen():
+    masks, kinds = squares(), set()
+    for i in range(30):
+        corrupted = corrupt_history(masks, torch.full((3,), 5), 1.0, clip_generator(0, i))
+        for n in range(3):
+            for t in range(4):
+                mine, true = corrupted[n, t], masks[n, t]
+                if not mine.any():
+                    kinds.add("dropped")
+                elif torch.equal(mine, masks[(n - 1) % 3, t]):
+                    kinds.add("swapped")
+                elif (mine & true).sum() == true.sum():
+                    kinds.add("dilated")
+                elif (mine & true).sum() == mine.sum():
+                    kinds.add("eroded or cut")
+                else:
+                    kinds.add("shifted")
+    assert kinds == {"dropped", "swapped", "dilated", "eroded or cut", "shifted"}
+
+
+def test_dilation_and_shift_are_those_of_scipy():
+    masks = torch.rand(4, 20, 30, generator=torch.Generator().manual_seed(0)) > 0.97
+    for radius in (1, 3):
+        wanted = [ndimage.binary_dilation(m, np.ones((2 * radius + 1,) * 2)) for m in masks.numpy()]
+        assert np.array_equal(history._dilate(masks, radius).numpy(), np.stack(wanted))
+    shifts = torch.tensor([[0, 0], [3, -2], [-5, 7], [25, 0]])
+    moved = history._shift(masks, shifts)
+    for mine, mask, shift in zip(moved, masks, shifts):
+        wanted = ndimage.shift(mask.numpy().astype(float), shift.numpy(), order=0, cval=0.0)
+        assert np.array_equal(mine.numpy(), wanted > 0.5)
+
+
+def test_an_object_too_thin_to_erode_is_kept():
+    masks = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
+    masks[:, :, 20, 5:50] = True
+    for i in range(20):
+        assert corrupt_history(masks, torch.tensor([0]), 1.0, clip_generator(0, i)).any()
+
+
+def test_no_objects():
+    nothing = torch.zeros(0, 3, 32, 32, dtype=torch.bool)
+    assert corrupt_history(nothing, torch.zeros(0, dtype=torch.long), 1.0, clip_generator(0, 0)).shape == nothing.shape
+
+
+def test_sampled_history_takes_predictions_where_the_network_tracks():
+    masks = squares(num_objects=2)
+    switch_frames = torch.tensor([0, 2])
+    logits = torch.full((5, 2, 16, 16), -9.0)
+    logits[:, :, :4, 12:] = 9.0  # the network sees both in the upper right
+    foreground = torch.full((5, 2), 9.0)
+    foreground[4, 1] = -9.0  # and thinks that the second one is gone in the last frame
+    sampled = sample_history(masks, logits, foreground, switch_frames, 1.0, 0.5, clip_generator(0, 0))
+    assert torch.equal(sampled[0, 0], masks[0, 0])  # the prompt
+    assert torch.equal(sampled[1, :2], masks[1, :2])  # detected: frames 1 and 2
+    for n, t in [(0, 1), (0, 4), (1, 2), (1, 3)]:
+        assert sampled[n, t, :14, 50:].all() and not sampled[n, t, 18:].any() and not sampled[n, t, :, :46].any()
+    assert not sampled[1, 4].any()
+    untouched = sample_history(masks, logits, foreground, switch_frames, 0.0, 0.5, clip_generator(0, 0))
+    assert torch.equal(untouched, masks)

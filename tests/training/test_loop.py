@@ -1,0 +1,250 @@
+import json
+import multiprocessing
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ausm_hf.training import checkpoint as checkpoint_module
+from ausm_hf.training import train
+from ausm_hf.training.checkpoint import checkpoints, restore_rng_state, rng_state
+from ausm_hf.training.loop import load_batches
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def log_lines(output_dir):
+    return [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_and_leaves_its_files(tiny, tmp_path):
+    final = tiny.run(tmp_path / "run", "optim.max_steps=30", "ema_decay=0.9", "log_every=10")
+    assert final == tmp_path / "run" / "final"
+    lines = log_lines(tmp_path / "run")
+    assert [line["step"] for line in lines] == [10, 20, 30]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert {"loss", "mask", "grad_norm", "lr", "frames_per_second"} <= lines[0].keys()
+    # The newest two of step 4, 8, .. 28 and the last one.
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-00000028", "step-00000030"]
+    # `from_pretrained` reads both the result, which is the moving average, and a checkpoint.
+    average = tiny.TinyModel.from_pretrained(final).state_dict()
+    assert_same(average, tiny.TinyModel.from_pretrained(checkpoints(tmp_path / "run")[-1] / "ema").state_dict())
+    trained = tiny.TinyModel.from_pretrained(checkpoints(tmp_path / "run")[-1]).state_dict()
+    assert not torch.equal(average["head.weight"], trained["head.weight"])
+    assert tiny.make_recipe(tmp_path / "run").output_dir in (tmp_path / "run" / "recipe.yaml").read_text()
+    assert not [p for p in (tmp_path / "run").rglob("*") if p.suffix in (".bin", ".pt", ".pkl", ".pth")]
+
+
+def test_resuming_is_bit_equal(tiny, tmp_path):
+    """With dropout, corruption, workers and a moving average: stopped after 8 of 12 steps, against never stopped."""
+    options = ("history_corruption=0.5", "ema_decay=0.9", "optim.schedule=constant")
+    tiny.run(tmp_path / "a", *options)
+    tiny.run(tmp_path / "b", *options, "optim.max_steps=7")
+    torch.rand(3), random.random()
+    tiny.run(tmp_path / "b", *options, "data.workers=1")
+    a, b = (checkpoints(tmp_path / run)[-1] for run in "ab")
+    assert a.name == b.name == "step-00000012"
+    for file in ("model.safetensors", "ema/model.safetensors", "optimizer.safetensors", "rng-00000.safetensors"):
+        assert_same(load_file(a / file), load_file(b / file))
+    for run in "ab":
+        assert [line["step"] for line in log_lines(tmp_path / run)] == list(range(1, 13))
+    assert [line["loss"] for line in log_lines(tmp_path / "a")] == [line["loss"] for line in log_lines(tmp_path / "b")]
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_weights(tiny, tmp_path):
+    """SIGKILL in a step, while a checkpoint is written, or while an old one is removed; then the same call again."""
+    options = ("optim.max_steps=24", "save_every=2", "history_corruption=0.5", "ema_decay=0.9")
+    whole = tiny.run(tmp_path / "whole", *options)
+    killed = tmp_path / "killed"
+    moments = random.Random()
+    # Forked, so that a life costs no imports.
+    context = multiprocessing.get_context("fork")
+    for _ in range(4):
+        life = context.Process(target=tiny.run, args=(killed, *options))
+        before = checkpoints(killed)
+        life.start()
+        while life.is_alive() and checkpoints(killed) == before:
+            time.sleep(0.002)
+        time.sleep(moments.random() * 0.2)
+        life.kill()
+        life.join()
+        assert checkpoints(killed)
+    assert_same(weights(whole), weights(tiny.run(killed, *options)))
+
+
+@pytest.mark.parametrize("moment", ["model", "optimizer", "publish"])
+def test_a_half_written_checkpoint_is_never_picked_up(tiny, tmp_path, monkeypatch, moment):
+    """The process dies while it writes the checkpoint of step 8."""
+    with monkeypatch.context() as patch:
+        if moment == "model":
+            original = tiny.TinyModel.save_pretrained
+
+            def dying(self, folder, **kwargs):
+                original(self, folder, **kwargs)
+                if "00000008" in str(folder):
+                    raise KeyboardInterrupt
+
+            patch.setattr(tiny.TinyModel, "save_pretrained", dying)
+        elif moment == "optimizer":
+            original_save = checkpoint_module.save_file
+
+            def dying_save(tensors, path):
+                original_save(tensors, path)
+                if "00000008" in str(path):
+                    Path(path).write_bytes(Path(path).read_bytes()[:100])
+                    raise KeyboardInterrupt
+
+            patch.setattr(checkpoint_module, "save_file", dying_save)
+        else:
+            original_publish = checkpoint_module.publish_folder
+
+            def dying_publish(temporary, target):
+                if target.name == "step-00000008":
+                    raise KeyboardInterrupt
+                original_publish(temporary, target)
+
+            patch.setattr(checkpoint_module, "publish_folder", dying_publish)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.run(tmp_path / "run")
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-00000004"]
+    assert (tmp_path / "run" / ".step-00000008.tmp").is_dir()
+    tiny.run(tmp_path / "run")
+    assert not list((tmp_path / "run").glob(".*"))
+    tiny.run(tmp_path / "whole")
+    assert_same(weights(tmp_path / "run" / "final"), weights(tmp_path / "whole" / "final"))
+
+
+def test_the_newest_checkpoints_are_kept(tiny, tmp_path):
+    tiny.run(tmp_path / "run", "save_every=2", "keep_checkpoints=3")
+    assert [p.name for p in checkpoints(tmp_path / "run")] == [f"step-000000{n:02d}" for n in (8, 10, 12)]
+
+
+def test_a_checkpoint_of_another_network_is_refused(tiny, tmp_path):
+    tiny.run(tmp_path / "run", "optim.max_steps=1")
+    with pytest.raises(ValueError, match="^ema_decay: .*use another output_dir"):
+        tiny.run(tmp_path / "run", "ema_decay=0.9")
+    checkpoint = checkpoints(tmp_path / "run")[0]
+    tensors = weights(checkpoint)
+    tensors["stranger"] = torch.zeros(1)
+    checkpoint_module.save_file(tensors, checkpoint / "model.safetensors")
+    with pytest.raises(ValueError, match="^model: .*stranger"):
+        tiny.run(tmp_path / "run")
+
+
+def test_rng_states_come_back(tmp_path):
+    state = rng_state()
+    checkpoint_module.save_file(state["tensors"], tmp_path / "rng-00000.safetensors")
+    (tmp_path / "rng-00000.json").write_text(json.dumps(state["values"]))
+
+    def draw():
+        return random.random(), random.gauss(0, 1), np.random.randn(3).tolist(), torch.rand(3).tolist()  # noqa: NPY002
+
+    drawn = draw()
+    assert draw() != drawn
+    restore_rng_state(tmp_path, 0)
+    assert draw() == drawn
+
+
+def test_accumulation_equals_a_larger_batch(tiny, tmp_path):
+    plain = tiny.run(tmp_path / "a", "data.batch_size=4", "optim.max_steps=3", dropout=0.0)
+    accumulated = tiny.run(
+        tmp_path / "b", "data.batch_size=2", "gradient_accumulation_steps=2", "optim.max_steps=3", dropout=0.0
+    )
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(value, weights(accumulated)[name], atol=1e-6, rtol=1e-5)
+
+
+def test_clips_of_a_step_do_not_depend_on_how_they_are_divided(tiny, tmp_path):
+    def clips(rank, processes, *overrides, first_step=0):
+        recipe = tiny.make_recipe(tmp_path, "optim.max_steps=3", *overrides)
+        batches = load_batches(recipe, tiny.TinyClips(), tiny.collate, first_step, rank, processes)
+        return [numbers for numbers, _ in batches]
+
+    whole = clips(0, 1, "data.batch_size=4")
+    assert whole == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert clips(0, 1, "data.batch_size=4", first_step=1) == whole[1:]
+    first, second = clips(0, 2, "data.batch_size=2"), clips(1, 2, "data.batch_size=2")
+    assert [a + b for a, b in zip(first, second)] == whole
+    halves = clips(0, 1, "data.batch_size=2", "gradient_accumulation_steps=2")
+    assert [a + b for a, b in zip(halves[::2], halves[1::2])] == whole
+
+
+def test_corruption_reaches_the_history_alone(tiny, tmp_path):
+    seen = {}
+
+    class Watching(tiny.TinyModel):
+        def forward(self, **inputs):
+            seen.update(inputs)
+            return super().forward(**inputs)
+
+    recipe = tiny.make_recipe(tmp_path / "run", "history_corruption=1.0", "optim.max_steps=1")
+    model = Watching(tiny.TinyConfig())
+    train(recipe, model=model, dataset=tiny.TinyClips(), collator=tiny.collate)
+    clips = tiny.TinyClips()
+    for i in range(2):
+        assert torch.equal(seen["mask_labels"][i], clips[i]["masks"])
+        assert not torch.equal(seen["history_masks"][i], clips[i]["masks"])
+
+
+def test_a_frozen_backbone_stays(tiny, tmp_path):
+    torch.manual_seed(0)
+    before = tiny.TinyModel(tiny.TinyConfig()).state_dict()
+    after = weights(tiny.run(tmp_path / "run", "freeze_backbone=true", "optim.max_steps=3"))
+    for name in before:
+        assert torch.equal(before[name], after[name]) == name.startswith("backbone."), name
+
+
+def test_evaluation_is_called_and_logged(tiny, tmp_path):
+    calls = []
+
+    def evaluate(model, step, output_dir):
+        calls.append((step, model.training, torch.is_grad_enabled()))
+        return {"quality": step / 10}
+
+    tiny.run(tmp_path / "run", "eval_every=6", evaluate=evaluate)
+    assert calls == [(6, False, False), (12, False, False)]
+    assert [line["quality"] for line in log_lines(tmp_path / "run") if "quality" in line] == [0.6, 1.2]
+
+
+def test_steps_with_a_bad_gradient_are_left_out_and_the_run_stops_if_it_goes_on(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("ausm_hf.training.loop.MAX_SKIPPED_STEPS", 2)
+    calls = []
+    original = tiny.TinyModel.forward
+    bad = {3}
+
+    def sometimes_nan(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) in bad:
+            output["loss"] = output["loss"] * float("nan")
+        return output
+
+    monkeypatch.setattr(tiny.TinyModel, "forward", sometimes_nan)
+    final = tiny.run(tmp_path / "run", "optim.max_steps=5")
+    assert all(value.isfinite().all() for value in weights(final).values())
+    bad.update(range(100))
+    calls.clear()
+    with pytest.raises(FloatingPointError, match="not finite for 3 steps"):
+        tiny.run(tmp_path / "bad")
+
+
+def test_arguments_that_can_not_work_are_refused_before_anything_is_loaded(tiny, tmp_path):
+    with pytest.raises(ValueError, match="^collator:"):
+        train(tiny.make_recipe(tmp_path / "run"), dataset=tiny.TinyClips())
+    with pytest.raises(ValueError, match="^data: .*got neither"):
+        train(tiny.make_recipe(tmp_path / "run"))
+    with pytest.raises(ValueError, match="^tracker: 'abacus' is not installed"):
+        tiny.run(tmp_path / "run", "tracker=abacus")
+    assert not (tmp_path / "run").exists()

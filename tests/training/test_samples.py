@@ -1,0 +1,56 @@
+import torch
+from PIL import Image
+
+from ausm_hf.training.samples import FIRST_CLIP, SampleWriter, follow, iou
+
+
+class Clips(torch.utils.data.Dataset):
+    asked = ()
+
+    def __getitem__(self, index):
+        self.asked = (*self.asked, index)
+        masks = torch.zeros(2, 3, 64, 64, dtype=torch.bool)
+        masks[0, :, 10:40, 10:40] = True
+        masks[1, 1:, 45:60, 45:60] = True  # not there in the first frame: nothing to follow
+        frames = torch.randint(0, 256, (3, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+        return {"pixel_values": frames, "masks": masks, "annotated_frames": torch.ones(3, dtype=torch.bool)}
+
+
+def collate(clips):
+    return {"pixel_values_videos": torch.stack([clip["pixel_values"] for clip in clips]).float() / 255}
+
+
+def test_sheet_and_score(tiny_model, tmp_path):
+    clips = Clips()
+    with torch.no_grad():
+        values = SampleWriter(clips, collate, num_clips=2)(tiny_model, 7, tmp_path)
+    assert 0 <= values["sample_iou"] <= 1
+    assert clips.asked == (FIRST_CLIP, FIRST_CLIP + 1)
+    assert [p.name for p in (tmp_path / "samples").iterdir()] == ["step-00000007.jpg"]
+    with Image.open(tmp_path / "samples" / "step-00000007.jpg") as sheet:
+        # Two clips, truth and prediction of three frames each.
+        assert sheet.width >= 3 * 64 and sheet.height >= 4 * 64
+
+
+@torch.no_grad()
+def test_following_is_what_the_inference_session_does(tiny_model):
+    """Against the streaming loop of the network itself, on the masks at the frames' size."""
+    clip = Clips()[0]
+    frames = collate([clip])["pixel_values_videos"]
+    prompts = clip["masks"][:1, 0]
+    followed = follow(tiny_model, frames, prompts)
+    assert followed.shape == (1, 3, 64, 64) and followed.dtype == torch.bool
+    slots, taken = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
+    history = tiny_model.init_history(1).replace_objects(slots, taken, prompts[None].float())
+    first = tiny_model.step(frames[:, 0], history)
+    wanted = torch.nn.functional.interpolate(first.masks_queries_logits[:, :1], size=(64, 64), mode="bilinear") > 0
+    wanted &= first.foreground_queries_logits[:, :1, None, None] > 0
+    assert torch.equal(followed[0, 0], wanted[0, 0])
+
+
+def test_iou():
+    a = torch.zeros(1, 3, 4, 4, dtype=torch.bool)
+    b = a.clone()
+    a[0, 0, :2], b[0, 0, 1:3] = True, True  # 4 of 12 pixels
+    a[0, 1] = True  # found, but not there
+    assert torch.allclose(iou(a, b), torch.tensor([1 / 3, 0.0]))  # empty in both: no score
