@@ -14,7 +14,8 @@ BIN = $(VENV)/bin
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-ready
-	$(BIN)/python examples/demo.py $(if $(VIDEO),"$(VIDEO)")
+	$(if $(VIDEO),,$(BIN)/python examples/video_from_photo.py demo/astronaut.mp4)
+	$(BIN)/ausm segment "$(or $(VIDEO),demo/astronaut.mp4)" --output demo
 
 test: $(VENV)/.dev-ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-
 # Tiny tensors gain nothing from more threads, and lose much where other programs want the cores too.
 torch.set_num_threads(1)
 

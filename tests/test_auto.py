@@ -1,15 +1,18 @@
 """Auto classes, from a clean process with an empty cache: with the package, and with nothing but the saved code."""
 
+import ast
 import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import ausm_hf
 from ausm_hf import AusmConfig, AusmForUniversalSegmentation, AusmModel, AusmProcessor
 
 
@@ -95,8 +98,9 @@ def test_remote_code_without_the_package(tiny_checkpoint, expected, tmp_path):
 
 
 def test_local_code_with_the_package(tiny_checkpoint, expected, tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(os.path.dirname(os.path.dirname(sys.modules['ausm_hf'].__file__)))!r})\n"
-    printed = run(code + "import ausm_hf\n" + COMPARE, tiny_checkpoint, expected, {}, tmp_path)
+    source = str(Path(ausm_hf.__file__).parents[1])
+    code = f"import sys; sys.path.insert(0, {source!r}); import ausm_hf" + COMPARE
+    printed = run(code, tiny_checkpoint, expected, {}, tmp_path)
     assert printed == "ausm_hf.model.pipeline_ausm ausm_hf.model.modeling_ausm ['ausm_hf']"
 
 
@@ -104,8 +108,14 @@ def test_model_code_needs_nothing_of_the_package(tiny_checkpoint):
     """Every file of `model/` that the network needs was saved along, and none reaches out of its folder."""
     saved = {path.name for path in tiny_checkpoint.glob("*.py")}
     assert {"modeling_ausm.py", "configuration_ausm.py", "processing_ausm.py", "pipeline_ausm.py"} <= saved
+    allowed = {"torch", "transformers", "numpy", "PIL", "scipy", "huggingface_hub", "mamba_ssm", "causal_conv1d", "av"}
     for path in tiny_checkpoint.glob("*.py"):
-        assert "from ausm_hf" not in path.read_text() and "import ausm_hf\n" not in path.read_text().split('"""')[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level > 0:
+                assert node.level == 1 and f"{node.module}.py" in saved
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                assert {name.split(".")[0] for name in names} <= allowed | sys.stdlib_module_names
     config = json.loads((tiny_checkpoint / "config.json").read_text())
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForUniversalSegmentation"}
 

@@ -115,10 +115,10 @@ BAD = {
     "mask of another size": (["CLIP", "--masks", "turned.png"], "wanted is the size of the video"),
     "empty mask": (["CLIP", "--masks", "nothing.png"], "masks is empty"),
     "too many objects": (["CLIP", "--masks", "crowded.png"], "at most 4, the number of ID vectors"),
-    "coloured mask": (["CLIP", "--masks", "photo.png"], "wanted is an indexed or grey image"),
+    "coloured mask": (["CLIP", "--masks", "photo.png"], "wanted is an indexed or grey one"),
     "mask that is no image": (["CLIP", "--masks", "text.png"], "can't be read"),
     "missing mask": (["CLIP", "--masks", "missing.png"], "can't be read"),
-    "another model type": (["CLIP", "--model", "bert"], "is of type 'bert'; wanted is 'ausm'"),
+    "another model type": (["CLIP", "--model", "bert"], "can't be loaded: it is of type 'bert'; wanted is 'ausm'"),
     "unknown model type": (["CLIP", "--model", "unknown"], "no_such_model"),
     "checkpoint without weights": (["CLIP", "--model", "config_only"], "can't be loaded"),
     "folder that is no checkpoint": (["CLIP", "--model", "empty"], "can't be loaded"),
@@ -159,9 +159,9 @@ def test_output_in_the_way(clip, tiny_checkpoint, tmp_path, capsys):
     assert [p.name for p in tmp_path.rglob("*")] == ["masks", "mine.txt"]
 
 
-def test_exit_code_of_the_process(tmp_path):
+def test_exit_code_of_the_process():
     done = subprocess.run(
-        [sys.executable, "-m", "ausm_hf.cli", "segment", "missing.mp4"], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-m", "ausm_hf.cli", "segment", "missing.mp4"], capture_output=True, text=True
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "ausm: error: source 'missing.mp4': no such file or folder\n"

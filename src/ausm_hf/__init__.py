@@ -1,13 +1,12 @@
 """AUSM, the Autoregressive Universal Video Segmentation Model, for Hugging Face transformers.
 
-`import ausm_hf` makes `AutoModel`, `AutoProcessor` and their kin, and `pipeline("video-segmentation")`, know the model.
-It imports neither torch nor transformers: names are imported when they are first used.
+`import ausm_hf` makes `AutoModel`, `AutoProcessor` and their kin, and `pipeline("video-segmentation")`, know the
+model. It imports neither torch nor transformers: names are imported when they are first used.
 """
 
 import importlib
 
 from ._register import register
-
 
 __version__ = "0.1.0.dev0"
 

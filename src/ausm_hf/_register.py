@@ -3,14 +3,13 @@
 The Auto classes and `pipeline` ask plain dictionaries. `import ausm_hf` replaces these dictionaries, as soon as the
 module of transformers that owns one is imported, by ones that register the real classes the first time they are asked
 for one of ours. Doing it any earlier would import torch for everybody who only imports the package, and would import
-the model in the middle of transformers' own imports (Mask2Former, which the model builds on, imports the Auto classes).
+the model in the middle of transformers' own imports: Mask2Former, which the model builds on, imports the Auto classes.
 """
 
 import sys
 from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
-
 
 MODEL_TYPES = ("ausm", "efficientnet_lite")
 TASK = "video-segmentation"

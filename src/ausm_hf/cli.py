@@ -48,9 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     added = command(segment, "Follow what is marked in a video's first frame, or find, name and follow everything.")
     added.add_argument("input", metavar="INPUT", help="video file, folder of frames, glob pattern, URL or camera:0")
-    added.add_argument("--model", metavar="ID_OR_PATH", help="checkpoint (default: ausm-nano, which is in the package)")
+    added.add_argument("--model", metavar="ID_OR_PATH", help="checkpoint (default: the ausm-nano of the package)")
     added.add_argument("--masks", metavar="FIRST_FRAME.png", help="indexed image: pixel = object id, 0 = background")
-    added.add_argument("--threshold", type=float, help="foreground probability of an object (default: the model's, 0.5)")
+    added.add_argument("--threshold", type=float, help="foreground probability of an object (default: the model's)")
     added.add_argument("--output", metavar="DIR", default="ausm-output", help="where to write (default: %(default)s)")
     added.add_argument("--formats", default="mp4,png,json", help="which files to write (default: %(default)s)")
     added.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes an accelerator if any")

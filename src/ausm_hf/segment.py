@@ -21,7 +21,6 @@ from .model.pipeline_ausm import start_session
 from .model.processing_ausm import AusmProcessor
 from .video import read_video
 
-
 FORMATS = ("mp4", "png", "json")
 
 
@@ -67,14 +66,11 @@ def load_model(
         raise ValueError(f"dtype is {dtype!r}; wanted is auto, float32, bfloat16 or float16")
     try:
         config = AutoConfig.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"model {name!r} can't be loaded: {error}") from error
-    if config.model_type != "ausm":
-        raise ValueError(f"model {name!r} is of type {config.model_type!r}; wanted is 'ausm'")
-    try:
+        if config.model_type != "ausm":
+            raise ValueError(f"it is of type {config.model_type!r}; wanted is 'ausm'")
         loaded = AusmForUniversalSegmentation.from_pretrained(name, config=config, dtype=dtype)
         processor = AusmProcessor.from_pretrained(name)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"model {name!r} can't be loaded: {error}") from error
     try:
         loaded = loaded.to(device)

@@ -11,7 +11,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ausm_hf.evaluation.metrics.video_ap import IOU_THRESHOLDS, VideoAP
+from ausm_hf.evaluation.metrics.video_ap import IOU_THRESHOLDS, VideoAP, _rle_length
 from ausm_hf.evaluation.vis import score_tracks
 
 
@@ -110,6 +110,19 @@ def test_masks_as_arrays_and_rles_are_the_same():
         assert ap(([track([mask, RIGHT], 0.9)], [track([SQUARE, SQUARE])])) == ap(
             ([track([SQUARE, RIGHT], 0.9)], [track([SQUARE, SQUARE])])
         )
+
+
+def test_length_of_compressed_rles():
+    rng = np.random.default_rng(0)
+    for shape in ((1, 1), (1, 7), (40, 30), (300, 700), (2000, 3000)):
+        for share in (0, 1e-5, 0.01, 0.5, 1):
+            encoded = mask_utils.encode(np.asfortranarray(rng.random(shape) < share, dtype=np.uint8))
+            assert _rle_length(encoded["counts"]) == _rle_length(encoded["counts"].decode()) == shape[0] * shape[1]
+            with contextlib.suppress(ValueError):  # cut off in the middle of a number
+                assert _rle_length(encoded["counts"][:-1]) < shape[0] * shape[1]
+    for broken in ("o" * 20, "0o", "J", "\n"):
+        with pytest.raises(ValueError, match="not valid"):
+            _rle_length(broken)
 
 
 # --------------------------------------------------------------------------------------------------- bad input

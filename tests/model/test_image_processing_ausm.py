@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ausm_hf.model.image_processing_ausm import AusmImageProcessor
+from ausm_hf.model.image_processing_ausm import AusmImageProcessor, frame_to_tensor
 from ausm_hf.model.session_ausm import AusmVideoSegmentationOutput
 
 
@@ -91,6 +91,12 @@ def test_every_kind_of_frame_gives_the_same(processor, tmp_path):
         out = processor(image)
         torch.testing.assert_close(out["pixel_values"], expected["pixel_values"], msg=kind)
         assert out["original_sizes"] == [[40, 50]], kind
+
+
+def test_ambiguous_axes_are_last_in_arrays_and_first_in_tensors():
+    frame = noise(3, 8, 4)
+    assert frame_to_tensor(frame).shape == (3, 3, 8)
+    assert frame_to_tensor(torch.from_numpy(frame)).shape == (3, 8, 4)
 
 
 def test_grey_frames_and_a_single_pixel(processor):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from ausm_hf.model.configuration_ausm import AusmConfig
+from ausm_hf.model.history_ausm import binarize
 from ausm_hf.model.loss_ausm import (
     AusmLoss,
-    binarize,
     draw_switch_frames,
     match_detections,
     pad_instances,

@@ -41,6 +41,13 @@ def test_every_kind_of_video_gives_the_same(processor):
         torch.testing.assert_close(processor(videos=videos)["pixel_values_videos"], expected, msg=kind)
 
 
+def test_batch_in_one_array(processor):
+    other = noise(3, 20, 30, 3, seed=1)
+    batch = processor(videos=np.stack([VIDEO, other]))["pixel_values_videos"]
+    torch.testing.assert_close(batch, processor(videos=[VIDEO, other])["pixel_values_videos"])
+    assert batch.shape == (2, 3, 3, 32, 64) and not torch.equal(batch[0], batch[1])
+
+
 def test_batch_of_videos_with_masks_for_training(processor):
     masks = [np.stack([np.stack([MASK] * 3)] * 2), np.zeros((0, 3, 20, 30), bool)]
     batch = processor(videos=[VIDEO, VIDEO], masks=masks, return_tensors="pt")

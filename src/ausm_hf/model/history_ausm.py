@@ -152,6 +152,15 @@ class AusmFeedForward(nn.Module):
         return self.fc2(self.activation(self.fc1(hidden_states)))
 
 
+def binarize(small_masks: Tensor) -> Tensor:
+    """
+    Masks as they enter the history, in training and in a stream: of masks (..., h, w) that give the covered share of
+    each cell, the cells that are at least half covered; of an object so thin that there are none, the best covered.
+    """
+    threshold = small_masks.amax(dim=(-2, -1), keepdim=True).clamp(min=1e-6, max=0.5)
+    return (small_masks >= threshold).to(small_masks.dtype)
+
+
 def mark_history(id_vectors: Tensor, masks: Tensor, size: tuple[int, int], eps: float = 1e-6) -> Tensor:
     """
     The History Marker: paints each ID vector onto the pixels of its mask,

@@ -19,6 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from .configuration_ausm import AusmConfig
+from .history_ausm import binarize
 
 
 MASK_STRIDE = 4
@@ -54,12 +55,6 @@ def _shrink(masks: Tensor) -> Tensor:
     return F.avg_pool2d(masks.flatten(0, -3).float().unsqueeze(1), MASK_STRIDE).view(
         *masks.shape[:-2], masks.shape[-2] // MASK_STRIDE, masks.shape[-1] // MASK_STRIDE
     )
-
-
-def binarize(small_masks: Tensor) -> Tensor:
-    """Cells that are at least half covered; of an object so thin that there are none, the best covered ones."""
-    threshold = small_masks.amax(dim=(-2, -1), keepdim=True).clamp(min=1e-6, max=0.5)
-    return (small_masks >= threshold).to(small_masks.dtype)
 
 
 def _pad(tensors: list[Tensor], value: float = 0) -> Tensor:

@@ -663,7 +663,7 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
     def propagate_in_video_iterator(
         self,
         inference_session: AusmInferenceSession,
-        start_frame_idx: int = 0,
+        start_frame_idx: int | None = None,
         max_frame_num_to_track: int | None = None,
         show_progress_bar: bool = False,
     ) -> Iterator[AusmVideoSegmentationOutput]:

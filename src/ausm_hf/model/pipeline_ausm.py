@@ -13,7 +13,6 @@ from transformers import AutoModelForUniversalSegmentation, Pipeline
 from .processing_ausm import AusmProcessor
 from .session_ausm import AusmInferenceSession
 
-
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -45,7 +44,9 @@ def start_session(
     if masks is None:
         return session
     if isinstance(masks, Image.Image) and len(masks.getbands()) > 1:
-        raise ValueError(f"masks is an image of mode {masks.mode}; wanted is an indexed or grey image, pixel = object id")
+        raise ValueError(
+            f"masks is an image of mode {masks.mode}; wanted is an indexed or grey one, pixel = object id"
+        )
     masks = np.asarray(masks)
     if masks.dtype == bool:
         masks = masks.astype(np.uint8)
@@ -215,7 +216,7 @@ class VideoSegmentationPipeline(Pipeline):
             save_directory (`str` or `Path`): The folder to write; made if it doesn't exist.
             kwargs: Further arguments of the model's `save_pretrained`.
         """
-        # Each class names its own Auto class when it is saved; the bare network isn't, but loads from the same weights.
+        # Each class that is saved names its own Auto class; the bare network isn't saved but loads from the same file.
         auto_map = getattr(self.model.config, "auto_map", None) or {}
         self.model.config.auto_map = {"AutoModel": "modeling_ausm.AusmModel", **auto_map}
         super().save_pretrained(str(save_directory), **kwargs)

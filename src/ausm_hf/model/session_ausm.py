@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import ModelOutput, logging
 
+from .history_ausm import binarize
+
 logger = logging.get_logger(__name__)
 
 PROMPT_LOGIT = 100.0  # logit of a pixel that the user says belongs to an object; above any that the network gives
@@ -237,7 +239,7 @@ def step_session(model, session: AusmInferenceSession, frame: torch.Tensor) -> A
         slots = session.draw_slots(len(prompts), num_slots, [])
         objects = [FollowedObject(object_id, slot, prompted=True) for object_id, slot in zip(prompts, slots)]
         stride_4 = (pixel_values.shape[-2] // 4, pixel_values.shape[-1] // 4)
-        masks = {object_id: _area_average(mask, stride_4) for object_id, mask in prompts.items()}
+        masks = {object_id: binarize(_area_average(mask, stride_4)) for object_id, mask in prompts.items()}
         history = _put_objects(model.init_history(1), objects, masks, stride_4, pixel_values)
 
     output = model.step(pixel_values, history, label_set=session.label_set)
@@ -273,7 +275,7 @@ def step_session(model, session: AusmInferenceSession, frame: torch.Tensor) -> A
         objects.append(FollowedObject(object_id, slot, prompted=True))
         scores[object_id] = 1.0
     for object_id, mask in prompts.items():
-        logits[object_id] = (_area_average(mask, size) * 2 - 1) * PROMPT_LOGIT
+        logits[object_id] = (binarize(_area_average(mask, size)) * 2 - 1) * PROMPT_LOGIT
 
     # Detections: the queries after those of the followed objects.
     rows = []
@@ -295,7 +297,7 @@ def step_session(model, session: AusmInferenceSession, frame: torch.Tensor) -> A
     exclusive = _exclusive([*logits.values(), *(mask_logits[row] for row in rows)])
     kept = exclusive[len(logits) :].flatten(1).any(1).tolist()
     masks = dict(zip(logits, exclusive))
-    masks |= {object_id: _area_average(mask, size) for object_id, mask in prompts.items()}
+    masks |= {object_id: binarize(_area_average(mask, size)) for object_id, mask in prompts.items()}
     found = [(row, mask) for row, mask, keep in zip(rows, exclusive[len(logits) :], kept) if keep]
     for (row, mask), slot in zip(found, session.draw_slots(len(found), num_slots, objects)):
         new = session.new_object(slot)

@@ -92,7 +92,10 @@ def train(
         raise ValueError(f"tracker: {recipe.tracker!r} is not installed; available: {', '.join(available) or 'none'}")
 
     output_dir = Path(recipe.output_dir)
+    num_launched = int(os.environ.get("WORLD_SIZE", 1))
     accelerator = Accelerator(
+        # Without a GPU, Accelerate sees the other processes of `torchrun` only if it is told to use the CPU.
+        cpu=num_launched > 1 and not torch.cuda.is_available(),
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         mixed_precision=recipe.mixed_precision,
         log_with=recipe.tracker,
@@ -100,6 +103,8 @@ def train(
         # The class heads of the label sets that are not in a batch get no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if accelerator.num_processes != num_launched:
+        raise ValueError(f"accelerate: {num_launched} processes were launched, it sees {accelerator.num_processes}")
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise ValueError(
             f"accelerate: {accelerator.distributed_type} is not supported; want one process, or data parallel ones"

@@ -16,7 +16,6 @@ from itertools import zip_longest
 from math import ceil, hypot, isqrt
 
 import numpy as np
-from scipy.ndimage import find_objects
 from scipy.optimize import linear_sum_assignment
 
 VOID = 255  # ground-truth pixels with this value are not scored (DAVIS)
@@ -64,7 +63,8 @@ def boundary_accuracy(
         ValueError: If the shapes differ or are not two-dimensional.
     """
     pred, gt = _two_masks(pred, gt, void)
-    return float(_boundary_accuracies(pred.view(np.uint8), gt.view(np.uint8), 1, 1, _radius(gt.shape, bound_th))[0, 0])
+    one = np.array([1])
+    return float(_boundary_accuracies(pred, gt, one, one, _radius(gt.shape, bound_th))[0, 0])
 
 
 @dataclass
@@ -342,102 +342,124 @@ def _score_frame(
     fills the image: then it has no outline that could be missed, and its F is 1.
     """
     size, radius = gt.size, _radius(gt.shape, BOUND_TH)
-    pred_ids, pred, pred_box = _relabel(pred)
-    gt_ids, gt, gt_box = _relabel(gt)
-    if not pred_ids and not gt_ids:
-        return [], [], {}
-    # Nothing lies outside the boxes of the objects. The outline lies on pixels whose right or lower neighbour differs,
-    # so one pixel of margin holds all of it.
-    top, left, bottom, right = (f(a, b) for f, a, b in zip((min, min, max, max), pred_box, gt_box))
-    box = slice(max(top - 1, 0), bottom + 1), slice(max(left - 1, 0), right + 1)
-    pred, gt = pred[box], gt[box]
+    # Nothing lies outside the box of all objects. An outline lies on pixels whose right or lower neighbour differs, so
+    # one pixel of margin holds all of it.
+    box = _box_of_either(pred, gt)
+    pred_names, pred = _small_numbers(pred[box])
+    gt_names, gt = _small_numbers(gt[box])
 
-    counts = np.bincount((pred * (len(gt_ids) + 1) + gt).ravel(), minlength=(len(pred_ids) + 1) * (len(gt_ids) + 1))
-    counts = counts.reshape(len(pred_ids) + 1, len(gt_ids) + 1)
-    pred_areas, gt_areas, common = counts.sum(1)[1:], counts.sum(0)[1:], counts[1:, 1:]
-    j = common / (pred_areas[:, None] + gt_areas - common)
+    counts = np.bincount((pred * np.intp(len(gt_names)) + gt).ravel(), minlength=len(pred_names) * len(gt_names))
+    counts = counts.reshape(len(pred_names), len(gt_names))
+    pred_areas, gt_areas = counts.sum(1), counts.sum(0)
+    pred_numbers, gt_numbers = np.flatnonzero(pred_areas[1:]) + 1, np.flatnonzero(gt_areas[1:]) + 1
+    pred_ids, gt_ids = pred_names[pred_numbers].tolist(), gt_names[gt_numbers].tolist()
+    pairs = {(p, None): (0.0, 1.0) for p, number in zip(pred_ids, pred_numbers) if pred_areas[number] == size}
+    pairs |= {(None, g): (0.0, 1.0) for g, number in zip(gt_ids, gt_numbers) if gt_areas[number] == size}
 
-    pairs = {(p, None): (0.0, 1.0) for p, area in zip(pred_ids, pred_areas) if area == size}
-    pairs |= {(None, g): (0.0, 1.0) for g, area in zip(gt_ids, gt_areas) if area == size}
     if same_id:
-        both = [(pred_ids.index(g), column, g) for column, g in enumerate(gt_ids) if g in pred_ids]
-        # number the shared ids alike, so that only equal numbers need be compared
-        pred_number, gt_number = np.zeros(len(pred_ids) + 1, np.intp), np.zeros(len(gt_ids) + 1, np.intp)
-        for number, (row, column, _) in enumerate(both, start=1):
-            pred_number[row + 1], gt_number[column + 1] = number, number
-        f = _boundary_accuracies(pred_number[pred], gt_number[gt], len(both), len(both), radius, same_number=True)
-        pairs |= {(g, g): (float(j[row, column]), float(f[i, i])) for i, (row, column, g) in enumerate(both)}
+        rows = [row for row, p in enumerate(pred_ids) if p in gt_ids]
+        columns = [gt_ids.index(pred_ids[row]) for row in rows]
+        # both in the same order, so that of their pairs only those on the diagonal are wanted
+        pred_numbers, gt_numbers = pred_numbers[rows], gt_numbers[columns]
+        wanted = [(i, i, pred_ids[row], pred_ids[row]) for i, row in enumerate(rows)]
     else:
-        f = _boundary_accuracies(pred, gt, len(pred_ids), len(gt_ids), radius)
-        pairs |= {
-            (p, g): (float(j[row, column]), float(f[row, column]))
-            for row, p in enumerate(pred_ids)
-            for column, g in enumerate(gt_ids)
-        }
+        wanted = [(row, column, p, g) for row, p in enumerate(pred_ids) for column, g in enumerate(gt_ids)]
+    if wanted:
+        f = _boundary_accuracies(pred, gt, pred_numbers, gt_numbers, radius, diagonal=same_id)
+        common = counts[np.ix_(pred_numbers, gt_numbers)]
+        j = common / (pred_areas[pred_numbers][:, None] + gt_areas[gt_numbers] - common)
+        pairs |= {(p, g): (float(j[row, column]), float(f[row, column])) for row, column, p, g in wanted}
     return pred_ids, gt_ids, pairs
 
 
-def _relabel(mask: np.ndarray) -> tuple[list[int], np.ndarray, tuple[int, int, int, int]]:
-    """Ids of a mask, ascending; the mask with its ids replaced by 1, 2, ...; top, left, bottom, right of them all."""
+def _box_of_either(pred: np.ndarray, gt: np.ndarray) -> tuple[slice, slice]:
+    """The smallest box that holds all non-zero pixels of both masks, and one pixel more on each side."""
+    rows = np.flatnonzero(pred.any(axis=1) | gt.any(axis=1))
+    columns = np.flatnonzero(pred.any(axis=0) | gt.any(axis=0))
+    if len(rows) == 0:
+        return slice(0, 1), slice(0, 1)
+    return slice(max(rows[0] - 1, 0), rows[-1] + 2), slice(max(columns[0] - 1, 0), columns[-1] + 2)
+
+
+def _small_numbers(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mask with its ids numbered from 1 (not all of which need occur), and the id of each number; 0 stays 0."""
     if mask.dtype == bool:
-        mask = (mask != 0).view(np.uint8)  # Pillow hands out bools that are 255 inside
-    ids = None
-    if mask.max() > 65535:  # `find_objects` lists all numbers up to the highest
-        ids, inverse = np.unique(np.append(mask, 0), return_inverse=True)  # 0 too, so that it stays 0
-        mask = inverse[:-1].reshape(mask.shape)
-    found = {value: box for value, box in enumerate(find_objects(mask), start=1) if box is not None}
-    number = np.zeros(max(found, default=0) + 1, np.intp)
-    number[list(found)] = np.arange(1, len(found) + 1)
-    top, left, bottom, right = mask.shape[0], mask.shape[1], 0, 0
-    for rows, columns in found.values():
-        top, left = min(top, rows.start), min(left, columns.start)
-        bottom, right = max(bottom, rows.stop), max(right, columns.stop)
-    names = [value if ids is None else int(ids[value]) for value in found]
-    return names, number[mask], (top, left, bottom, right)
+        return np.arange(2), (mask != 0).view(np.uint8)  # Pillow hands out bools that are 255 inside
+    highest = int(mask.max())
+    if highest < 256:
+        return np.arange(highest + 1), mask.astype(np.uint8, copy=False)
+    names, numbers = np.unique(np.append(mask, 0), return_inverse=True)  # with a 0, so that it is number 0
+    return names, numbers[:-1].reshape(mask.shape)
 
 
 def _boundary_accuracies(
-    pred: np.ndarray, gt: np.ndarray, pred_count: int, gt_count: int, radius: int, same_number: bool = False
+    pred: np.ndarray,
+    gt: np.ndarray,
+    pred_numbers: np.ndarray,
+    gt_numbers: np.ndarray,
+    radius: int,
+    diagonal: bool = False,
 ) -> np.ndarray:
-    """F of objects 1 ... `pred_count` of `pred` with objects 1 ... `gt_count` of `gt`.
+    """F of each of some objects of `pred` with each of some objects of `gt`.
 
     Returns:
-        `np.ndarray` of shape `(pred_count, gt_count)`; if `same_number`, what is off the diagonal means nothing.
+        `np.ndarray` of shape `(len(pred_numbers), len(gt_numbers))`; with `diagonal`, only the diagonal is sure to be
+        filled.
     """
-    f = np.zeros((pred_count, gt_count))
-    pred_groups = [_outlines(pred, first) for first in range(1, pred_count + 1, 8)]
-    gt_groups = [_outlines(gt, first) for first in range(1, gt_count + 1, 8)]
-    pred_reach, gt_reach = ([_dilate(group, radius) for group in groups] for groups in (pred_groups, gt_groups))
-    for row, (pred_outline, pred_near) in enumerate(zip(pred_groups, pred_reach)):
-        for column, (gt_outline, gt_near) in enumerate(zip(gt_groups, gt_reach)):
-            if same_number and row != column:
+    f = np.zeros((len(pred_numbers), len(gt_numbers)))
+    pred_groups = [_Outlines(pred, pred_numbers[i : i + 8], radius) for i in range(0, len(pred_numbers), 8)]
+    gt_groups = [_Outlines(gt, gt_numbers[i : i + 8], radius) for i in range(0, len(gt_numbers), 8)]
+    for row, pred_group in enumerate(pred_groups):
+        for column, gt_group in enumerate(gt_groups):
+            if diagonal and row != column:
                 continue
-            pred_length, precise = _count_bits(pred_outline, gt_near)  # (8,) and (8, 8): pixels of pred, near gt
-            gt_length, recalled = _count_bits(gt_outline, pred_near)
+            pred_length, precise = pred_group.count_near(gt_group)
+            gt_length, recalled = gt_group.count_near(pred_group)
             with np.errstate(invalid="ignore"):
                 precision, recall = precise / pred_length[:, None], recalled.T / gt_length
                 block = np.nan_to_num(2 * precision * recall / (precision + recall))
-            without = (pred_length == 0)[:, None], gt_length == 0
-            block[without[0] | without[1]] = 0.0
-            block[without[0] & without[1]] = 1.0
-            target = f[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
-            target[:] = block[: target.shape[0], : target.shape[1]]
+            pred_none, gt_none = (pred_length == 0)[:, None], gt_length == 0
+            block[pred_none | gt_none] = 0.0
+            block[pred_none & gt_none] = 1.0
+            f[8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = block
     return f
 
 
-def _outlines(image: np.ndarray, first: int) -> np.ndarray:
-    """Outlines of objects `first` ... `first + 7`, one bit each: pixels that differ from their right, lower or lower
-    right neighbour in whether they belong to the object. uint8, shape of `image`."""
-    bit = np.zeros(max(int(image.max()) + 1, first + 8), np.uint8)
-    bit[first : first + 8] = 1 << np.arange(8)
-    bits = bit[image]
-    outlines = np.zeros_like(bits)
-    corner = bits[:-1, :-1]
-    outlines[:-1, :-1] = (corner ^ bits[:-1, 1:]) | (corner ^ bits[1:, :-1]) | (corner ^ bits[1:, 1:])
-    # the last row and column of the image have fewer neighbours (where the box ends before them, they are empty)
-    outlines[-1, :-1] = bits[-1, :-1] ^ bits[-1, 1:]
-    outlines[:-1, -1] = bits[:-1, -1] ^ bits[1:, -1]
-    return outlines
+class _Outlines:
+    """Outlines of up to eight objects, and what is near to them: images in which each object has a bit.
+
+    Args:
+        image (`np.ndarray` of shape `(H, W)`): Objects by number.
+        numbers (`np.ndarray` of shape `(n,)`): Those that get bits 0, 1, ...; n is 8 at most.
+        radius (`int`): How far from an outline is near, in pixels.
+    """
+
+    def __init__(self, image: np.ndarray, numbers: np.ndarray, radius: int):
+        self.bits_used = len(numbers)
+        bits = np.zeros(image.shape, np.uint8)
+        for bit, number in enumerate(numbers):
+            bits |= (image == number).view(np.uint8) << np.uint8(bit)
+        # An outline lies on the pixels that differ from their right, lower or lower right neighbour.
+        outline = np.zeros_like(bits)
+        corner = bits[:-1, :-1]
+        outline[:-1, :-1] = (corner ^ bits[:-1, 1:]) | (corner ^ bits[1:, :-1]) | (corner ^ bits[1:, 1:])
+        # The last row and column of the image have fewer neighbours. (Where the box ends before, they are empty.)
+        outline[-1, :-1] = bits[-1, :-1] ^ bits[-1, 1:]
+        outline[:-1, -1] = bits[:-1, -1] ^ bits[1:, -1]
+        self.near = _dilate(outline, radius)
+        self.at = np.flatnonzero(outline != 0)
+        self.outline = outline.ravel()[self.at]
+
+    def count_near(self, other: "_Outlines") -> tuple[np.ndarray, np.ndarray]:
+        """How many pixels each outline has, `(n,)`; and how many of them are near to each of `other`, `(n, m)`."""
+        mine, theirs = 1 << self.bits_used, 1 << other.bits_used
+        pairs = self.outline * np.intp(theirs) + other.near.ravel()[self.at]
+        histogram = np.bincount(pairs, minlength=mine * theirs).reshape(mine, theirs)
+        own_bits, other_bits = _BITS[:mine, : self.bits_used], _BITS[:theirs, : other.bits_used]
+        return histogram.sum(1) @ own_bits, own_bits.T @ (histogram @ other_bits)
+
+
+_BITS = ((np.arange(256)[:, None] >> np.arange(8)) & 1).astype(float)  # the bits of each byte
 
 
 def _dilate(bits: np.ndarray, radius: int) -> np.ndarray:
@@ -455,17 +477,6 @@ def _dilate(bits: np.ndarray, radius: int) -> np.ndarray:
         out[down:] |= spread[: max(len(bits) - down, 0)]
         out[: max(len(bits) - down, 0)] |= spread[down:]
     return out
-
-
-_BITS = ((np.arange(256)[:, None] >> np.arange(8)) & 1).astype(float)  # bits of each byte
-
-
-def _count_bits(outlines: np.ndarray, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many pixels have bit a set in `outlines`, `(8,)`; and how many of them have bit b set in `near`, `(8, 8)`."""
-    at = np.flatnonzero(outlines)
-    pairs = outlines.ravel()[at].astype(np.intp) * 256 + near.ravel()[at]
-    histogram = np.bincount(pairs, minlength=65536).reshape(256, 256)
-    return histogram.sum(1) @ _BITS, _BITS.T @ (histogram @ _BITS)
 
 
 def _radius(shape: tuple[int, int], bound_th: float) -> int:

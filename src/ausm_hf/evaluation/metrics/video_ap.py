@@ -252,25 +252,26 @@ def _mask_size(mask: np.ndarray | dict | None) -> tuple[str | None, tuple[int, i
 
 
 def _rle_length(counts: str | bytes) -> int:
-    """How many pixels a compressed RLE covers. (Each number is in groups of 5 bits, low first, a sixth bit saying that
-    more follow; from the third on, numbers are differences to the last but one.)"""
-    counts = counts if isinstance(counts, bytes) else counts.encode()
-    groups = np.frombuffer(counts, np.uint8).astype(int) - 48
+    """How many pixels a compressed RLE covers. Each of its numbers is in groups of 5 bits, low ones first; a sixth bit
+    says that more follow, and the highest of the last group is the sign. From the fourth on, numbers are differences
+    to the last but one."""
+    groups = np.frombuffer(counts if isinstance(counts, bytes) else counts.encode(), np.uint8) - np.uint8(48)
     if len(groups) == 0:
         return 0
-    if groups.min() < 0 or groups.max() > 63 or groups[-1] & 32:
+    if groups.max() > 63 or groups[-1] >= 32:
         raise ValueError("not valid")
-    last = (groups & 32) == 0
-    starts = np.concatenate([[0], np.flatnonzero(last)[:-1] + 1])
-    place = np.arange(len(groups)) - np.repeat(starts, np.diff(np.append(starts, len(groups))))
-    if place.max() > 11:
-        raise ValueError("not valid")
-    numbers = np.add.reduceat((groups & 31) << (5 * place), starts)
-    ends = np.flatnonzero(last)
-    negative = (groups[ends] & 16) != 0
-    numbers[negative] -= 1 << (5 * (place[ends][negative] + 1))
-    numbers[1::2], numbers[2::2] = np.cumsum(numbers[1::2]), np.cumsum(numbers[2::2])
-    if numbers.min() < 0:
+    at = np.flatnonzero(groups < 32)  # the last group of each number
+    numbers = (groups[at].astype(np.int64) ^ 16) - 16
+    longer = np.arange(len(at))
+    for _ in range(12):  # from there back through the groups that said that more follow
+        at = at - 1  # -1 is the very last group, which said that none follows
+        more = np.flatnonzero(groups[at] >= 32)
+        at, longer = at[more], longer[more]
+        if len(at) == 0:
+            break
+        numbers[longer] = numbers[longer] * 32 + (groups[at] & 31)
+    numbers[1::2], numbers[2::2] = numbers[1::2].cumsum(), numbers[2::2].cumsum()
+    if len(at) or numbers.min() < 0:
         raise ValueError("not valid")
     return int(numbers.sum())
 
