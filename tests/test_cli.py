@@ -181,6 +181,37 @@ def test_init_tiny_sizes(tmp_path, monkeypatch, tiny_config, capsys):
     assert pipeline("video-segmentation", model=str(tmp_path / "ausm-base"), device="cpu")
 
 
+def test_init_from_mask2former(tmp_path, capsys):
+    """A Mask2Former of few parameters; what its weights become is tested beside `from_mask2former`."""
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+
+    config = Mask2FormerConfig(
+        backbone_config={
+            "model_type": "swin",
+            "embed_dim": 8,
+            "depths": [1, 1, 1, 1],
+            "num_heads": [1, 1, 1, 1],
+            "out_features": ["stage1", "stage2", "stage3", "stage4"],
+        },
+        hidden_dim=32,
+        feature_size=32,
+        mask_feature_size=32,
+        encoder_feedforward_dim=32,
+        encoder_layers=1,
+        num_attention_heads=4,
+        dim_feedforward=32,
+        decoder_layers=2,
+        num_queries=7,
+        id2label={0: "cat", 1: "dog"},
+    )
+    theirs = Mask2FormerForUniversalSegmentation(config)
+    theirs.save_pretrained(tmp_path / "mask2former")
+    ausm("init", tmp_path / "new", "--preset", "tiny", "--from", tmp_path / "mask2former")
+    ours = ausm_hf.AusmForUniversalSegmentation.from_pretrained(tmp_path / "new")
+    assert ours.config.id2label == {0: "cat", 1: "dog"} and ours.config.num_detection_queries == 7
+    assert (ours.class_heads["coco"].weight == theirs.class_predictor.weight).all()
+
+
 def test_init_refuses(tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
@@ -188,6 +219,8 @@ def test_init_refuses(tmp_path, capsys):
         ([tmp_path / "new", "--preset", "huge"], "There is no preset 'huge'"),
         ([tmp_path / "full", "--preset", "tiny"], "exists and is not empty"),
         ([tmp_path / "full" / "file", "--preset", "tiny"], "exists and is not empty"),
+        ([tmp_path / "new", "--from", "mask2former"], "preset 'nano' is trained already"),
+        ([tmp_path / "new", "--preset", "base", "--from", str(tmp_path / "missing")], "missing"),
     ]:
         with pytest.raises(SystemExit) as stopped:
             ausm("init", *arguments)

@@ -6,10 +6,11 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 
 from ausm_hf.mask2former import from_mask2former
 
-
 STAGES = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
 BACKBONES = {
-    "swin": SwinConfig(image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, **STAGES),
+    "swin": SwinConfig(
+        image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, **STAGES
+    ),
     "resnet": ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], **STAGES),
 }
 LABELS = {0: "cat", 1: "dog", 2: "car"}

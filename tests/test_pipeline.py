@@ -182,6 +182,7 @@ def test_save_and_load(segment, moving_square, tmp_path):
     prompts = {"masks": masks[0]}
     assert as_arrays(again(frames, prompts=prompts)) == as_arrays(segment(frames, prompts=prompts))
     assert "checkpoints" not in (tmp_path / "again" / "config.json").read_text()  # no path of this machine
+    assert (tmp_path / "again" / "processor_config.json").is_file()
 
 
 def test_default_is_the_bundled_checkpoint(tiny_checkpoint, monkeypatch, moving_square):

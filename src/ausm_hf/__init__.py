@@ -21,6 +21,8 @@ _MODULE_OF = {
         "model.processing_ausm": ["AusmProcessor"],
         "model.backbone_efficientnet_lite": ["EfficientNetLiteBackbone", "EfficientNetLiteConfig"],
         "model.pipeline_ausm": ["VideoSegmentationPipeline"],
+        "checkpoint": ["write_checkpoint"],
+        "mask2former": ["from_mask2former"],
         "segment": ["FrameSegments", "load_model", "save_segments", "segment_video"],
         "video": ["VideoSource", "VideoWriter", "read_video"],
     }.items()

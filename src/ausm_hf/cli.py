@@ -23,13 +23,26 @@ def segment(args: argparse.Namespace):
 def init(args: argparse.Namespace):
     from .checkpoint import write_checkpoint
 
-    print(write_checkpoint(args.folder, args.preset))
+    print(write_checkpoint(args.folder, args.preset, args.mask2former))
 
 
 def train(args: argparse.Namespace):
     from .training import load_recipe, train
 
     print(train(load_recipe(args.recipe, args.overrides)))
+
+
+def evaluate(args: argparse.Namespace):
+    from .evaluation.benchmarks import evaluate
+    from .evaluation.report import format_results
+
+    results = evaluate(**{key: value for key, value in vars(args).items() if key != "function"})
+    if results is not None:
+        print(format_results(results))
+
+
+def _auto_or_number(text: str) -> str | int:
+    return text if text == "auto" else int(text)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,11 +71,32 @@ def build_parser() -> argparse.ArgumentParser:
 
     added = command(init, "Write a checkpoint to start from, with the code that loads it.")
     added.add_argument("folder", metavar="DIR", help="folder to make")
-    added.add_argument("--preset", default="nano", help="nano (trained), tiny or base (paper's sizes, random weights)")
+    added.add_argument("--preset", default="nano", help="nano (trained), tiny or base (the paper's sizes)")
+    added.add_argument("--from", dest="mask2former", metavar="ID_OR_PATH", help="Mask2Former that gives the weights")
 
     added = command(train, "Train by a recipe; goes on where an earlier run of it stopped.")
     added.add_argument("recipe", metavar="RECIPE", help="YAML file")
     added.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="in place of what the recipe says")
+
+    added = command(evaluate, "Run a benchmark with the paper's settings, and score it as its official tools do.")
+    added.add_argument(
+        "--benchmark",
+        required=True,
+        help="davis2016, davis2017, youtube_vos_2018, youtube_vos_2019, mose, sa_v, youtube_vis_2019, "
+        "youtube_vis_2021, ovis or coco",
+    )
+    added.add_argument("--root", metavar="DIR", required=True, help="the data set in its official layout")
+    added.add_argument("--split", default="val", help="which part of it (default: %(default)s)")
+    added.add_argument("--mode", help="prompted or unprompted (default: the benchmark's)")
+    added.add_argument("--model", metavar="ID_OR_PATH", help="checkpoint (default: the ausm-nano of the package)")
+    added.add_argument("--output", metavar="DIR", help="where to write (default: under ausm-evaluation)")
+    added.add_argument("--passes", type=int, default=1, help="play forward, backward, forward: 1 to 3 of them")
+    added.add_argument("--traversal", action="store_true", help="images: four views of 90%% between two full ones")
+    added.add_argument("--top-k", type=_auto_or_number, default="auto", help="objects reported per frame (default: the paper's number)")
+    added.add_argument("--threshold", type=float, help="foreground probability of an object (default: the model's)")
+    added.add_argument("--resume", action="store_true", help="go on where an earlier run into the output stopped")
+    added.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes an accelerator if any")
+    added.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
     return parser
 
 

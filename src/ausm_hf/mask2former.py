@@ -41,8 +41,8 @@ def from_mask2former(
     theirs = source.config
     if theirs.pre_norm or theirs.enforce_input_projection or theirs.feature_size != theirs.hidden_dim:
         raise ValueError(
-            "A Mask2Former with `pre_norm`, `enforce_input_projection` or `feature_size` other than `hidden_dim` can't "
-            "be turned into AUSM."
+            "A Mask2Former with `pre_norm`, `enforce_input_projection` or `feature_size` other than `hidden_dim` "
+            "can't be turned into AUSM."
         )
     if list(theirs.feature_strides) != [4, 8, 16, 32] or theirs.common_stride != 4:
         raise ValueError(f"AUSM wants feature strides 4, 8, 16, 32; the Mask2Former has {theirs.feature_strides}.")

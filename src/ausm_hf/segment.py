@@ -19,6 +19,7 @@ from .export import ObjectsJsonWriter, OverlayVideoWriter, PngMaskWriter
 from .model.modeling_ausm import AusmForUniversalSegmentation
 from .model.pipeline_ausm import start_session
 from .model.processing_ausm import AusmProcessor
+from .model.session_ausm import AusmInferenceSession
 from .video import read_video
 
 FORMATS = ("mp4", "png", "json")
@@ -85,6 +86,8 @@ def segment_video(
     processor: AusmProcessor,
     masks: np.ndarray | Image.Image | None = None,
     threshold: float | None = None,
+    session: AusmInferenceSession | None = None,
+    max_objects: int | None = None,
 ) -> Iterator[FrameSegments]:
     """
     Segments a video frame by frame.
@@ -95,6 +98,10 @@ def segment_video(
         masks: The objects of the first frame, integers `(H, W)` or an indexed image, pixel = object id, 0 =
             background. Without it the model finds objects by itself.
         threshold: Foreground probability above which something is an object; the model's own by default.
+        session: A stream made ready by the caller (prompts in later frames, a label set) instead of one made from
+            `masks` and `threshold`, which are then not given.
+        max_objects: How many objects of a frame to show at most: those with the best scores (prompted ones always).
+            The model follows the others all the same.
 
     Yields:
         [`FrameSegments`]
@@ -103,14 +110,22 @@ def segment_video(
         ValueError: at once if the video can't be read or masks or threshold don't fit; later, if a frame can't be
             decoded or changes its size.
     """
+    if session is not None and (masks is not None or threshold is not None):
+        raise ValueError("masks and threshold are given beside session; wanted is a session that has them already")
+    if max_objects is not None and max_objects < 1:
+        raise ValueError(f"max_objects is {max_objects}; wanted is at least 1")
     source = read_video(source)
-    session = start_session(processor, source.size, masks, threshold)
+    if session is None:
+        session = start_session(processor, source.size, masks, threshold)
 
     def results():
         for index, (time, frame) in enumerate(source.with_times()):
             pixel_values = processor(images=frame)["pixel_values"]
             output = model(inference_session=session, frame=pixel_values)
-            result = processor.post_process_instance_segmentation(output, target_sizes=[source.size])[0]
+            least = 0.0
+            if max_objects is not None and len(output.scores) > max_objects:
+                least = float(output.scores.topk(max_objects).values[-1])
+            result = processor.post_process_instance_segmentation(output, least, target_sizes=[source.size])[0]
             objects = [{key: info[key] for key in ("id", "label", "score")} for info in result["segments_info"]]
             yield FrameSegments(index, time, frame, result["segmentation"].cpu().numpy(), objects)
 

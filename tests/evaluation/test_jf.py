@@ -6,10 +6,11 @@ import zipfile
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from ausm_hf.evaluation.metrics.jf import (
     SequenceScorer,
+    _dilate,
     boundary_accuracy,
     region_similarity,
     score_sequence,
@@ -66,6 +67,18 @@ def test_f_tolerance_is_a_closed_disk():
     pred[10, 10] = gt[13, 14] = True  # 5 = sqrt(3 * 3 + 4 * 4) pixels apart, and so are their outlines
     assert boundary_accuracy(pred, gt, bound_th=5) == 1
     assert boundary_accuracy(pred, gt, bound_th=4) < 1
+
+
+@pytest.mark.parametrize("radius", range(1, 25))
+def test_dilation_by_a_disk(radius):
+    rng = np.random.default_rng(radius)
+    for shape in ((80, 70), (1, 50), (3, 3)):
+        bits = (1 << rng.integers(0, 8, shape) * (rng.random(shape) < 0.003)).astype(np.uint8) & 0xFE
+        dilated = _dilate(bits, radius)
+        for bit in range(8):
+            absent = bits >> bit & 1 == 0
+            wanted = distance_transform_edt(absent) <= radius if not absent.all() else np.zeros(shape, bool)
+            assert np.array_equal(dilated >> bit & 1, wanted)
 
 
 def test_void_pixels_do_not_count():
@@ -277,6 +290,8 @@ def cases(frames: int = 7) -> dict[str, tuple[list[np.ndarray], list[np.ndarray]
     gt = noise(rng, frames, (37, 50), [1, 2, 3, 4])
     made["noise"] = noise(rng, frames, (37, 50), [1, 2, 3, 4]), gt
     gt = blobs(rng, frames, (60, 90), [1, 2, 3])
+    many = list(range(1, 21))
+    made["twenty objects"] = noise(rng, frames, (30, 40), many), noise(rng, frames, (30, 40), many)
     permute = np.array([0, 3, 1, 2], np.uint8)
     made["permuted"] = [permute[mask] for mask in gt], gt
     made["nothing predicted"] = [np.zeros_like(mask) for mask in gt], gt

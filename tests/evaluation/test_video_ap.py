@@ -242,6 +242,9 @@ def data_set(seed: int, frames: int, videos: int = 6, categories: int = 3) -> tu
         for _ in range(0 if video == 2 else rng.integers(1, 6)):
             masks = [box(rng) if rng.random() < 0.8 else None for _ in range(frames)]
             category = int(rng.integers(1, categories))  # the last category has no truth
+            if tracks and rng.random() < 0.4:  # lies upon the one before, so that a prediction may match both
+                before, category = tracks[-1]
+                masks = [mask if mask is None else np.roll(mask, rng.integers(0, 2), 1) for mask in before]
             tracks.append((masks, category))
             truth["annotations"].append(
                 {

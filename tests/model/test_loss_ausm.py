@@ -16,9 +16,13 @@ from ausm_hf.model.loss_ausm import (
     plan_teacher_forcing,
 )
 
-
 SIZE = 8  # pixels; two by two cells of stride 4
-CELLS = [(slice(0, 4), slice(0, 4)), (slice(0, 4), slice(4, 8)), (slice(4, 8), slice(0, 4)), (slice(4, 8), slice(4, 8))]
+CELLS = [
+    (slice(0, 4), slice(0, 4)),
+    (slice(0, 4), slice(4, 8)),
+    (slice(4, 8), slice(0, 4)),
+    (slice(4, 8), slice(4, 8)),
+]
 
 
 def cell_masks(rows: list[list[int | None]]) -> torch.Tensor:
@@ -93,9 +97,7 @@ def test_id_vectors_are_drawn_without_replacement():
 
 
 def test_clips_without_detection_and_unannotated_frames():
-    instances, result = plan(
-        [[0, 0, 0], [None, 1, 1]], detect=[False], annotated=torch.tensor([[True, True, False]])
-    )
+    instances, result = plan([[0, 0, 0], [None, 1, 1]], detect=[False], annotated=torch.tensor([[True, True, False]]))
     assert result.switch_frames.tolist() == [[0, 2]]
     assert not result.detected.any() and not result.searched.any()
     assert result.tracked[0].tolist() == [[True, False], [True, False], [False, False]]

@@ -7,8 +7,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixe
 
 from ausm_hf.model.configuration_ausm import AusmConfig
 from ausm_hf.model.history_ausm import mark_history
-from ausm_hf.model.modeling_ausm import AusmDeformablePixelEncoder, AusmForUniversalSegmentation, AusmModel
-
+from ausm_hf.model.modeling_ausm import AusmForUniversalSegmentation, AusmModel
 
 TINY_SWIN = {
     "model_type": "swin",
@@ -237,7 +236,12 @@ def test_every_parameter_is_trained():
     pixels, masks, switch, slots = clips()
     labels = [torch.tensor([0, 1, -100]), torch.tensor([0])]
     model(
-        pixels, mask_labels=masks, class_labels=labels, switch_frames=switch, id_slots=slots, label_sets=["shapes", "object"]
+        pixels,
+        mask_labels=masks,
+        class_labels=labels,
+        switch_frames=switch,
+        id_slots=slots,
+        label_sets=["shapes", "object"],
     ).loss.backward()
     without = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     # transformers' Swin backbone has one norm that none of its feature maps goes through.
@@ -273,7 +277,10 @@ def test_gradient_checkpointing_changes_nothing():
         ({"switch_frames": [torch.tensor([0, 3, 6]), torch.tensor([1])]}, "must lie in 0 .. 5"),
         ({"id_slots": [torch.tensor([0, 0, 1]), torch.tensor([1])]}, "must differ"),
         ({"label_sets": ["shapes", "colours"]}, "`label_set` must be one of"),
-        ({"mask_labels": [torch.zeros(7, 5, 64, 64)] * 2, "switch_frames": None, "id_slots": None}, "only 6 ID vectors"),
+        (
+            {"mask_labels": [torch.zeros(7, 5, 64, 64)] * 2, "switch_frames": None, "id_slots": None},
+            "only 6 ID vectors",
+        ),
         ({"frame": torch.zeros(3, 64, 64), "inference_session": object()}, "give the next `frame` and no"),
         ({"pixel_values_videos": None}, "Give `pixel_values_videos`"),
     ],

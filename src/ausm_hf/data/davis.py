@@ -10,7 +10,9 @@ from .clips import clip_object, clips_from_rows
 from .mask_folders import folder_row, need
 
 
-def davis(root: str, year: int = 2017, split: str = "train", resolution: str = "480p") -> Dataset:
+def davis(
+    root: str, year: int = 2017, split: str = "train", resolution: str = "480p", annotations: str = "Annotations"
+) -> Dataset:
     """Index DAVIS.
 
     2016 has one salient object (or group) per sequence: it is there to be found, so detection is trained. 2017 splits
@@ -21,6 +23,7 @@ def davis(root: str, year: int = 2017, split: str = "train", resolution: str = "
         year: 2016 or 2017.
         split: Name of the list of sequences, `"train"`, `"val"`, ...
         resolution: Folder of the frames, `"480p"` or `"Full-Resolution"`.
+        annotations: Folder of the masks; `"Annotations_unsupervised"` has those of DAVIS 2017 unsupervised.
 
     Raises:
         ValueError: `year`, `split` or `resolution` isn't there.
@@ -29,7 +32,7 @@ def davis(root: str, year: int = 2017, split: str = "train", resolution: str = "
         raise ValueError(f"year is {year}, want 2016 or 2017")
     listing = need(Path(root) / "ImageSets" / str(year) / f"{split}.txt", f"split {split!r} of DAVIS {year}")
     frames = need(Path(root) / "JPEGImages" / resolution, f"resolution {resolution!r} of DAVIS")
-    masks = Path(root) / "Annotations" / resolution
+    masks = Path(root) / annotations / resolution
     return clips_from_rows(
         folder_row(
             name,

@@ -23,6 +23,12 @@ def youtube_vis(root: str, year: int = 2019, split: str = "train") -> Dataset:
     """
     if year not in (2019, 2021):
         raise ValueError(f"year is {year}, want 2019 or 2021")
+    images, annotations = youtube_vis_files(root, split)
+    return vis_json(str(images), str(annotations), f"youtube_vis_{year}")
+
+
+def youtube_vis_files(root: str, split: str) -> tuple[Path, Path]:
+    """The folder of images and the JSON of a split. Raises ValueError if there is no such JSON."""
     folder = Path(root)
     places = [
         folder / f"{split}.json",
@@ -32,4 +38,4 @@ def youtube_vis(root: str, year: int = 2019, split: str = "train") -> Dataset:
     found = [place for place in places if place.is_file()]
     if not found:
         raise ValueError(f"split {split!r} of YouTube-VIS: none of {', '.join(map(str, places))} exists")
-    return vis_json(str(folder / split / "JPEGImages"), str(found[0]), f"youtube_vis_{year}")
+    return folder / split / "JPEGImages", found[0]

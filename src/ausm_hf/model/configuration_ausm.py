@@ -7,7 +7,6 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .backbone_efficientnet_lite import EfficientNetLiteConfig
 
-
 COCO_LABELS = (
     "person|bicycle|car|motorcycle|airplane|bus|train|truck|boat|traffic light|fire hydrant|stop sign|parking meter|"
     "bench|bird|cat|dog|horse|sheep|cow|elephant|bear|zebra|giraffe|backpack|umbrella|handbag|tie|suitcase|frisbee|"
@@ -214,7 +213,6 @@ class AusmConfig(PreTrainedConfig):
         kwargs["id2label"] = dict(enumerate(labels))
         kwargs["label2id"] = {label: index for index, label in enumerate(labels)}
         super().__post_init__(**kwargs)
-
 
     def validate_architecture(self):
         """Refuses sizes that do not fit together, before anything is allocated."""

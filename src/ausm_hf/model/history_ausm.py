@@ -1,5 +1,5 @@
 """
-The history of a stream: History Marker, History Compressor and History Decoder, and the constant-size state they carry.
+The history of a stream: History Marker, History Compressor and History Decoder, and the constant-size state they keep.
 
 Letters: B batch, T frames, n objects, S = h * w pixels of the stride-8 map, D hidden size.
 """

@@ -240,6 +240,8 @@ def frame_to_tensor(image: Any) -> torch.Tensor:
         image = np.array(image.convert("RGB"))
     if isinstance(image, np.ndarray):
         # Contiguous, since torch takes no negative strides (a frame turned by `[..., ::-1]`).
+        if not image.flags.writeable:
+            image = image.copy()
         tensor, channels_last = torch.from_numpy(np.ascontiguousarray(image)), True
     elif isinstance(image, torch.Tensor):
         tensor, channels_last = image, False

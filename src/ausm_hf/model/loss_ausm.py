@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from .configuration_ausm import AusmConfig
 from .history_ausm import binarize
 
-
 MASK_STRIDE = 4
 
 
@@ -101,7 +100,9 @@ def pad_instances(
     if annotated_frames is None:
         annotated_frames = torch.ones(batch, length, dtype=torch.bool)
     if tuple(annotated_frames.shape) != (batch, length):
-        raise ValueError(f"`annotated_frames` must have shape ({batch}, {length}), got {tuple(annotated_frames.shape)}.")
+        raise ValueError(
+            f"`annotated_frames` must have shape ({batch}, {length}), got {tuple(annotated_frames.shape)}."
+        )
     if ignore_masks is None:
         ignore_masks = torch.zeros(batch, length, height, width, dtype=torch.bool)
     if tuple(ignore_masks.shape) != (batch, length, height, width):
@@ -435,9 +436,7 @@ class AusmLoss(nn.Module):
         targets[clips, frames, queries + count] = 1.0
         weights[clips, frames, queries + count] = 1.0
         losses = {
-            "foreground": (
-                weights * F.binary_cross_entropy_with_logits(foreground, targets, reduction="none")
-            ).sum()
+            "foreground": (weights * F.binary_cross_entropy_with_logits(foreground, targets, reduction="none")).sum()
         }
 
         # A known class for whom there is one, "no object" for whoever is background.

@@ -44,7 +44,6 @@ from .session_ausm import (
 )
 from .temporal_mamba import TemporalMamba, TemporalMamba2
 
-
 FRAME_DIVISOR = 32  # the coarsest stride of the backbone
 
 
@@ -157,7 +156,9 @@ class AusmPyramidPixelEncoder(nn.Module):
         super().__init__()
         stride4, *coarser = feature_channels
         self.laterals = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c, config.hidden_size, kernel_size=1, bias=False), nn.GroupNorm(8, config.hidden_size))
+            nn.Sequential(
+                nn.Conv2d(c, config.hidden_size, kernel_size=1, bias=False), nn.GroupNorm(8, config.hidden_size)
+            )
             for c in coarser
         )
         self.smooth = nn.ModuleList(separable_conv(config.hidden_size) for _ in coarser)
@@ -224,7 +225,11 @@ class AusmPixelDecoder(nn.Module):
         self.layers = nn.ModuleList(AusmPixelDecoderLayer(config) for _ in range(config.num_decoder_layers))
         self.layernorm = nn.LayerNorm(size)
         self.mask_embedder = nn.Sequential(
-            nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size), nn.ReLU(), nn.Linear(size, config.mask_feature_size)
+            nn.Linear(size, size),
+            nn.ReLU(),
+            nn.Linear(size, size),
+            nn.ReLU(),
+            nn.Linear(size, config.mask_feature_size),
         )
 
     def forward(
@@ -327,9 +332,12 @@ class AusmPreTrainedModel(PreTrainedModel):
 class AusmModel(AusmPreTrainedModel):
     """The bare network: frames and history to query states and masks, without foreground and class heads."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^class_heads\.", r"^foreground_head\."]
+
     def __init__(self, config: AusmConfig):
         super().__init__(config)
-        if isinstance(config.backbone_config, EfficientNetLiteConfig):
+        # By name: code loaded from a checkpoint may hold a second copy of the class.
+        if config.backbone_config.model_type == EfficientNetLiteConfig.model_type:
             self.backbone = EfficientNetLiteBackbone(config.backbone_config)
         else:
             self.backbone = AutoBackbone.from_config(config.backbone_config)

@@ -469,7 +469,8 @@ def _dilate(bits: np.ndarray, radius: int) -> np.ndarray:
     out = np.zeros_like(bits)
     for down in range(radius, -1, -1):
         while half < isqrt(radius * radius - down * down):
-            step = min(isqrt(radius * radius - down * down) - half, 2 * half + 1)
+            # no further than leaves no gap, at the image's border too, where one side was cut off
+            step = min(isqrt(radius * radius - down * down) - half, half + 1)
             wider = spread.copy()
             wider[:, step:] |= spread[:, :-step]
             wider[:, :-step] |= spread[:, step:]
