@@ -35,4 +35,8 @@ $(VENV)/.demo-ready: $(VENV)/.torch-ready pyproject.toml
 
 $(VENV)/.dev-ready: $(VENV)/.torch-ready pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	# mamba-ssm's reference functions, without its kernels; the tests that compare with them are skipped without it.
+	$(BIN)/python -m pip install --quiet setuptools packaging
+	-MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
+		$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps mamba-ssm==2.3.2.post1
 	touch $@

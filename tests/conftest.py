@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import importlib.util
 from os import environ
 from pathlib import Path
 
@@ -81,3 +82,13 @@ def moving_square() -> tuple[np.ndarray, np.ndarray]:
         masks[t, 12:30, 8 + 4 * t : 26 + 4 * t] = 1
     frames[masks == 1] += 180
     return frames, masks
+
+
+@pytest.fixture
+def hub():
+    """A stand-in for the Hub, empty; see `hub_double.py` beside this file."""
+    spec = importlib.util.spec_from_file_location("hub_double", Path(__file__).with_name("hub_double.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with module.HubDouble() as double:
+        yield double

@@ -92,7 +92,9 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("--output", metavar="DIR", help="where to write (default: under ausm-evaluation)")
     added.add_argument("--passes", type=int, default=1, help="play forward, backward, forward: 1 to 3 of them")
     added.add_argument("--traversal", action="store_true", help="images: four views of 90%% between two full ones")
-    added.add_argument("--top-k", type=_auto_or_number, default="auto", help="objects reported per frame (default: the paper's number)")
+    added.add_argument(
+        "--top-k", type=_auto_or_number, default="auto", help="objects reported per frame (default: as the paper)"
+    )
     added.add_argument("--threshold", type=float, help="foreground probability of an object (default: the model's)")
     added.add_argument("--resume", action="store_true", help="go on where an earlier run into the output stopped")
     added.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes an accelerator if any")

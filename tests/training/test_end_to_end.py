@@ -1,5 +1,6 @@
 """Recipes through the real data and the real network, in their smallest size."""
 
+import functools
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from ausm_hf import AusmForUniversalSegmentation, AusmProcessor
 from ausm_hf.training import load_recipe, train
+from ausm_hf.training.forms import CarriedForm, IterativeForm
 
 
 @pytest.fixture
@@ -101,10 +103,27 @@ def test_two_stages(recipe_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [["scheduled_sampling=1.0"], ["carried_state=2"], ["mode=iterative"], ["data.workers=1"]], ids=str
+    ("option", "form", "calls"),
+    [
+        ("data.workers=1", AusmForUniversalSegmentation, 2),
+        ("scheduled_sampling=1.0", AusmForUniversalSegmentation, 4),
+        ("carried_state=2", CarriedForm, 4),
+        ("mode=iterative", IterativeForm, 2),
+    ],
 )
-def test_every_form_trains(recipe_file, tmp_path, options):
-    train(load_recipe(recipe_file, options))
+def test_every_form_trains(recipe_file, tmp_path, monkeypatch, option, form, calls):
+    """Two steps; a form is called once a step, or once for each pass or piece of it."""
+    made = []
+    original = form.forward
+
+    @functools.wraps(original)
+    def counting(self, *args, **kwargs):
+        made.append(torch.is_grad_enabled())
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(form, "forward", counting)
+    train(load_recipe(recipe_file, [option]))
+    assert len(made) == calls and made.count(True) == (2 if "sampling" in option else calls)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(0 < line["grad_norm"] < float("inf") for line in lines)
 

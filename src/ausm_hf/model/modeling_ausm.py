@@ -311,6 +311,9 @@ class AusmPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight)
         elif isinstance(module, (TemporalMamba, TemporalMamba2)):
             module.reset_parameters()
+        elif isinstance(module, AusmPixelDecoder):
+            # Small, or the first masks are so decided that training starts by undoing them.
+            init.xavier_uniform_(module.mask_embedder[-1].weight, gain=0.1)
         elif isinstance(module, AusmHistoryEncoder):
             init.normal_(module.initial_features)
             init.constant_(module.gate, self.config.history_gate_init)
@@ -518,6 +521,19 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             raise ValueError(f"`label_set` must be one of {sorted(self.class_heads)}, got {label_set!r}.")
         return self.class_heads[name]
 
+    def layer_predictions(self, output: AusmModelOutput) -> list[dict]:
+        """The heads on the query states of every layer, as the loss takes them."""
+        states = (*output.intermediate_query_hidden_states, output.query_hidden_states)
+        masks = (*output.intermediate_masks_queries_logits, output.masks_queries_logits)
+        return [
+            {
+                "masks": layer_masks,
+                "foreground": self.foreground_head(layer_states).squeeze(-1),
+                "classes": {name: head(layer_states) for name, head in self.class_heads.items()},
+            }
+            for layer_states, layer_masks in zip(states, masks)
+        ]
+
     def step(
         self, pixel_values: Tensor, history: AusmHistory | None = None, label_set: str | None = None
     ) -> AusmForUniversalSegmentationOutput:
@@ -596,7 +612,8 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             ignore_masks (`torch.BoolTensor` of shape `(B, T, H, W)`, *optional*):
                 Pixels without annotation, left out of the mask losses.
             history (`AusmHistory`, *optional*):
-                Features and state to go on from, as an earlier clip of the same video returned them.
+                Features and state to go on from, as an earlier clip of the same video returned them. Who is followed
+                and where they were is for the arguments above to say: its objects are not used with `mask_labels`.
             generator (`torch.Generator`, *optional*):
                 Draws switch frames and ID vectors.
             inference_session (`AusmInferenceSession`, *optional*), frame (`torch.Tensor`, *optional*):
@@ -646,17 +663,7 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         for name in names:
             if name is not None:
                 self._class_head(name)
-        predictions = []
-        hidden_states = (*output.intermediate_query_hidden_states, output.query_hidden_states)
-        masks = (*output.intermediate_masks_queries_logits, output.masks_queries_logits)
-        for states, mask_logits in zip(hidden_states, masks):
-            predictions.append(
-                {
-                    "masks": mask_logits,
-                    "foreground": self.foreground_head(states).squeeze(-1),
-                    "classes": {name: head(states) for name, head in self.class_heads.items()},
-                }
-            )
+        predictions = self.layer_predictions(output)
         loss, loss_dict = self.criterion(predictions, instances, plan, names, generator)
         result = AusmForUniversalSegmentationOutput(
             loss=loss,

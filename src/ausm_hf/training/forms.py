@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ausm_hf.model.history_ausm import AusmHistory
 from ausm_hf.model.loss_ausm import Instances, TeacherForcing, pad_instances, plan_teacher_forcing
-from ausm_hf.model.modeling_ausm import AusmForUniversalSegmentation, AusmModelOutput
+from ausm_hf.model.modeling_ausm import AusmForUniversalSegmentation
 
 
 def plan_clip(network: AusmForUniversalSegmentation, inputs: dict[str, Any]) -> tuple[Instances, TeacherForcing]:
@@ -92,7 +92,7 @@ class CarriedForm(nn.Module):
             history=history,
             output_intermediate=True,
         )
-        predictions = _layer_predictions(self.network, output)
+        predictions = self.network.layer_predictions(output)
         loss, loss_dict = self.network.criterion(predictions, instances, plan, label_sets)
         return {
             "loss": loss,
@@ -138,7 +138,7 @@ class IterativeForm(nn.Module):
                 history=history,
                 output_intermediate=True,
             )
-            predictions = _layer_predictions(network, output)
+            predictions = network.layer_predictions(output)
             steps.append(predictions)
             history = output.history
             own_masks = self.own_masks(predictions[-1], masks.shape[1])
@@ -150,20 +150,6 @@ class IterativeForm(nn.Module):
         """(B, N, h, w) in [0, 1]; as at inference an object that isn't seen leaves no mask."""
         seen = prediction["foreground"][:, 0, :num_objects].sigmoid() > self.network.config.foreground_threshold
         return prediction["masks"][:, 0, :num_objects].sigmoid() * seen[..., None, None]
-
-
-def _layer_predictions(network: AusmForUniversalSegmentation, output: AusmModelOutput) -> list[dict[str, Any]]:
-    """The heads on the query states of every layer, as `AusmLoss` takes them."""
-    states = (*output.intermediate_query_hidden_states, output.query_hidden_states)
-    masks = (*output.intermediate_masks_queries_logits, output.masks_queries_logits)
-    return [
-        {
-            "masks": layer_masks,
-            "foreground": network.foreground_head(layer_states).squeeze(-1),
-            "classes": {name: head(layer_states) for name, head in network.class_heads.items()},
-        }
-        for layer_states, layer_masks in zip(states, masks)
-    ]
 
 
 def _join_frames(predictions: tuple[dict[str, Any], ...]) -> dict[str, Any]:

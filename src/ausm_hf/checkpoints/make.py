@@ -1,0 +1,88 @@
+"""
+Makes the checkpoint that comes with the package from a finished training run:
+
+    python -m ausm_hf.checkpoints.make runs/nano
+
+The weights are stored as float16, half the size; they load as float32. The recipe and the log of the run lie beside
+them.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from ausm_hf import AusmForUniversalSegmentation, AusmImageProcessor, AusmProcessor
+
+MAX_BYTES = 15_000_000
+
+
+def make_checkpoint(run: Path, folder: Path) -> Path:
+    """
+    Writes the checkpoint of a training run to `folder`, whole or not at all; an older one there is replaced.
+
+    Args:
+        run (`Path`): `output_dir` of the run, with `final/`, `recipe.yaml` and `log.jsonl`.
+        folder (`Path`): Where to write it.
+
+    Raises:
+        ValueError: If the run is not finished, a weight does not fit into float16, or the file gets too large.
+    """
+    if not (run / "final").is_dir():
+        raise ValueError(f"{run} has no folder `final`: the run is not finished.")
+    model = AusmForUniversalSegmentation.from_pretrained(run / "final", dtype=torch.float32)
+    weights = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    infinite = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if infinite:
+        raise ValueError(f"These weights do not fit into float16: {infinite}.")
+    # What EfficientNet-Lite's ImageNet weights expect, (x - 127) / 128
+    image_processor = AusmImageProcessor(
+        size={"shortest_edge": 256, "longest_edge": 512}, image_mean=[127 / 255] * 3, image_std=[128 / 255] * 3
+    )
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    try:
+        model.config.save_pretrained(partial)
+        AusmProcessor(image_processor).save_pretrained(partial)
+        for path in partial.iterdir():
+            if path.suffix != ".json":
+                path.unlink()  # copies of the code, which the package has
+                continue
+            content = json.loads(path.read_text())
+            for part in (content, content.get("image_processor", {})):
+                part.pop("auto_map", None)
+            if path.name == "config.json":
+                content["architectures"] = [type(model).__name__]
+                content["dtype"] = "float32"
+            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        size = (partial / "model.safetensors").stat().st_size
+        if size > MAX_BYTES:
+            raise ValueError(f"The weights take {size:,} bytes, at most {MAX_BYTES:,} are wanted.")
+        shutil.copyfile(run / "log.jsonl", partial / "log.jsonl")
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+        # Where things lay on the machine of the run is nobody's business.
+        recipe["output_dir"] = Path(recipe["output_dir"]).name
+        recipe["data"]["root"] = Path(recipe["data"]["root"]).name
+        (partial / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+        partial.chmod(0o755)
+        for path in partial.iterdir():
+            path.chmod(0o644)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="output_dir of the training run")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent / "ausm-nano")
+    args = parser.parse_args()
+    print(make_checkpoint(args.run, args.folder))

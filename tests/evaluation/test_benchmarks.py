@@ -1,0 +1,613 @@
+"""`ausm evaluate` over miniatures of the data sets in their official layouts, with a tiny random network."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as rle_tools
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from vos_benchmark.benchmark import benchmark as vos_benchmark
+
+from ausm_hf import AusmForUniversalSegmentation, AusmImageProcessor, AusmProcessor
+from ausm_hf.cli import main
+from ausm_hf.data.labels import LABEL_SETS
+from ausm_hf.evaluation import benchmarks, runner
+from ausm_hf.evaluation.benchmarks import evaluate, load_benchmark
+from ausm_hf.evaluation.metrics.jf import SequenceScorer, summarize
+from ausm_hf.evaluation.report import format_results, j_over_time
+from ausm_hf.evaluation.runner import Inference, first_prompts
+from ausm_hf.evaluation.score import read_mask
+
+HEIGHT, WIDTH = 48, 64
+
+
+def draw(t: int, ids: tuple[int, ...] = (1,)) -> np.ndarray:
+    """Squares side by side, one per id, that move right by a pixel a frame."""
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    for n, object_id in enumerate(ids):
+        mask[14:30, 6 + 22 * n + t : 20 + 22 * n + t] = object_id
+    return mask
+
+
+def write_png(path: Path, mask: np.ndarray):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(mask).save(path)
+
+
+def write_frame(path: Path, mask: np.ndarray):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame = np.random.default_rng(0).integers(0, 60, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    frame[mask > 0] += 180
+    Image.fromarray(frame).save(path, quality=95)
+
+
+def write_davis(root: Path, year: int, lengths: dict[str, int], ids: tuple[int, ...] = (1,), split: str = "val"):
+    """DAVIS: 2016 stores 255 for its object."""
+    (root / "ImageSets" / str(year)).mkdir(parents=True)
+    (root / "ImageSets" / str(year) / f"{split}.txt").write_text("\n".join(lengths))
+    for name, length in lengths.items():
+        for t in range(length):
+            write_frame(root / "JPEGImages" / "480p" / name / f"{t:05d}.jpg", draw(t, ids))
+            mask = (draw(t) * 255) if year == 2016 else draw(t, ids)
+            if split == "val" or t == 0:
+                write_png(root / "Annotations" / "480p" / name / f"{t:05d}.png", mask)
+    return root
+
+
+def write_youtube_vos(root: Path, split: str, full: bool):
+    """Two objects, the second from frame 10 on. `full`: a mask for every frame, else where an object is new."""
+    names = ["00000", "00005", "00010", "00015", "00020"]
+    for t, name in enumerate(names):
+        mask = draw(t, (1, 2) if t >= 2 else (1,))
+        write_frame(root / split / "JPEGImages" / "abc" / f"{name}.jpg", mask)
+        if full or t in (0, 2):
+            write_png(root / split / "Annotations" / "abc" / f"{name}.png", mask)
+    objects = {"1": {"category": "penguin"}, "2": {"category": "yeti"}}
+    (root / split / "meta.json").write_text(json.dumps({"videos": {"abc": {"objects": objects}}}))
+    return root
+
+
+@pytest.fixture(scope="module")
+def save_tiny(tiny_config, tmp_path_factory):
+    """Saves a tiny network with the classes of a label set and says where."""
+
+    def save(label_set: str | None = None) -> Path:
+        config = type(tiny_config).from_dict(tiny_config.to_dict())
+        if label_set is not None:
+            config.label_sets, config.default_label_set = {label_set: LABEL_SETS[label_set]}, label_set
+        config.duplicate_iou = 1.0  # random masks overlap; let there be several all the same
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp("checkpoint")
+        AusmForUniversalSegmentation(config).save_pretrained(folder)
+        AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64})).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def tiny(save_tiny):
+    return save_tiny()
+
+
+@pytest.fixture(scope="module")
+def davis2017(tmp_path_factory):
+    root = tmp_path_factory.mktemp("davis2017")
+    return write_davis(root, 2017, {"bear": 5, "swan": 6, "train": 4}, (1, 2))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def official_jf(truth: Path, predicted: Path, skip: bool = True) -> tuple[float, float, float]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        jf, j, f, _ = vos_benchmark(
+            [str(truth)], [str(predicted)], skip_first_and_last=skip, num_processes=1, verbose=False
+        )
+    return jf[0], j[0], f[0]
+
+
+def test_davis2017_prompted(davis2017, tiny, tmp_path):
+    out = tmp_path / "out"
+    results = evaluate("davis2017", davis2017, model=tiny, output=out)
+    assert sorted(p.name for p in out.iterdir()) == [
+        "contact_sheet.png", "j_over_time.png", "masks", "results.json", "settings.json",
+    ]  # fmt: skip
+    assert json.loads((out / "results.json").read_text())["scores"]["J&F"]["J"] == results["scores"]["J&F"]["J"]
+    # the prompt comes back as it was given, and the numbers are those of the official tool on these files
+    for name, length in {"bear": 5, "swan": 6, "train": 4}.items():
+        assert sorted(p.name for p in (out / "masks" / name).iterdir()) == [f"{t:05d}.png" for t in range(length)]
+        assert (read_mask(out / "masks" / name / "00000.png") == draw(0, (1, 2))).all()
+    scores = results["scores"]["J&F"]
+    jf, j, f = official_jf(davis2017 / "Annotations" / "480p", out / "masks")
+    assert 100 * scores["J&F"] == pytest.approx(jf, abs=1e-6)
+    assert (100 * scores["J"], 100 * scores["F"]) == pytest.approx((j, f), abs=1e-6)
+    assert list(scores["sequences"]) == ["bear", "swan", "train"]
+    assert scores["j_over_time"][0] is None and len(scores["j_over_time"]) == 5  # neither first nor last frame
+    assert results["settings"]["mode"] == "prompted" and results["settings"]["passes"] == 1
+    lines = format_results(results).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["sequence", "bear", "swan", "train", "mean"]
+
+
+def test_unprompted_davis2016_reports_best_track_and_union(tiny, tmp_path):
+    write_davis(tmp_path / "data", 2016, {"bear": 5})
+    results = evaluate(
+        "davis2016", tmp_path / "data", mode="unprompted", model=tiny, output=tmp_path / "out", threshold=0.0
+    )
+    truth = [draw(t) for t in range(5)]
+    found = [read_mask(p) for p in sorted((tmp_path / "out" / "masks" / "bear").iterdir())]
+    ids = {i for mask in found for i in np.unique(mask).tolist()} - {0}
+    assert len(ids) > 1
+
+    def mean_j(masks):
+        return np.mean([(m & (g > 0)).sum() / (m | (g > 0)).sum() for m, g in list(zip(masks, truth))[1:-1]])
+
+    scores = results["scores"]
+    assert scores["union"]["J"] == pytest.approx(mean_j([mask > 0 for mask in found]))
+    assert scores["best track"]["J"] == pytest.approx(max(mean_j([mask == i for mask in found]) for i in ids))
+
+
+def test_unprompted_davis2017_keeps_as_many_tracks_as_the_official_tool_takes(davis2017, tiny, tmp_path, monkeypatch):
+    def run(name, max_tracks):
+        protocol = benchmarks.replace(benchmarks.PROTOCOLS["davis2017"], max_tracks=max_tracks)
+        monkeypatch.setitem(benchmarks.PROTOCOLS, "davis2017", protocol)
+        evaluate("davis2017", davis2017, mode="unprompted", model=tiny, output=tmp_path / name, threshold=0.0)
+        return [read_mask(p) for p in sorted((tmp_path / name / "masks" / "swan").iterdir())]
+
+    every, few = run("every", 20), run("few", 2)
+    pixels = {i: sum((mask == i).sum() for mask in every) for i in range(1, 21)}
+    assert sum(count > 0 for count in pixels.values()) > 2
+    assert {i for mask in few for i in np.unique(mask).tolist()} == {0, 1, 2}
+    kept = {tuple({int(i) for mask, m in zip(every, few) for i in np.unique(mask[m == n])}) for n in (1, 2)}
+    assert len(kept) == 2 and all(len(ids) == 1 for ids in kept)  # each is one track, whole
+
+
+def test_resume_trusts_only_finished_sequences(davis2017, tiny, tmp_path, monkeypatch, capsys):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    evaluate("davis2017", davis2017, model=tiny, output=whole)
+    with monkeypatch.context() as patch:
+        seen = []
+
+        def stop_in_the_second(frame, row, t):
+            seen.append((row["video_id"], t))
+            if len({name for name, _ in seen}) == 2 and len(seen) > 8:
+                raise KeyboardInterrupt
+
+        name = runner.frame_name
+        patch.setattr(runner, "frame_name", lambda row, t: stop_in_the_second(None, row, t) or name(row, t))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate("davis2017", davis2017, model=tiny, output=out)
+    assert [p.name for p in (out / "masks").iterdir()] == ["swan"]  # the longest is first
+    # what a process that was killed leaves behind isn't taken for a result
+    (out / "masks" / ".bear.partial-0123abcd").mkdir()
+    marker = (out / "masks" / "swan" / "00003.png").stat().st_mtime_ns
+
+    with pytest.raises(ValueError, match="holds an earlier run; wanted is --resume"):
+        evaluate("davis2017", davis2017, model=tiny, output=out)
+    with pytest.raises(ValueError, match="other settings: passes 1 -> 2"):
+        evaluate("davis2017", davis2017, model=tiny, output=out, resume=True, passes=2)
+    evaluate("davis2017", davis2017, model=tiny, output=out, resume=True)
+    assert (out / "masks" / "swan" / "00003.png").stat().st_mtime_ns == marker
+    assert files(out) == files(whole)
+    # done already: nothing is computed again, and the results are the same
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmarks, "write_masks", None)
+        evaluate("davis2017", davis2017, model=tiny, output=out, resume=True)
+    assert files(out) == files(whole)
+
+
+def test_resume_with_other_weights_is_refused(davis2017, tiny, save_tiny, tmp_path):
+    evaluate("davis2017", davis2017, model=tiny, output=tmp_path / "out")
+    model = AusmForUniversalSegmentation.from_pretrained(tiny)
+    with torch.no_grad():
+        next(model.parameters()).add_(0.1)
+    shutil.copytree(tiny, tmp_path / "other")
+    model.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="other settings: weights"):
+        evaluate("davis2017", davis2017, model=tmp_path / "other", output=tmp_path / "out", resume=True)
+
+
+def test_several_processes_have_the_result_of_one(davis2017, tiny, tmp_path):
+    arguments = ["evaluate", "--benchmark", "davis2017", "--root", davis2017, "--model", tiny, "--output"]
+    main([str(x) for x in [*arguments, tmp_path / "one"]])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "ausm_hf.cli"]
+        + [str(x) for x in [*arguments, tmp_path / "two"]],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("mean") == 1  # one table
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_youtube_vos_prompts_come_late_and_the_server_scores(tiny, tmp_path):
+    write_youtube_vos(tmp_path / "data", "valid", full=False)
+    found = load_benchmark("youtube_vos_2019", tmp_path / "data")
+    prompts = first_prompts(found.rows[0])
+    assert {t: list(masks) for t, masks in prompts.items()} == {0: [1], 2: [2]}
+    assert (prompts[2][2] == (draw(2, (1, 2)) == 2)).all()
+
+    results = evaluate("youtube_vos_2019", tmp_path / "data", model=tiny, output=tmp_path / "out")
+    assert results["scores"] == {} and "submission.zip" in format_results(results)
+    masks = tmp_path / "out" / "masks" / "abc"
+    assert all(2 not in read_mask(masks / f"{name}.png") for name in ("00000", "00005"))
+    assert ((read_mask(masks / "00010.png") == 2) == (draw(2, (1, 2)) == 2)).all()
+    with zipfile.ZipFile(tmp_path / "out" / "submission.zip") as archive:
+        names = ["00000", "00005", "00010", "00015", "00020"]
+        assert archive.namelist() == [f"Annotations/abc/{name}.png" for name in names]
+        assert archive.read("Annotations/abc/00010.png") == (masks / "00010.png").read_bytes()
+
+
+def test_youtube_vos_with_ground_truth_has_g(tiny, tmp_path):
+    write_youtube_vos(tmp_path / "data", "valid", full=True)
+    (tmp_path / "data" / "train").mkdir()
+    meta = {"videos": {"other": {"objects": {"1": {"category": "penguin"}}}}}
+    (tmp_path / "data" / "train" / "meta.json").write_text(json.dumps(meta))
+    results = evaluate("youtube_vos_2018", tmp_path / "data", model=tiny, output=tmp_path / "out")
+    assert not (tmp_path / "out" / "submission.zip").exists()
+    rows = results["scores"]["J&F"]["sequences"]["abc"]["objects"]
+    assert (rows[1]["frames"], rows[2]["frames"]) == (5, 3)  # from the first annotated frame on, that one included
+    g = results["scores"]["G"]
+    assert (g["J_seen"], g["F_unseen"]) == (rows[1]["J"], rows[2]["F"])
+    assert g["G"] == pytest.approx((rows[1]["J"] + rows[1]["F"] + rows[2]["J"] + rows[2]["F"]) / 4)
+    assert "J_unseen" in format_results(results)
+
+
+def test_mose(tiny, tmp_path):
+    for t in range(4):
+        for split in ("train", "valid"):
+            write_frame(tmp_path / "data" / split / "JPEGImages" / "0a1b" / f"{t:05d}.jpg", draw(t, (1, 3)))
+            if split == "train" or t == 0:
+                write_png(tmp_path / "data" / split / "Annotations" / "0a1b" / f"{t:05d}.png", draw(t, (1, 3)))
+    results = evaluate("mose", tmp_path / "data", model=tiny, output=tmp_path / "val")
+    assert results["scores"] == {}
+    with zipfile.ZipFile(tmp_path / "val" / "submission.zip") as archive:
+        assert archive.namelist() == [f"0a1b/{t:05d}.png" for t in range(4)]
+    results = evaluate("mose", tmp_path / "data", "train", model=tiny, output=tmp_path / "train")
+    jf, *_ = official_jf(tmp_path / "data" / "train" / "Annotations", tmp_path / "train" / "masks")
+    assert 100 * results["scores"]["J&F"]["J&F"] == pytest.approx(jf, abs=1e-6)
+
+
+def test_davis2017_test_dev_has_a_submission(tiny, tmp_path):
+    write_davis(tmp_path / "data", 2017, {"bear": 3}, (1, 2), split="test-dev")
+    evaluate("davis2017", tmp_path / "data", "test-dev", model=tiny, output=tmp_path / "out")
+    with zipfile.ZipFile(tmp_path / "out" / "submission.zip") as archive:
+        assert archive.namelist() == [f"bear/{t:05d}.png" for t in range(3)]
+
+
+def test_sa_v_objects_have_folders_and_may_overlap(tiny, tmp_path):
+    """Objects count from 0, annotations are four frames apart, the second object comes late, and they overlap."""
+    root, number = tmp_path / "data", 17
+    for t in range(number):
+        write_frame(root / "JPEGImages_24fps" / "sav_9" / f"{t:05d}.jpg", draw(t))
+    for t in range(0, number, 4):
+        write_png(root / "Annotations_6fps" / "sav_9" / "000" / f"{t:05d}.png", draw(t) * 255)
+        late = np.roll(draw(t), 5, 1) * 255 if t >= 4 else draw(t) * 0
+        write_png(root / "Annotations_6fps" / "sav_9" / "001" / f"{t:05d}.png", late)
+    (root / "sav_val.txt").write_text("sav_9\n")
+    found = load_benchmark("sa_v", root)
+    assert {t: list(masks) for t, masks in first_prompts(found.rows[0]).items()} == {0: [0], 4: [1]}
+    results = evaluate("sa_v", root, model=tiny, output=tmp_path / "out")
+    masks = tmp_path / "out" / "masks" / "sav_9"
+    assert [p.name for p in sorted(masks.iterdir())] == ["000", "001"]
+    assert [len(list(p.iterdir())) for p in sorted(masks.iterdir())] == [number, number]
+    assert (read_mask(masks / "000" / "00000.png") == draw(0)).all()
+    # each object by itself, as the tool of SA-V does
+    objects = results["scores"]["J&F"]["sequences"]["sav_9"]["objects"]
+    assert list(objects) == [0, 1]
+    for object_id in (0, 1):
+        for kind, folder in (("truth", root / "Annotations_6fps" / "sav_9"), ("predicted", masks)):
+            shutil.copytree(folder / f"{object_id:03d}", tmp_path / kind / f"{object_id}")
+        for path in (tmp_path / "predicted" / f"{object_id}").iterdir():
+            if not (tmp_path / "truth" / f"{object_id}" / path.name).exists():
+                path.unlink()
+        for path in (tmp_path / "truth" / f"{object_id}").iterdir():
+            Image.fromarray(read_mask(path) // 255).save(path)
+    jf, *_ = official_jf(tmp_path / "truth", tmp_path / "predicted")
+    assert 100 * results["scores"]["J&F"]["J&F"] == pytest.approx(jf, abs=1e-6)
+
+
+def vis_content(label_set: str, lengths: dict[int, int], annotated: bool) -> dict:
+    labels = LABEL_SETS[label_set]
+    content = {
+        "videos": [
+            {
+                "id": number, "width": WIDTH, "height": HEIGHT, "length": length,
+                "file_names": [f"v{number}/{t:05d}.jpg" for t in range(length)],
+            }
+            for number, length in lengths.items()
+        ],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(labels, 1)],
+    }  # fmt: skip
+    if annotated:
+        content["annotations"] = [
+            {
+                "id": n,
+                "video_id": n,
+                "category_id": n,
+                "iscrowd": 0,
+                "segmentations": [encode(draw(t)) for t in range(k)],
+            }
+            for n, k in lengths.items()
+        ]
+    return content
+
+
+def encode(mask: np.ndarray) -> dict:
+    rle = rle_tools.encode(np.asfortranarray(mask > 0, dtype=np.uint8))
+    return {"size": rle["size"], "counts": rle["counts"].decode()}
+
+
+def write_vis(root: Path, name: str, label_set: str, annotated: bool) -> Path:
+    lengths = {1: 3, 2: 4}
+    content = json.dumps(vis_content(label_set, lengths, annotated))
+    images = root / "valid" / ("" if name == "ovis" else "JPEGImages")
+    for number, length in lengths.items():
+        for t in range(length):
+            write_frame(images / f"v{number}" / f"{t:05d}.jpg", draw(t))
+    places = {"youtube_vis_2019": "valid.json", "youtube_vis_2021": "valid/instances.json"}
+    (root / places.get(name, "annotations_valid.json")).write_text(content)
+    return root
+
+
+@pytest.mark.parametrize("name", ["youtube_vis_2019", "youtube_vis_2021", "ovis"])
+def test_video_instances_go_to_the_server(name, save_tiny, tmp_path):
+    model = save_tiny(name)
+    write_vis(tmp_path / "data", name, name, annotated=False)
+    results = evaluate(name, tmp_path / "data", model=model, output=tmp_path / "out", threshold=0.0)
+    assert results["scores"] == {} and results["settings"]["top_k"] == (20 if name == "ovis" else 10)
+    with zipfile.ZipFile(tmp_path / "out" / "submission.zip") as archive:
+        assert archive.namelist() == ["results.json"]
+        tracks = json.loads(archive.read("results.json"))
+    assert {track["video_id"] for track in tracks} == {1, 2}
+    for track in tracks:
+        assert len(track["segmentations"]) == {1: 3, 2: 4}[track["video_id"]]
+        assert 1 <= track["category_id"] <= len(LABEL_SETS[name]) and 0 <= track["score"] <= 1
+
+
+def test_video_instances_with_ground_truth_have_ap(save_tiny, tmp_path):
+    model = save_tiny("ovis")
+    write_vis(tmp_path / "data", "ovis", "ovis", annotated=True)
+    results = evaluate("ovis", tmp_path / "data", model=model, output=tmp_path / "out", threshold=0.0)
+    ap = results["scores"]["AP"]
+    assert set(ap["videos"]) == {"1", "2"} and set(ap["categories"]) == {"Person", "Bird"}
+    assert not (tmp_path / "out" / "submission.zip").exists()
+    assert [line.split()[0] for line in format_results(results).splitlines()[1:]] == [
+        "category", "Person", "Bird", "mean",
+    ]  # fmt: skip
+
+
+def test_top_k_leaves_the_best_objects_of_each_frame(save_tiny, tmp_path):
+    model = save_tiny("ovis")
+    write_vis(tmp_path / "data", "ovis", "ovis", annotated=False)
+    for top_k in (1, 20):
+        out = tmp_path / str(top_k)
+        evaluate("ovis", tmp_path / "data", model=model, output=out, threshold=0.0, top_k=top_k)
+    one, every = (json.loads((tmp_path / k / "tracks.json").read_text()) for k in ("1", "20"))
+
+    def in_first_frame(tracks):
+        return [track for track in tracks if track["video_id"] == 2 and track["segmentations"][0] is not None]
+
+    assert len(in_first_frame(one)) == 1 < len(in_first_frame(every))
+
+
+def write_coco(root: Path) -> Path:
+    labels, names = LABEL_SETS["coco"], {9: "a.jpg", 12: "b.jpg", 40: "c.jpg"}
+    masks = {9: draw(0), 12: draw(7)}  # nothing is in the third image
+    for image, name in names.items():
+        write_frame(root / "val2017" / name, masks.get(image, draw(0) * 0))
+    content = {
+        "images": [{"id": i, "file_name": n, "height": HEIGHT, "width": WIDTH} for i, n in names.items()],
+        "categories": [{"id": i + 100, "name": name} for i, name in enumerate(labels)],
+        "annotations": [
+            {
+                "id": n, "image_id": image, "category_id": 100 + category, "iscrowd": 0,
+                "segmentation": encode(mask), "area": int((mask > 0).sum()), "bbox": [0, 0, 1, 1],
+            }
+            for n, (image, mask) in enumerate(masks.items(), 1)
+            for category in [n]
+        ],
+    }  # fmt: skip
+    (root / "annotations").mkdir()
+    (root / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    return root
+
+
+def test_coco_is_scored_as_by_pycocotools(save_tiny, tmp_path, monkeypatch):
+    """With predictions that are right in part: the network's are replaced, everything after it is real."""
+    root = write_coco(tmp_path / "data")
+    label = LABEL_SETS["coco"]
+
+    def predict(row, model, processor, inference):
+        frame = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+        if row["video_id"] == "9":
+            masks = np.roll(draw(0), 1, 1)
+            masks[40:44, 40:44] = 2
+            objects = [{"id": 1, "label": label[1], "score": 0.9}, {"id": 2, "label": label[2], "score": 0.95}]
+        else:
+            masks, objects = draw(7), [{"id": 1, "label": label[2], "score": 0.3}]
+        yield 0, runner.FrameSegments(0, None, frame, masks.astype(np.int32), objects)
+
+    monkeypatch.setattr(runner, "predict_video", predict)
+    results = evaluate("coco", root, model=save_tiny("coco"), output=tmp_path / "out")
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(root / "annotations" / "instances_val2017.json"))
+        scorer = COCOeval(truth, truth.loadRes(str(tmp_path / "out" / "tracks.json")), "segm")
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    ap = results["scores"]["AP"]
+    assert 0 < ap["AP"] < 1
+    assert [ap["AP"], ap["AP50"], ap["AP75"], ap["AR1"], ap["AR10"]] == pytest.approx(
+        [*scorer.stats[:3], *scorer.stats[6:8]], abs=1e-6
+    )
+    assert set(ap["videos"]) == {"9", "12"}
+
+
+def test_passes_play_forward_backward_forward():
+    assert Inference(passes=1).order(4) == [0, 1, 2, 3]
+    assert Inference(passes=2).order(4) == [0, 1, 2, 3, 2, 1, 0]
+    assert Inference(passes=3).order(4) == [0, 1, 2, 3, 2, 1, 0, 1, 2, 3]
+    assert Inference(passes=3).order(1) == [0, 0, 0]
+    assert Inference(traversal=True).order(1) == [0] * 6
+    for passes in (1, 2, 3):
+        assert sorted(Inference(passes=passes).order(5)[-5:]) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("passes", [2, 3])
+def test_passes_keep_the_last_predictions_and_the_ids(passes, save_tiny, tmp_path):
+    """The same as playing a video by hand; tracks come out in the order of time, also after a backward pass."""
+    model = save_tiny("ovis")
+    write_vis(tmp_path / "data", "ovis", "ovis", annotated=False)
+    out = tmp_path / "out"
+    evaluate("ovis", tmp_path / "data", model=model, output=out, threshold=0.0, passes=passes, top_k=3)
+    network, processor = benchmarks.load_model(model, "cpu")
+    session = processor.init_video_session(
+        foreground_threshold=0.0, find_new_objects=True, label_set="ovis", seed=runner.zlib.crc32(b"2")
+    )
+    order = [0, 1, 2, 3, 2, 1, 0, 1, 2, 3][: 7 if passes == 2 else 10]
+    wanted = {}
+    for t in order:
+        with Image.open(tmp_path / "data" / "valid" / "v2" / f"{t:05d}.jpg") as image:
+            output = network(inference_session=session, frame=processor(images=image)["pixel_values"])
+        least = float(output.scores.topk(3).values[-1])
+        (result,) = processor.post_process_instance_segmentation(output, least, target_sizes=[(HEIGHT, WIDTH)])
+        wanted[t] = result["segmentation"].numpy()
+    content = json.loads((out / "tracks" / "2.json").read_text())
+    got = {t: np.zeros((HEIGHT, WIDTH), int) for t in range(4)}
+    for item in content["objects"]:
+        assert [int(t) for t in item["segmentations"]] == sorted(int(t) for t in item["segmentations"])
+        for t, rle in item["segmentations"].items():
+            got[int(t)][rle_tools.decode(rle) > 0] = item["id"]
+    assert any(mask.any() for mask in got.values())
+    for t in range(4):
+        assert (got[t] == wanted[t]).all()
+
+
+def test_passes_with_prompts_show_no_object_before_it_appears(tiny, tmp_path):
+    write_youtube_vos(tmp_path / "data", "valid", full=True)
+    evaluate("youtube_vos_2019", tmp_path / "data", model=tiny, output=tmp_path / "out", passes=3)
+    masks = tmp_path / "out" / "masks" / "abc"
+    assert all(2 not in read_mask(masks / f"{name}.png") for name in ("00000", "00005"))
+
+
+def test_traversal_shows_four_views_between_two_full_ones(tmp_path):
+    frame = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    frame[:3, :3], frame[:3, -3:], frame[-3:, -3:], frame[-3:, :3] = 50, 100, 150, 200
+    Image.fromarray(frame).save(tmp_path / "0.png")
+    row = {"frames": [{"path": str(tmp_path / "0.png"), "bytes": None}], "video": None}
+    views = list(runner._Frames(row, [0] * 6, traversal=True))
+    assert (views[0] == frame).all() and (views[5] == frame).all() and len(views) == 6
+    # upper left, upper right, bottom right, bottom left: of the four corners each has one
+    seen = [[int(v[0, 0, 0]), int(v[0, -1, 0]), int(v[-1, -1, 0]), int(v[-1, 0, 0])] for v in views[1:5]]
+    assert seen == [[50, 0, 0, 0], [0, 100, 0, 0], [0, 0, 150, 0], [0, 0, 0, 200]]
+
+
+def test_traversal_and_passes_of_an_image(save_tiny, tmp_path):
+    model, root = save_tiny("coco"), write_coco(tmp_path / "data")
+    for name, options in {"plain": {}, "views": {"traversal": True}, "twice": {"passes": 2}}.items():
+        evaluate("coco", root, model=model, output=tmp_path / name, threshold=0.0, **options)
+    plain, views, twice = ((tmp_path / n / "tracks.json").read_text() for n in ("plain", "views", "twice"))
+    assert plain != views and plain != twice
+    assert all(set(item) == {"image_id", "category_id", "segmentation", "score"} for item in json.loads(views))
+
+
+def test_j_over_time_is_the_mean_over_those_that_count():
+    def scores(pairs, **options):
+        scorer = SequenceScorer("s")
+        for pred, gt in pairs:
+            scorer.add(np.array([pred], np.uint8), np.array([gt], np.uint8))
+        return scorer.result(False, False, **options)
+
+    early = scores([([1, 0], [1, 0]), ([1, 1], [1, 0]), ([0, 0], [1, 0])])
+    late = scores([([0, 0], [0, 0]), ([1, 0], [1, 0])], count_from="first_annotated")
+    assert j_over_time({"early": early, "late": late}) == [1.0, 0.75, 0.0]
+    assert j_over_time({"late": late}) == [None, 1.0]
+    assert summarize({"late": late})["J"] == 1.0
+
+
+BAD = {
+    "unknown benchmark": (["--benchmark", "davis2018"], "wanted is one of davis2016, davis2017"),
+    "missing root": (["--root", "nowhere"], "doesn't exist"),
+    "unknown split": (["--split", "test"], "split 'test' of DAVIS 2017"),
+    "mode": (["--mode", "guessed"], "for davis2017 wanted is prompted or unprompted"),
+    "mode that the benchmark lacks": (["--benchmark", "ovis", "--mode", "prompted"], "for ovis wanted is unprompted"),
+    "passes": (["--passes", "4"], "wanted is 1, 2 or 3"),
+    "traversal of a video": (["--traversal"], "single images"),
+    "top k": (["--top-k", "0"], "at least 1"),
+    "top k that is no number": (["--top-k", "ten"], "--top-k"),
+    "top k of prompts": (["--top-k", "3"], "prompted objects are all reported"),
+    "threshold": (["--mode", "unprompted", "--threshold", "2"], "wanted is 0 to 1"),
+    "missing model": (["--model", "nowhere"], "can't be loaded"),
+    "output that holds other things": (["--output", "full"], "holds no run"),
+    "output that is a file": (["--output", "full/file"], "holds no run"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD)
+def test_bad_input_is_refused_before_work_starts(arguments, message, davis2017, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    usual = ["--benchmark", "davis2017", "--root", str(davis2017), "--model", str(tiny), "--output", "out"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", *usual, *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "full"]
+
+
+def test_model_without_the_classes_of_the_benchmark(tiny, tmp_path):
+    write_vis(tmp_path / "data", "ovis", "ovis", annotated=False)
+    with pytest.raises(ValueError, match="model has no classes of 'ovis', .* those of pets"):
+        evaluate("ovis", tmp_path / "data", model=tiny, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_report_of_all_missing_files(davis2017, tiny, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(davis2017, root)
+    for path in ("JPEGImages/480p/bear/00001.jpg", "Annotations/480p/swan/00000.png"):
+        (root / path).write_bytes(b"")
+    shutil.rmtree(root / "JPEGImages" / "480p" / "train")
+    with pytest.raises(ValueError) as error:
+        evaluate("davis2017", root, model=tiny, output=tmp_path / "out")
+    for part in ("bear/00001.jpg", "swan/00000.png", "train", "problems in 3 videos"):
+        assert part in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_report_of_all_videos_that_fail_and_the_rest_is_kept(davis2017, tiny, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(davis2017, root)
+    (root / "JPEGImages" / "480p" / "bear" / "00002.jpg").write_text("no image")
+    write_frame(root / "JPEGImages" / "480p" / "train" / "00003.jpg", draw(0)[:20])
+    (root / "JPEGImages" / "480p" / "train" / "00003.jpg").unlink()
+    Image.new("RGB", (30, 30)).save(root / "JPEGImages" / "480p" / "train" / "00003.jpg")
+    with pytest.raises(ValueError) as error:
+        evaluate("davis2017", root, model=tiny, output=tmp_path / "out")
+    assert "2 of 3 videos failed" in str(error.value)
+    assert "bear: " in str(error.value) and "train: " in str(error.value)
+    assert [p.name for p in (tmp_path / "out" / "masks").iterdir()] == ["swan"]
+    assert not (tmp_path / "out" / "results.json").exists()
+
+    write_frame(root / "JPEGImages" / "480p" / "bear" / "00002.jpg", draw(2, (1, 2)))
+    write_frame(root / "JPEGImages" / "480p" / "train" / "00003.jpg", draw(3, (1, 2)))
+    again = evaluate("davis2017", root, model=tiny, output=tmp_path / "out", resume=True)
+    straight = evaluate("davis2017", davis2017, model=tiny, output=tmp_path / "straight")
+    assert again["scores"] == straight["scores"]
