@@ -104,10 +104,11 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
         kind = wanted.get("type") or "model"
         repo = f"{kind}s/{name}"
+        url = f"{self.server.url}/{name if kind == 'model' else repo}"
         if repo in self.server.repos:
-            return self.refuse(409, "RepoExists")
+            return self.answer({"error": "it exists", "url": url}, 409)
         self.server.repos[repo] = self.server.repos[f"{repo}@{head_of({})}"] = {}
-        self.answer({"url": f"{self.server.url}/{name if kind == 'model' else repo}", "name": name})
+        self.answer({"url": url, "name": name})
 
     def validate_card(self, body: bytes):
         self.answer({"errors": [], "warnings": []})

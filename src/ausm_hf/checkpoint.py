@@ -218,8 +218,8 @@ def _training_facts(folder: Path) -> str:
     return _table(["", ""], facts.items())
 
 
-def _table(head: Iterable, rows: Iterable[Iterable]) -> str:
-    lines = [list(head), ["---"] * len(list(head)), *rows]
+def _table(head: list[str], rows: Iterable[Iterable]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
@@ -230,7 +230,9 @@ def _read_results(path: Path) -> list[dict]:
         about = {key: content["settings"][key] for key in ("benchmark", "split", "mode")}
         measures = content["scores"].items()
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"results {str(path)!r} can't be read: wanted is a results.json of `ausm evaluate`") from error
+        raise ValueError(
+            f"results {str(path)!r} can't be read: wanted is a results.json of `ausm evaluate`"
+        ) from error
     return [
         {
             **about,

@@ -153,6 +153,18 @@ def test_a_clip_in_two_pieces_equals_the_whole():
         torch.testing.assert_close(outputs_of(second, slice(None))[name], value, atol=1e-5, rtol=1e-5)
 
 
+def test_the_compressor_reads_the_frame_before():
+    """`E_t = X_{t-1} + marks`: after the first frame the state has seen `X_0` alone, after the second the first."""
+    model = tiny_model()
+    pixels = clips()[0]
+    with torch.no_grad():
+        first, other = model.step(pixels[:, 0]).history, model.step(pixels[:, 1]).history
+        second, after_other = model.step(pixels[:, 2], first).history, model.step(pixels[:, 2], other).history
+    for one, two in zip(first.states, other.states):
+        torch.testing.assert_close(one, two)
+    assert not torch.allclose(second.states[0][1], after_other.states[0][1], atol=1e-4)
+
+
 def test_padding_of_instances_changes_nothing():
     """A clip alone and the same clip beside one with more objects give the same."""
     model = tiny_model()
@@ -312,7 +324,7 @@ def test_bad_configuration_is_refused(change, message):
 def test_presets():
     config = AusmConfig.from_preset("nano")
     assert sum(p.numel() for p in AusmForUniversalSegmentation(config).parameters()) <= 7_500_000
-    assert config.id2label[0] == "person" and config.num_labels == 80
+    assert config.id2label == {0: "object"} and config.label_sets["coco"][0] == "person"
     with pytest.raises(ValueError, match="no preset 'huge'"):
         AusmConfig.from_preset("huge")
     for preset, channels in (("tiny", 96), ("base", 128)):

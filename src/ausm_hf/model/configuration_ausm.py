@@ -42,7 +42,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_detection_queries": 20,
         "train_num_points": None,
         "no_object_weight": 0.3,
-        "label_sets": {"coco": COCO_LABELS, "object": ["object"]},
+        # What it is trained on teaches it to find objects, but hardly to name them.
+        "label_sets": {"object": ["object"], "coco": COCO_LABELS},
     },
     # The paper's sizes.
     "tiny": {
