@@ -1,5 +1,6 @@
 # make demo [VIDEO=path]   segment a video, and say where the results lie
 # make test                run the tests
+# make train-smoke         train the paper's three stages in a tiny size: killed, resumed, evaluated, pushed, loaded
 # make lint                check the style
 # PYTHON=... chooses the interpreter (3.10 or newer), VENV=... where the environment goes.
 
@@ -10,7 +11,7 @@ VIDEO ?=
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint
+.PHONY: demo test train-smoke lint
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-ready
@@ -19,6 +20,9 @@ demo: $(VENV)/.demo-ready
 
 test: $(VENV)/.dev-ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+train-smoke: $(VENV)/.dev-ready
+	$(BIN)/python -m pytest -m slow tests/test_train_smoke.py
 
 lint: $(VENV)/.dev-ready
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """`ausm evaluate` over miniatures of the data sets in their official layouts, with a tiny random network."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -30,6 +31,7 @@ from ausm_hf.evaluation.metrics.jf import SequenceScorer, summarize
 from ausm_hf.evaluation.report import format_results, j_over_time
 from ausm_hf.evaluation.runner import Inference, first_prompts
 from ausm_hf.evaluation.score import read_mask
+from ausm_hf.segment import segment_video
 
 HEIGHT, WIDTH = 48, 64
 
@@ -193,7 +195,7 @@ def test_resume_trusts_only_finished_sequences(davis2017, tiny, tmp_path, monkey
             evaluate("davis2017", davis2017, model=tiny, output=out)
     assert [p.name for p in (out / "masks").iterdir()] == ["swan"]  # the longest is first
     # what a process that was killed leaves behind isn't taken for a result
-    (out / "masks" / ".bear.partial-0123abcd").mkdir()
+    write_png(out / "masks" / ".bear.partial-0123abcd" / "00000.png", draw(0))
     marker = (out / "masks" / "swan" / "00003.png").stat().st_mtime_ns
 
     with pytest.raises(ValueError, match="holds an earlier run; wanted is --resume"):
@@ -421,6 +423,20 @@ def test_video_instances_with_ground_truth_have_ap(save_tiny, tmp_path):
     ]  # fmt: skip
 
 
+def test_labels_that_the_data_set_lacks_are_left_out(save_tiny, tmp_path):
+    model = save_tiny("ovis")
+    source = write_vis(tmp_path / "data", "ovis", "ovis", annotated=False) / "annotations_valid.json"
+    evaluate("ovis", tmp_path / "data", model=model, output=tmp_path / "every", threshold=0.0)
+    every = json.loads((tmp_path / "every" / "tracks.json").read_text())
+    gone = every[0]["category_id"]
+    content = json.loads(source.read_text())
+    content["categories"] = [category for category in content["categories"] if category["id"] != gone]
+    source.write_text(json.dumps(content))
+    evaluate("ovis", tmp_path / "data", model=model, output=tmp_path / "fewer", threshold=0.0)
+    fewer = json.loads((tmp_path / "fewer" / "tracks.json").read_text())
+    assert fewer == [track for track in every if track["category_id"] != gone]
+
+
 def test_top_k_leaves_the_best_objects_of_each_frame(save_tiny, tmp_path):
     model = save_tiny("ovis")
     write_vis(tmp_path / "data", "ovis", "ovis", annotated=False)
@@ -433,6 +449,16 @@ def test_top_k_leaves_the_best_objects_of_each_frame(save_tiny, tmp_path):
         return [track for track in tracks if track["video_id"] == 2 and track["segmentations"][0] is not None]
 
     assert len(in_first_frame(one)) == 1 < len(in_first_frame(every))
+
+
+def test_a_session_of_ones_own_has_its_prompts_already(tiny, moving_square):
+    network, processor = benchmarks.load_model(tiny, "cpu")
+    session = processor.init_video_session()
+    for options in ({"masks": moving_square[1][0]}, {"threshold": 0.5}):
+        with pytest.raises(ValueError, match="given beside session"):
+            segment_video(moving_square[0], network, processor, session=session, **options)
+    with pytest.raises(ValueError, match="max_objects is 0"):
+        segment_video(moving_square[0], network, processor, session=session, max_objects=0)
 
 
 def write_coco(root: Path) -> Path:
@@ -639,3 +665,73 @@ def test_one_report_of_all_videos_that_fail_and_the_rest_is_kept(davis2017, tiny
     again = evaluate("davis2017", root, model=tiny, output=tmp_path / "out", resume=True)
     straight = evaluate("davis2017", davis2017, model=tiny, output=tmp_path / "straight")
     assert again["scores"] == straight["scores"]
+
+
+@pytest.fixture(scope="module")
+def long_streams():
+    path = Path(__file__).parents[2] / "benchmarks" / "long_streams.py"
+    spec = importlib.util.spec_from_file_location("long_streams", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_long_streams_writes_everything(long_streams, tiny, tmp_path, capsys):
+    root = write_davis(tmp_path / "data", 2016, {"bear": 4, "swan": 5})
+    options = {"--root": root, "--model": tiny, "--output": tmp_path / "out", "--times": 3, "--longest-gap": 2}
+    long_streams.main([str(x) for pair in options.items() for x in pair])
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "long_streams.json",
+        "needle.png",
+        "tables.md",
+        "there_and_back.png",
+    ]
+    content = json.loads((tmp_path / "out" / "long_streams.json").read_text())
+    assert {name: len(j) for name, j in content["j"].items()} == {"bear": 12, "swan": 15} and len(
+        content["turns"]
+    ) == 3
+    assert [(row["mode"], row["gap"], row["needles"]) for row in content["needle"]] == [
+        ("prompted", 1, 2), ("prompted", 2, 2), ("unprompted", 1, 2), ("unprompted", 2, 2),
+    ]  # fmt: skip
+    assert (tmp_path / "out" / "tables.md").read_text() in capsys.readouterr().out
+
+
+def test_long_streams_plays_there_and_back_and_scores_what_it_shows(long_streams, tmp_path, monkeypatch):
+    assert [long_streams.there_and_back(4, k) for k in range(9)] == [0, 1, 2, 3, 2, 1, 0, 1, 2]
+    assert [long_streams.there_and_back(1, k) for k in range(3)] == [0, 0, 0]
+    (row,) = load_benchmark("davis2016", write_davis(tmp_path, 2016, {"bear": 4})).rows
+
+    def perfect_until_frame_6(frames, model, processor, masks=None):
+        for index, frame in enumerate(frames):
+            found = (frame.min(2) > 120) if index < 6 else np.zeros(frame.shape[:2], bool)
+            yield runner.FrameSegments(index, None, frame, found.astype(np.int32), [])
+
+    monkeypatch.setattr(long_streams, "segment_video", perfect_until_frame_6)
+    scores = long_streams.run_there_and_back(row, None, None, times=2)
+    assert min(scores[:6]) > 0.95 and scores[6:] == [0.0, 0.0]
+    assert long_streams.summarize_there_and_back({"bear": [0.0, 1.0, 0.5, 0.5]}, 2) == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    "before, after, outcome", [(1, 1, "kept"), (1, 2, "new id"), (1, 0, "lost"), (0, 1, None)], ids=str
+)
+def test_long_streams_tells_what_became_of_a_needle(before, after, outcome, long_streams, tmp_path, monkeypatch):
+    root = write_davis(tmp_path, 2016, {"bear": 30, "swan": 3})
+    bear, swan = load_benchmark("davis2016", root).rows
+    gap, seen = 4, []
+
+    def model_of_a_needle(frames, model, processor, masks=None):
+        for index, frame in enumerate(frames):
+            needle = long_streams.needle_frame(bear, swan, index, gap)[1]
+            seen.append(bool(needle.any()))
+            found = np.where(needle, before if index < 10 else after, 0)
+            if index == 12:
+                found[0, 0] = before
+            yield runner.FrameSegments(index, None, frame, found, [])
+
+    monkeypatch.setattr(long_streams, "segment_video", model_of_a_needle)
+    result = long_streams.run_needle(bear, swan, None, None, gap, prompted=False)
+    assert result["outcome"] == outcome
+    if outcome is not None:
+        assert seen == [True] * 10 + [False] * 4 + [True] * 10
+        assert result["claimed"] == 0.25

@@ -23,7 +23,7 @@ from .vis import score_tracks
 
 SHEET_VIDEOS = 3  # so many of the best, and of the worst
 SHEET_FRAMES = 4  # of each video
-SHEET_HEIGHT = 240  # of a frame, in pixels
+SHEET_HEIGHT = 240  # of a frame, in pixels, at most
 
 
 def write_report(output: Path, benchmark: Benchmark) -> dict:
@@ -261,7 +261,8 @@ def _write_contact_sheet(output: Path, benchmark: Benchmark, per_video: dict[str
 
 
 def _small_overlay(frame: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    size = round(frame.shape[1] * SHEET_HEIGHT / frame.shape[0]), SHEET_HEIGHT
+    height = min(SHEET_HEIGHT, frame.shape[0])
+    size = round(frame.shape[1] * height / frame.shape[0]), height
     small = np.array(Image.fromarray(frame).resize(size, Image.Resampling.BILINEAR))
     return draw_overlay(small, np.array(Image.fromarray(masks).resize(size, Image.Resampling.NEAREST)))
 

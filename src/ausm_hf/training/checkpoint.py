@@ -10,6 +10,7 @@ OUTPUT_DIR/step-00001000/
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -40,10 +42,10 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 def save_checkpoint(
     output_dir: str | Path,
     step: int,
-    model: nn.Module,
+    model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     rng_states: list[dict[str, Any]],
-    ema: nn.Module | None = None,
+    ema: PreTrainedModel | None = None,
     processor: Any = None,
     scaler: torch.amp.GradScaler | None = None,
     keep: int = 2,
@@ -51,7 +53,6 @@ def save_checkpoint(
     """Writes checkpoint `step`, then removes all but the newest `keep`. Call it in one process.
 
     Args:
-        model: has `save_pretrained`.
         rng_states: `rng_state()` of every process, in order of rank.
         processor: has `save_pretrained`; saved beside the weights.
     """
@@ -86,9 +87,9 @@ def save_checkpoint(
 
 def load_training_state(
     checkpoint: str | Path,
-    model: nn.Module,
+    model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
-    ema: nn.Module | None = None,
+    ema: PreTrainedModel | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> int:
     """Puts weights, moving average and optimizer back in place.
@@ -185,19 +186,24 @@ def _fsync(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def _load_weights(model: nn.Module, folder: Path) -> None:
-    weights: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        weights.update(load_file(path))
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    # Tied weights are stored once: what is missing must share its memory with something that was there.
-    loaded = {p.data_ptr() for name, p in model.state_dict().items() if name in weights}
-    missing = [name for name in missing if model.state_dict()[name].data_ptr() not in loaded]
-    if missing or unexpected:
-        raise ValueError(
-            f"model: {folder} is of another network: missing {missing[:5]}, unexpected {unexpected[:5]}; "
-            "use another output_dir"
+def _load_weights(model: PreTrainedModel, folder: Path) -> None:
+    # Read by who wrote them: transformers stores some backbones under other names than their modules have.
+    with no_progress_bars():
+        stored, report = type(model).from_pretrained(
+            folder,
+            config=copy.deepcopy(model.config),
+            dtype=model.dtype,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+    wrong = {kind: sorted(map(str, report[f"{kind}_keys"]))[:5] for kind in ("missing", "unexpected", "mismatched")}
+    if any(wrong.values()):
+        raise ValueError(
+            f"model: {folder} is of another network: "
+            + ", ".join(f"{kind} {names}" for kind, names in wrong.items() if names)
+            + "; use another output_dir"
+        )
+    model.load_state_dict(stored.state_dict())
 
 
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
