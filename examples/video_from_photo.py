@@ -12,7 +12,7 @@ from PIL import Image
 from ausm_hf import VideoWriter
 
 
-def moving_views(photo: Image.Image, num_frames: int = 32, size: tuple[int, int] = (288, 384)) -> list[np.ndarray]:
+def moving_views(photo: Image.Image, num_frames: int = 32, size: tuple[int, int] = (320, 320)) -> list[np.ndarray]:
     """`num_frames` RGB frames (height, width, 3) of a camera that sways over `photo`."""
     height, width = size
     frames = []

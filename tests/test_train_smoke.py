@@ -14,8 +14,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as rle_tools
+from safetensors.torch import load_file
 
 import ausm_hf
 from ausm_hf.data.labels import COCO_LABELS, LABEL_SETS
@@ -189,6 +191,11 @@ def test_three_stages_killed_resumed_evaluated_pushed_and_loaded_back(python, hu
     runs = tmp_path / "runs"
     network = json.dumps({"preset": "tiny", "overrides": NETWORK, "label_sets": {"coco": None}})
     train(python, "stage1_coco_pseudo_swin_t", runs / "stage1_swin_t", f"model={network}")
+    # Never killed, it ends with the very same weights.
+    recipe = ROOT / "examples" / "recipes" / "stage1_coco_pseudo_swin_t.yaml"
+    finish(python("-m", "ausm_hf.cli", "train", recipe, *TINY, f"model={network}", "output_dir=runs/whole"))
+    whole, resumed = (load_file(runs / name / "final" / "model.safetensors") for name in ("whole", "stage1_swin_t"))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     train(python, "stage2_short_clips_swin_t", runs / "stage2_swin_t")
     train(python, "stage3_long_clips_swin_t", runs / "stage3_swin_t")
 
@@ -215,11 +222,12 @@ def test_three_stages_killed_resumed_evaluated_pushed_and_loaded_back(python, hu
 
     load = """
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForUniversalSegmentation
 model = AutoModelForUniversalSegmentation.from_pretrained("user/ausm-base", trust_remote_code=True)
-from safetensors.torch import load_file
-trained = load_file("FINAL/model.safetensors")
-assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items() if name in trained)
+model.save_pretrained("loaded")
+trained, loaded = load_file("FINAL/model.safetensors"), load_file("loaded/model.safetensors")
+assert trained.keys() == loaded.keys() and all(torch.equal(trained[name], loaded[name]) for name in trained)
 print(type(model).__module__, *sorted(model.class_heads))
 """.replace("FINAL", str(final))
     printed = finish(python("-c", load, package=False)).splitlines()[-1].split()

@@ -90,7 +90,7 @@ def save_tiny(tiny_config, tmp_path_factory):
         config = type(tiny_config).from_dict(tiny_config.to_dict())
         if label_set is not None:
             config.label_sets, config.default_label_set = {label_set: LABEL_SETS[label_set]}, label_set
-        config.duplicate_iou = 1.0  # random masks overlap; let there be several all the same
+        config.duplicate_overlap = 1.0  # random masks overlap; let there be several all the same
         torch.manual_seed(0)
         folder = tmp_path_factory.mktemp("checkpoint")
         AusmForUniversalSegmentation(config).save_pretrained(folder)
@@ -174,8 +174,24 @@ def test_unprompted_davis2017_keeps_as_many_tracks_as_the_official_tool_takes(da
     pixels = {i: sum((mask == i).sum() for mask in every) for i in range(1, 21)}
     assert sum(count > 0 for count in pixels.values()) > 2
     assert {i for mask in few for i in np.unique(mask).tolist()} == {0, 1, 2}
-    kept = {tuple({int(i) for mask, m in zip(every, few) for i in np.unique(mask[m == n])}) for n in (1, 2)}
-    assert len(kept) == 2 and all(len(ids) == 1 for ids in kept)  # each is one track, whole
+
+
+def test_davis2017_unsupervised_has_masks_of_its_own(davis2017, tmp_path):
+    shutil.copytree(davis2017, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(davis2017 / "Annotations", tmp_path / "Annotations_unsupervised")
+    for mode, folder in (("prompted", "Annotations"), ("unprompted", "Annotations_unsupervised")):
+        row = load_benchmark("davis2017", tmp_path, mode=mode).rows[0]
+        assert row["annotations"][0]["path"] == str(tmp_path / folder / "480p" / "bear" / "00000.png")
+
+
+def test_best_tracks_are_kept_and_numbered_anew(tmp_path):
+    with runner.MaskFolder(tmp_path / "bear") as folder:
+        folder.write("00000", np.array([[1, 5, 7, 0, 300]]))
+        folder.write("00001", np.array([[0, 7, 7, 5, 0]]))
+        folder.keep_best({1: 0.5, 5: 2.0, 7: 1.0, 300: 0.1}, 2)
+        assert not (tmp_path / "bear").exists()
+    assert read_mask(tmp_path / "bear" / "00000.png").tolist() == [[0, 1, 2, 0, 0]]
+    assert read_mask(tmp_path / "bear" / "00001.png").tolist() == [[0, 2, 2, 1, 0]]
 
 
 def test_resume_trusts_only_finished_sequences(davis2017, tiny, tmp_path, monkeypatch, capsys):
@@ -512,6 +528,20 @@ def test_coco_is_scored_as_by_pycocotools(save_tiny, tmp_path, monkeypatch):
         [*scorer.stats[:3], *scorer.stats[6:8]], abs=1e-6
     )
     assert set(ap["videos"]) == {"9", "12"}
+
+
+def test_coco_test_set_goes_to_the_server(save_tiny, tmp_path):
+    root = write_coco(tmp_path / "data")
+    source = root / "annotations" / "instances_val2017.json"
+    content = json.loads(source.read_text())
+    del content["annotations"]
+    source.with_name("image_info_test-dev2017.json").write_text(json.dumps(content))
+    (root / "val2017").rename(root / "test2017")
+    results = evaluate("coco", root, "test-dev2017", model=save_tiny("coco"), output=tmp_path / "out", threshold=0.0)
+    assert results["scores"] == {}
+    with zipfile.ZipFile(tmp_path / "out" / "submission.zip") as archive:
+        assert archive.namelist() == ["detections_test-dev2017_ausm_results.json"]
+        assert {item["image_id"] for item in json.loads(archive.read(archive.namelist()[0]))} <= {9, 12, 40}
 
 
 def test_passes_play_forward_backward_forward():

@@ -71,7 +71,7 @@ class ScriptedModel:
         self.config = SimpleNamespace(
             num_id_vectors=num_id_vectors,
             foreground_threshold=0.5,
-            duplicate_iou=0.5,
+            duplicate_overlap=0.5,
             max_age=max_age,
             label_sets={"pets": LABELS, "ships": ["tug", "yacht"]},
             default_label_set="pets",
@@ -179,16 +179,34 @@ def test_reappearing_resets_the_age():
 
 
 def test_duplicates_of_followed_objects_and_of_better_detections_are_dropped():
-    half = Seen((0, 2, 1, 3), foreground=0.8)  # IoU with A is 1/3
-    around = Seen((0, 4, 0, 4), foreground=0.7)  # holds all of A, yet their IoU is 1/4
+    half = Seen((0, 2, 1, 3), foreground=0.8)  # half of it lies on A
+    around = Seen((0, 4, 0, 6), foreground=0.7)  # holds all of A, B and `half`, which cover 10/24 of it
+    inside = Seen((0, 1, 0, 2), foreground=0.6)  # a part of A
     _, _, outputs = play(
         [
-            ({}, [A, Seen(A.box, 0.8), Seen(B.box, 0.7), Seen((2, 4, 0, 3), 0.6)]),  # the last: IoU 2/3 with B
-            ({1: A, 2: B}, [A, half, around]),
+            ({}, [A, Seen(A.box, 0.8), Seen(B.box, 0.7), Seen((2, 4, 0, 3), 0.6)]),  # the last: 2/3 of it on B
+            ({1: A, 2: B}, [A, half, around, inside]),
         ]
     )
     assert outputs[0].object_ids == [1, 2]
     assert outputs[1].object_ids == [1, 2, 3, 4]
+
+
+def test_found_objects_that_become_one_are_followed_once():
+    """The older one stays, and its id: two ids on one object would tear its mask into patches."""
+    nearly = Seen((0, 2, 0, 3), foreground=0.99)  # IoU with A is 2/3
+    apart = Seen((0, 2, 1, 3), foreground=0.99)  # IoU with A is 1/3
+    _, session, outputs = play([({}, [A, B, C]), ({1: A, 2: apart, 3: C}, []), ({1: A, 2: nearly, 3: C}, [])])
+    assert [output.object_ids for output in outputs] == [[1, 2, 3], [1, 2, 3], [1, 3]]
+    assert session.obj_ids == [1, 3]
+
+
+def test_prompted_objects_are_never_let_go_as_twins():
+    session = AusmInferenceSession(seed=0, find_new_objects=True)
+    prompts = {0: {8: frame_mask(B), 9: frame_mask(C)}}
+    script = [({8: B, 9: C}, [A]), ({8: A, 9: A, 10: A}, [])]
+    _, session, outputs = play(script, session, prompts)
+    assert [output.object_ids for output in outputs] == [[8, 9, 10], [8, 9]]
 
 
 def test_masks_in_the_history_are_exclusive_and_the_output_keeps_the_logits():

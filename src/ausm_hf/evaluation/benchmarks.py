@@ -341,6 +341,7 @@ def evaluate(
             "size": dict(processor.image_processor.size),
             "videos": len(found.rows),
             **asdict(inference),
+            "threshold": network.config.foreground_threshold if threshold is None else threshold,
         }
         todo = _in_first_process(lambda: _claim(output, settings, found, resume), rank, world_size)
 

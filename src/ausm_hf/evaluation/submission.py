@@ -64,7 +64,7 @@ def write_submission(output: Path, benchmark: Benchmark) -> Path:
     Packs the predictions for the server that scores them: `submission.zip`.
 
     YouTube-VOS wants its videos in a folder `Annotations`, DAVIS and MOSE want them at the top; YouTube-VIS and OVIS
-    want one `results.json`, and COCO a name that says the task and the split.
+    want one `results.json`, and COCO a name that says task and split.
 
     Args:
         output: Folder of the run.
@@ -76,8 +76,8 @@ def write_submission(output: Path, benchmark: Benchmark) -> Path:
     with whole_file(output / "submission.zip") as partial:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
             if benchmark.annotations is not None:
-                name = f"segm_{benchmark.split}_ausm_results.json" if benchmark.name == "coco" else "results.json"
-                archive.write(output / "tracks.json", name)
+                prefix = f"detections_{benchmark.split}_ausm_" if benchmark.name == "coco" else ""
+                archive.write(output / "tracks.json", f"{prefix}results.json")
             top = Path("Annotations" if benchmark.name.startswith("youtube_vos") else "")
             for row in benchmark.rows if benchmark.annotations is None else ():
                 folder = benchmark.place(output, row)

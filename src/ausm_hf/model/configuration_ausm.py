@@ -131,9 +131,10 @@ class AusmConfig(PreTrainedConfig):
         foreground_threshold (`float`, *optional*, defaults to 0.5):
             Foreground probability above which a detection becomes an object, and below which a followed object that
             was not prompted counts as absent.
-        duplicate_iou (`float`, *optional*, defaults to 0.5):
-            A detection whose mask overlaps an already followed object by more than this is that object, not a new
-            one.
+        duplicate_overlap (`float`, *optional*, defaults to 0.5):
+            A detection of which followed objects cover more than this share is no new object. A followed object that
+            was not prompted, and whose mask comes to have a larger IoU than this with that of an older or a prompted
+            one, is let go. Not in the paper.
         max_age (`int`, *optional*, defaults to 60):
             Frames after which an unprompted object that has not been seen gives its ID vector back. `None`: never.
         class_weight, mask_weight, dice_weight, foreground_weight (`float`, *optional*):
@@ -183,7 +184,7 @@ class AusmConfig(PreTrainedConfig):
     label_sets: dict[str, list[str]] | None = None
     default_label_set: str | None = None
     foreground_threshold: float = 0.5
-    duplicate_iou: float = 0.5
+    duplicate_overlap: float = 0.5
     max_age: int | None = 60
     class_weight: float = 2.0
     mask_weight: float = 5.0

@@ -264,6 +264,7 @@ def step_session(model, session: AusmInferenceSession, frame: torch.Tensor) -> A
         else:
             followed.absent_frames += 1
     num_followed = len(objects)
+    objects = _let_twins_go(objects, logits, config.duplicate_overlap)
     if config.max_age is not None:
         objects = [x for x in objects if x.absent_frames < config.max_age]  # prompted ones are never absent
 
@@ -282,7 +283,7 @@ def step_session(model, session: AusmInferenceSession, frame: torch.Tensor) -> A
     if find_new_objects:
         rows = [row for row in range(num_followed, len(foreground)) if foreground[row] > threshold and non_empty[row]]
         rows.sort(key=lambda row: -foreground[row])
-        rows = _without_duplicates(rows, mask_logits, list(logits.values()), config.duplicate_iou)
+        rows = _without_duplicates(rows, mask_logits, list(logits.values()), config.duplicate_overlap)
         num_free = num_slots - len(objects)
         if len(rows) > num_free:
             rows = rows[:num_free]
@@ -435,22 +436,39 @@ def _make_room(
     return [x for x in objects if x.object_id not in let_go]
 
 
-def _without_duplicates(
-    rows: list[int], mask_logits: torch.Tensor, known: list[torch.Tensor], max_iou: float
-) -> list[int]:
-    """The detections, best first, whose mask is neither that of a followed object nor that of a better detection."""
-    if not rows:
-        return []
-    masks = torch.stack([*known, *(mask_logits[row] for row in rows)]).flatten(1).gt(0).float()
+def _let_twins_go(
+    objects: list[FollowedObject], logits: dict[int, torch.Tensor], max_overlap: float
+) -> list[FollowedObject]:
+    """Lets go of found objects whose mask has become that of another (by IoU): prompted and older ones stay."""
+    seen = sorted((x for x in objects if x.object_id in logits), key=lambda x: (not x.prompted, x.object_id))
+    if len(seen) < 2:
+        return objects
+    masks = torch.stack([logits[x.object_id] for x in seen]).flatten(1).gt(0).float()
     intersection = masks @ masks.T
     area = masks.sum(1)
-    union = area[:, None] + area[None, :] - intersection
-    overlaps = (intersection > max_iou * union).tolist()
-    accepted = list(range(len(known)))
-    for i in range(len(known), len(overlaps)):
-        if not any(overlaps[i][j] for j in accepted):
-            accepted.append(i)
-    return [rows[i - len(known)] for i in accepted[len(known) :]]
+    twins = (intersection > max_overlap * (area[:, None] + area[None, :] - intersection)).tolist()
+    staying: list[int] = []
+    for i, followed in enumerate(seen):
+        if followed.prompted or not any(twins[i][j] for j in staying):
+            staying.append(i)
+    let_go = {x.object_id for x in seen} - {seen[i].object_id for i in staying}
+    return [x for x in objects if x.object_id not in let_go]
+
+
+def _without_duplicates(
+    rows: list[int], mask_logits: torch.Tensor, known: list[torch.Tensor], max_overlap: float
+) -> list[int]:
+    """The detections, best first, whose mask is not covered by followed objects and better detections."""
+    if not rows:
+        return []
+    covered = torch.stack(known).gt(0).any(0) if known else torch.zeros_like(mask_logits[0], dtype=torch.bool)
+    accepted = []
+    for row in rows:
+        mask = mask_logits[row] > 0
+        if (mask & covered).sum() <= max_overlap * mask.sum():
+            accepted.append(row)
+            covered = covered | mask
+    return accepted
 
 
 def _exclusive(logits: list[torch.Tensor]) -> torch.Tensor:
