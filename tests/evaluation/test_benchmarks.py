@@ -344,11 +344,11 @@ def test_sa_v_objects_have_folders_and_may_overlap(tiny, tmp_path):
         write_frame(root / "JPEGImages_24fps" / "sav_9" / f"{t:05d}.jpg", draw(t))
     for t in range(0, number, 4):
         write_png(root / "Annotations_6fps" / "sav_9" / "000" / f"{t:05d}.png", draw(t) * 255)
-        late = np.roll(draw(t), 5, 1) * 255 if t >= 4 else draw(t) * 0
+        late = np.roll(draw(t), 5, 1) * 255 if t >= 8 else draw(t) * 0
         write_png(root / "Annotations_6fps" / "sav_9" / "001" / f"{t:05d}.png", late)
     (root / "sav_val.txt").write_text("sav_9\n")
     found = load_benchmark("sa_v", root)
-    assert {t: list(masks) for t, masks in first_prompts(found.rows[0]).items()} == {0: [0], 4: [1]}
+    assert {t: list(masks) for t, masks in first_prompts(found.rows[0]).items()} == {0: [0], 8: [1]}
     results = evaluate("sa_v", root, model=tiny, output=tmp_path / "out")
     masks = tmp_path / "out" / "masks" / "sav_9"
     assert [p.name for p in sorted(masks.iterdir())] == ["000", "001"]
@@ -356,7 +356,7 @@ def test_sa_v_objects_have_folders_and_may_overlap(tiny, tmp_path):
     assert (read_mask(masks / "000" / "00000.png") == draw(0)).all()
     # each object by itself, as the tool of SA-V does
     objects = results["scores"]["J&F"]["sequences"]["sav_9"]["objects"]
-    assert list(objects) == [0, 1]
+    assert [(number, row["frames"]) for number, row in objects.items()] == [(0, 3), (1, 2)]
     for object_id in (0, 1):
         for kind, folder in (("truth", root / "Annotations_6fps" / "sav_9"), ("predicted", masks)):
             shutil.copytree(folder / f"{object_id:03d}", tmp_path / kind / f"{object_id}")
@@ -656,6 +656,13 @@ def test_bad_input_is_refused_before_work_starts(arguments, message, davis2017, 
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "full"]
+
+
+def test_what_is_not_installed_is_said_first(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    with pytest.raises(ValueError, match=r"not installed: matplotlib; wanted is: pip install 'ausm-hf\[eval\]'"):
+        evaluate("davis2016", "nowhere")
 
 
 def test_model_without_the_classes_of_the_benchmark(tiny, tmp_path):

@@ -379,9 +379,9 @@ def evaluate(
 def _check_arguments(
     benchmark: str, passes: int, traversal: bool, top_k: int | str, threshold: float | None
 ) -> Inference:
-    missing = [name for name in ("datasets", "matplotlib") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("datasets", "evaluate", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"{' and '.join(missing)} is not installed; wanted is: pip install 'ausm-hf[eval]'")
+        raise ValueError(f"not installed: {', '.join(missing)}; wanted is: pip install 'ausm-hf[eval]'")
     if benchmark not in PROTOCOLS:
         raise ValueError(f"benchmark is {benchmark!r}; wanted is one of {', '.join(PROTOCOLS)}")
     if passes not in (1, 2, 3):
