@@ -18,7 +18,7 @@ def moving_views(photo: Image.Image, num_frames: int = 32, size: tuple[int, int]
     frames = []
     for phase in np.linspace(0, 2 * np.pi, num_frames):
         # The affine map takes pixels of the frame to pixels of the photograph.
-        scale = min(photo.width / width, photo.height / height) * (0.8 + 0.08 * np.cos(phase))
+        scale = min(photo.width / width, photo.height / height) * (0.74 + 0.08 * np.cos(phase))
         angle = np.radians(8) * np.sin(phase)
         turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         sway = np.array([0.06 * np.sin(phase), 0.04 * np.sin(2 * phase)])
