@@ -109,8 +109,8 @@ def test_cut_objects_are_whole_and_of_a_fair_size():
 def test_paths_enter_leave_and_cross():
     base = flat_clip(6, 100, (slice(20, 44), slice(30, 54)))
     cutout = Cutout(torch.full((6, 3, 20, 20), 250, dtype=torch.uint8), torch.ones(6, 20, 20, dtype=torch.bool), "b")
-    stories = {"first only": 0, "last only": 0, "hidden between": 0, "crosses": 0, "always": 0}
-    for seed in range(60):
+    stories = {"first only": 0, "last only": 0, "hidden between": 0, "away between": 0, "crosses": 0, "always": 0}
+    for seed in range(100):
         rng = np.random.default_rng(seed)
         maps = paste_path(base, cutout, rng)
         assert maps.shape == (6, 2, 3) and np.isfinite(maps).all()
@@ -119,6 +119,8 @@ def test_paths_enter_leave_and_cross():
         stories["first only"] += bool(seen[0] and not seen[-1])
         stories["last only"] += bool(seen[-1] and not seen[0])
         stories["hidden between"] += bool(seen[0] and seen[-1] and not seen.all())
+        outside = pasted.masks[1].flatten(1).sum(1) + pasted.masks[0].flatten(1).sum(1) == 24 * 24
+        stories["away between"] += bool(seen[0] and seen[-1] and (outside & ~seen).any())
         stories["crosses"] += bool((pasted.masks[0].flatten(1).sum(1) < 24 * 24).any())
         stories["always"] += bool(seen.all())
     assert all(count >= 1 for count in stories.values()), stories

@@ -78,6 +78,31 @@ def test_davis(tmp_path, no_reading, year):
         davis(str(tmp_path), 2018)
 
 
+def test_the_lists_of_davis_2016_itself(tmp_path, no_reading):
+    """Its `ImageSets/480p/*.txt` name a frame and its mask per line, from the root on."""
+    lines = []
+    for video in ("swing", "bear"):
+        write_frames(tmp_path / "JPEGImages" / "480p" / video, [f"{t:05d}" for t in range(3)], ".jpg")
+        for t in range(3):
+            write_mask(tmp_path / "Annotations" / "480p" / video / f"{t:05d}.png", index_mask(t, [255]))
+            lines.append(f"/JPEGImages/480p/{video}/{t:05d}.jpg /Annotations/480p/{video}/{t:05d}.png ")
+    (tmp_path / "ImageSets" / "480p").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "480p" / "trainval.txt").write_text("\n".join(lines[:-1]) + "\n")
+    clips = davis(str(tmp_path), 2016, "trainval")
+    no_reading.undo()
+    assert clips["video_id"] == ["swing", "bear"]
+    swing, bear = map(whole, clips)
+    assert swing.masks.sum(dim=(2, 3)).tolist() == [[100] * 3] and len(bear.frames) == 2
+    assert (swing.exhaustive, swing.first_frame_given) == (True, False)
+    with pytest.raises(ValueError, match="split 'val' of DAVIS 2016"):
+        davis(str(tmp_path), 2016, "val")
+    with pytest.raises(ValueError, match="split 'trainval' of DAVIS 2017"):
+        davis(str(tmp_path), 2017, "trainval")
+    (tmp_path / "ImageSets" / "480p" / "val.txt").write_text("bear\n")
+    with pytest.raises(ValueError, match="val.txt, line 1: want a frame and its mask, got 'bear'"):
+        davis(str(tmp_path), 2016, "val")
+
+
 def test_youtube_vos_with_an_object_that_comes_late_and_frames_without_masks(tmp_path, no_reading):
     names = ["00000", "00005", "00010", "00015"]
     write_frames(tmp_path / "train" / "JPEGImages" / "abc", names, ".jpg")
@@ -289,6 +314,18 @@ def test_stills(tmp_path, no_reading, names, exhaustive, labels, label_set, give
     assert clip.ignore.sum() == 1
     assert (clip.labels, clip.label_set, clip.first_frame_given) == (labels, label_set, given)
     assert clip.exhaustive is not given
+
+
+def test_every_tenth_photograph_is_held_out(tmp_path):
+    instances = {f"{i:05d}": {"1": "cat"} for i in reversed(range(25))}
+    (tmp_path / "images").mkdir()
+    (tmp_path / "meta.json").write_text(json.dumps({"name": "set", "exhaustive": True, "instances": instances}))
+    names = {split: stills(str(tmp_path), split)["video_id"] for split in ("all", "train", "held_out")}
+    assert names["all"] == [f"set/{i:05d}" for i in range(25)]
+    assert names["held_out"] == ["set/00009", "set/00019"]
+    assert sorted([*names["held_out"], *names["train"]]) == names["all"]
+    with pytest.raises(ValueError, match="split must be .*, got 'val'"):
+        stills(str(tmp_path), "val")
 
 
 def test_video_folder(tmp_path, no_reading):

@@ -249,3 +249,16 @@ def test_no_instances_at_all():
     loss, terms = tiny_loss()([prediction], instances, result, ["pets"])
     loss.backward()
     assert torch.isfinite(loss) and terms["mask"] == 0 and terms["foreground"] > 0
+
+
+def test_what_the_user_marks_stands_before_the_first_frame_only():
+    """A box over cells 0 and 1 given for an instance that fills cell 0: `M_0` is the box, `M_1` the instance."""
+    masks = cell_masks([[0, 0, 0], [3, 3, 3]])
+    box = torch.zeros(2, SIZE, SIZE, dtype=torch.bool)
+    box[0, :4] = box[1, 4:, 4:] = True
+    frames = torch.zeros(1, 3, 3, SIZE, SIZE)
+    instances = pad_instances(frames, [masks], None, None, None, None, prompt_masks=[box])
+    result = plan_teacher_forcing(instances, 10, [torch.tensor([0, 1])])
+    assert shown(result.history_masks) == [[[0, 1], []], [[0], [3]], [[0], [3]]]
+    with pytest.raises(ValueError, match=r"prompt_masks\[0\]. must have shape \(2, 8, 8\)"):
+        pad_instances(frames, [masks], None, None, None, None, prompt_masks=[box[:1]])

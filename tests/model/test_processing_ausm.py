@@ -120,9 +120,9 @@ def test_wrong_videos_for_a_session(processor):
 def test_every_kind_of_mask(processor, mask):
     session = processor.init_video_session(video=VIDEO)
     assert processor.add_inputs_to_inference_session(session, np.int64(0), np.int64(4), mask) is session
-    assert torch.equal(session.mask_prompts[0][4], torch.from_numpy(MASK).bool())
+    assert torch.equal(session.prompts[0][4].mask, torch.from_numpy(MASK).bool())
     processor.add_inputs_to_inference_session(session, 1, [4, 5], [mask, mask])
-    assert list(session.mask_prompts[1]) == [4, 5]
+    assert list(session.prompts[1]) == [4, 5]
 
 
 def test_size_of_a_stream_without_a_video(processor):
@@ -157,7 +157,7 @@ def test_wrong_masks(processor, obj_ids, masks, message):
     session = processor.init_video_session(video=VIDEO)
     with pytest.raises(ValueError, match=message):
         processor.add_inputs_to_inference_session(session, 0, obj_ids, masks)
-    assert not session.mask_prompts
+    assert not session.prompts
 
 
 CODE = """

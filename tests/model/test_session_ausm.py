@@ -1,121 +1,16 @@
 """Who is who in a stream, to the last bit: a network that answers from a script, then a tiny real one."""
 
 import logging
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from scripted import FRAME, NOTHING, SIZE, A, B, C, ScriptedModel, Seen, frame_mask, play
 
 from ausm_hf import AusmImageProcessor, AusmProcessor
-from ausm_hf.model.session_ausm import (
-    PROMPT_LOGIT,
-    AusmInferenceSession,
-    FollowedObject,
-    propagate_in_video_iterator,
-    step_session,
-)
-
-SIZE = (4, 6)  # of mask logits; frames are four times as large
-FRAME = torch.zeros(3, 16, 24)
-LABELS = ["cat", "dog"]
-
-
-@dataclass
-class Seen:
-    """What the scripted network says of one object: where it is, how surely it is one, and which."""
-
-    box: tuple[int, int, int, int]  # top, bottom, left, right in mask logits
-    foreground: float = 0.9
-    dog: float = 0.5
-    logit: float = 5.0
-    no_object: float = 50.0  # odds of "no object" in the class logits
-
-    @property
-    def mask(self) -> torch.Tensor:
-        mask = torch.zeros(SIZE, dtype=torch.bool)
-        top, bottom, left, right = self.box
-        mask[top:bottom, left:right] = True
-        return mask
-
-
-NOTHING = Seen((0, 0, 0, 0), foreground=0.01)
-A, B, C = Seen((0, 2, 0, 2)), Seen((2, 4, 0, 2)), Seen((0, 2, 4, 6))
-
-
-@dataclass
-class FakeHistory:
-    slots: torch.Tensor
-    taken: torch.Tensor
-    masks: torch.Tensor
-    steps: int = 0
-
-    def replace_objects(self, slots, taken, masks):
-        assert slots.shape == taken.shape == masks.shape[:2]
-        assert slots.dtype == torch.int64 and taken.dtype == torch.bool and masks.dtype == torch.float32
-        return replace(self, slots=slots, taken=taken, masks=masks)
-
-
-class ScriptedModel:
-    """
-    Answers frame `t` by `script[t] = (tracked, detected)`. `tracked` is a dict from object id to [`Seen`] (the order
-    of the history is asked of the session), `detected` a list. Keeps the histories that it was given.
-    """
-
-    device, dtype = torch.device("cpu"), torch.float32
-
-    def __init__(self, script, num_id_vectors=4, num_detection_queries=4, max_age=60):
-        self.script = script
-        self.num_detection_queries = num_detection_queries
-        self.config = SimpleNamespace(
-            num_id_vectors=num_id_vectors,
-            foreground_threshold=0.5,
-            duplicate_overlap=0.5,
-            max_age=max_age,
-            label_sets={"pets": LABELS, "ships": ["tug", "yacht"]},
-            default_label_set="pets",
-        )
-        self.histories = []
-        self.session = None
-
-    def init_history(self, batch_size):
-        return FakeHistory(
-            torch.zeros(batch_size, 0, dtype=torch.int64),
-            torch.zeros(batch_size, 0, dtype=torch.bool),
-            torch.zeros(batch_size, 0, 1, 1),
-        )
-
-    def step(self, pixel_values, history, label_set=None):
-        self.histories.append(history)
-        assert label_set == self.session.label_set
-        tracked, detected = self.script[history.steps]
-        # In a first frame the session's objects are only known by their number: prompts in the order given.
-        ids = self.session.obj_ids or list(tracked)
-        assert len(ids) == history.slots.shape[1]
-        rows = [tracked.get(object_id, NOTHING) for object_id in ids] + detected
-        rows += [NOTHING] * (len(ids) + self.num_detection_queries - len(rows))
-        return SimpleNamespace(
-            masks_queries_logits=torch.stack([torch.where(x.mask, x.logit, -5.0) for x in rows])[None],
-            foreground_queries_logits=torch.tensor([[x.foreground for x in rows]]).logit(),
-            class_queries_logits=torch.tensor([[[1 - x.dog, x.dog, x.no_object] for x in rows]]).log(),
-            history=replace(history, steps=history.steps + 1),
-        )
-
-
-def play(script, session=None, prompts=None, **model_kwargs):
-    """Runs the script. `prompts`: frame index -> object id -> mask of the frame's size."""
-    model = ScriptedModel(script, **model_kwargs)
-    session = session or AusmInferenceSession(seed=0)
-    for frame_idx, masks in (prompts or {}).items():
-        session.add_masks(frame_idx, list(masks), list(masks.values()), (16, 24))
-    model.session = session
-    return model, session, [step_session(model, session, FRAME) for _ in script]
-
-
-def frame_mask(seen: Seen) -> torch.Tensor:
-    """The mask of a scripted object at the frame's size."""
-    return seen.mask.repeat_interleave(4, 0).repeat_interleave(4, 1)
+from ausm_hf.model.prompts_ausm import ObjectPrompt
+from ausm_hf.model.session_ausm import AusmInferenceSession, FollowedObject
+from ausm_hf.model.streaming_ausm import PROMPT_LOGIT, propagate_in_video_iterator, step_session
 
 
 def test_detections_become_objects_best_first_and_are_followed():
@@ -288,7 +183,7 @@ def test_prompt_for_the_first_frame_is_in_the_history_before_and_after_its_step(
     assert outputs[0].pred_masks.shape == (1, 1, 16, 24) and (outputs[0].pred_masks[0, 0] > 0).equal(prompt)
     assert outputs[1].pred_masks.shape == (1, 1, *SIZE) and (outputs[1].pred_masks[0, 0] > 0).equal(B.mask)
     assert outputs[0].scores.item() == pytest.approx(0.1 * 0.5)
-    assert not session.mask_prompts
+    assert not session.prompts
 
 
 def test_thin_prompt_does_not_vanish():
@@ -327,14 +222,26 @@ def test_prompt_on_a_later_frame_joins_after_its_step_with_an_id_of_its_own():
 
 
 def test_prompt_for_a_followed_object_replaces_its_mask_and_takes_pixels_from_others():
-    model = ScriptedModel([({}, [A, B]), ({1: A, 2: B}, []), ({1: B, 2: NOTHING}, [])])
+    corner = Seen((3, 4, 0, 2))  # half of B
+    model = ScriptedModel([({}, [A, B]), ({1: A, 2: B}, []), ({1: corner, 2: B}, [])])
     model.session = session = AusmInferenceSession(find_new_objects=True)
     step_session(model, session, FRAME)
-    session.add_masks(1, [1], [frame_mask(B)], (16, 24))
+    session.add_prompts(1, [1], [ObjectPrompt(mask=frame_mask(corner))], (16, 24))
     output = step_session(model, session, FRAME)
     step_session(model, session, FRAME)
     assert output.object_ids == [1, 2] and output.prompted == [True, False]
-    torch.testing.assert_close(model.histories[2].masks[0], torch.stack([B.mask, torch.zeros(SIZE)]).float())
+    torch.testing.assert_close(model.histories[2].masks[0], torch.stack([corner.mask, B.mask & ~corner.mask]).float())
+
+
+@pytest.mark.parametrize("prompted_id", [1, 5])
+def test_prompt_replaces_a_found_object_that_it_is_the_same_as(prompted_id):
+    """Whether the id is new or that of another object that was found: nothing is followed twice."""
+    model = ScriptedModel([({}, [A, B]), ({1: A, 2: B}, [B]), ({1: B, 5: B}, [B])])
+    model.session = session = AusmInferenceSession(find_new_objects=True)
+    step_session(model, session, FRAME)
+    session.add_prompts(None, [prompted_id], [ObjectPrompt(mask=frame_mask(B))], (16, 24))
+    ids = [step_session(model, session, FRAME).object_ids for _ in range(2)]
+    assert ids == ([[1], [1]] if prompted_id == 1 else [[1, 5], [5]])  # then A, by the script, is where B is
 
 
 def test_detection_where_a_prompt_is_is_a_duplicate():
@@ -356,7 +263,7 @@ def test_prompts_take_the_slots_of_found_objects_that_are_missed_least():
 
 def test_the_session_does_not_grow():
     session = play([({}, [A])] + [({1: A}, [B]), ({1: A, 2: B}, [])] + [({1: A, 2: B}, [])] * 20)[1]
-    assert session.results is None and len(session.objects) == 2 and not session.mask_prompts
+    assert session.results is None and len(session.objects) == 2 and not session.prompts
     kept = play([({}, [A]), ({1: A}, [])], AusmInferenceSession(keep_results=True))[1]
     assert list(kept.results) == [0, 1] and kept.results[1].object_ids == [1]
 
@@ -399,7 +306,6 @@ def test_more_prompts_than_id_vectors():
         (1, [True], [torch.ones(16, 24)], "obj_ids must be positive integers, got True"),
         (1, [], [], "at least one object"),
         (1, [2, 2], [torch.ones(16, 24)] * 2, "each one once"),
-        (1, [1, 2], [torch.ones(16, 24)], "as many as obj_ids"),
         (1, [1], [torch.ones(24, 16)], r"size of the video, \(16, 24\)"),
         (1, [1], [torch.zeros(16, 24)], "empty mask for object 1"),
     ],
@@ -408,8 +314,8 @@ def test_wrong_prompts(frame_idx, obj_ids, masks, message):
     session = AusmInferenceSession(num_frames=9)
     play([({}, [])], session)
     with pytest.raises(ValueError, match=message):
-        session.add_masks(frame_idx, obj_ids, masks, (16, 24))
-    assert not session.mask_prompts and session.next_object_id == 1 and session.video_height is None
+        session.add_prompts(frame_idx, obj_ids, [ObjectPrompt(mask=mask) for mask in masks], (16, 24))
+    assert not session.prompts and session.next_object_id == 1 and session.video_height is None
 
 
 def test_propagating():
@@ -449,7 +355,7 @@ def test_wrong_propagation():
     with pytest.raises(ValueError, match="at most 3"):
         list(propagate_in_video_iterator(model, session(), 4))
     prompted = session()
-    prompted.add_masks(1, [1], [frame_mask(A)], (16, 24))
+    prompted.add_prompts(1, [1], [ObjectPrompt(mask=frame_mask(A))], (16, 24))
     with pytest.raises(ValueError, match="prompts of frame 1"):
         propagate_in_video_iterator(model, prompted, 2)
     running = session()

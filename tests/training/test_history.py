@@ -4,7 +4,7 @@ import torch
 from scipy import ndimage
 
 from ausm_hf.training import history
-from ausm_hf.training.history import clip_generator, corrupt_history, sample_history
+from ausm_hf.training.history import clip_generator, corrupt_history, draw_prompts, sample_history
 
 
 def squares(num_objects=3, num_frames=5, size=64):
@@ -113,3 +113,39 @@ def test_sampled_history_takes_predictions_where_the_network_tracks():
     assert not sampled[1, 4].any()
     untouched = sample_history(masks, logits, foreground, switch_frames, 0.0, 0.5, clip_generator(0, 0))
     assert torch.equal(untouched, masks)
+
+
+def test_prompts_are_signals_of_each_kind():
+    """Of a disc: a box holds it, clicks and scribbles lie on it, corrected masks are nearly right."""
+    y, x = torch.meshgrid(torch.arange(128), torch.arange(160), indexing="ij")
+    disc = ((y - 60) ** 2 + (x - 80) ** 2 < 35**2)[None]
+    kinds = {"box": 0, "clicks": 0, "clicks off it": 0, "corrected": 0}
+    for i in range(100):
+        signal = draw_prompts(disc, disc, 1.0, clip_generator(0, i))
+        assert signal.shape == disc.shape and signal.dtype == torch.bool and signal.any()
+        covered = (signal & disc).sum() / disc.sum()
+        precise = (signal & disc).sum() / signal.sum()
+        if 0.7 < precise < 0.85 and covered > 0.9:
+            kinds["box"] += 1
+        elif covered < 0.35 and precise > 0.8:
+            kinds["clicks"] += 1
+        elif covered > 0.99 or precise > 0.99:
+            kinds["corrected"] += 1
+        kinds["clicks off it"] += bool(precise == 1 and (disc & ~signal).any())
+    assert kinds["box"] > 20 and kinds["clicks"] > 20 and kinds["corrected"] > 8, kinds
+
+
+def test_the_share_of_signals_and_what_stays_a_mask():
+    masks = squares()[:, 0]
+    absent = torch.zeros_like(masks)
+    absent[0] = masks[0]
+    history_masks = masks.float() * 0.5  # something that can be told from the true masks
+    changed = 0
+    for i in range(200):
+        prompts = draw_prompts(masks, history_masks, 0.3, clip_generator(0, i))
+        assert prompts.dtype == history_masks.dtype
+        changed += (prompts != history_masks).flatten(1).any(1).sum().item()
+        prompts = draw_prompts(absent, history_masks, 1.0, clip_generator(0, i))
+        assert torch.equal(prompts[1:], history_masks[1:])
+    assert changed / 600 == pytest.approx(0.3, abs=0.05)
+    assert torch.equal(draw_prompts(masks, history_masks, 0.0, clip_generator(0, 0)), history_masks)

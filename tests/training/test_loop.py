@@ -1,3 +1,4 @@
+import copy
 import json
 import multiprocessing
 import random
@@ -9,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ausm_hf import AusmConfig, AusmForUniversalSegmentation
 from ausm_hf.training import checkpoint as checkpoint_module
-from ausm_hf.training import train
+from ausm_hf.training import recipe_from_dict, train
 from ausm_hf.training.checkpoint import checkpoints, restore_rng_state, rng_state
-from ausm_hf.training.loop import load_batches
+from ausm_hf.training.loop import build_config, build_model, load_batches
 
 
 def weights(folder):
@@ -157,13 +159,25 @@ def test_rng_states_come_back(tmp_path):
     assert draw() == drawn
 
 
-def test_accumulation_equals_a_larger_batch(tiny, tmp_path):
-    plain = tiny.run(tmp_path / "a", "data.batch_size=4", "optim.max_steps=3", dropout=0.0)
-    accumulated = tiny.run(
-        tmp_path / "b", "data.batch_size=2", "gradient_accumulation_steps=2", "optim.max_steps=3", dropout=0.0
-    )
-    for name, value in weights(plain).items():
-        torch.testing.assert_close(value, weights(accumulated)[name], atol=1e-6, rtol=1e-5)
+@pytest.mark.parametrize("options", [(), ("mode=iterative",), ("carried_state=3",)], ids=["", "iterative", "carried"])
+def test_accumulation_equals_a_larger_batch(tiny, tiny_model, tmp_path, options):
+    """Although the clips have one to three objects, each of them away in some frames."""
+
+    def gradients_and_loss(output_dir, *division):
+        network = copy.deepcopy(tiny_model).train().requires_grad_(True)
+        plain = ("optim.clip_grad_norm=null", "data.size=[64, 64]", "optim.max_steps=1")
+        recipe = tiny.make_recipe(output_dir, *plain, *division, *options)
+        train(recipe, model=network, dataset=tiny.TinyClips(size=64), collator=tiny.collate)
+        moments = load_file(checkpoints(output_dir)[-1] / "optimizer.safetensors")
+        gradients = {name: 10 * value for name, value in moments.items() if name.startswith("exp_avg:")}
+        return gradients, log_lines(output_dir)[0]["loss"]
+
+    wanted, loss = gradients_and_loss(tmp_path / "a", "data.batch_size=4")
+    got, same_loss = gradients_and_loss(tmp_path / "b", "data.batch_size=1", "gradient_accumulation_steps=4")
+    assert max(value.abs().max() for value in wanted.values()) > 0.1
+    for name, value in wanted.items():
+        torch.testing.assert_close(got[name], value, atol=1e-6, rtol=1e-4)
+    assert same_loss == pytest.approx(loss, abs=1e-6 * loss)
 
 
 def test_clips_of_a_step_do_not_depend_on_how_they_are_divided(tiny, tmp_path):
@@ -248,3 +262,24 @@ def test_arguments_that_can_not_work_are_refused_before_anything_is_loaded(tiny,
     with pytest.raises(ValueError, match="^tracker: 'abacus' is not installed"):
         tiny.run(tmp_path / "run", "tracker=abacus")
     assert not (tmp_path / "run").exists()
+
+
+def test_parts_of_a_checkpoint_start_anew(tmp_path):
+    config = AusmConfig.from_preset("nano")
+    trained = AusmForUniversalSegmentation(config)
+    for parameter in trained.parameters():
+        parameter.data.fill_(0.25)
+    trained.save_pretrained(tmp_path / "trained")
+    model = {"path": str(tmp_path / "trained"), "reinitialize": ["model.history_encoder.", "model.id_vectors."]}
+    recipe = recipe_from_dict(
+        {"output_dir": str(tmp_path), "model": model, "data": {"mixture": "nano", "root": str(tmp_path)}}
+    )
+    network = build_model(recipe, build_config(recipe))
+    for name, parameter in network.named_parameters():
+        anew = name.startswith(("model.history_encoder.", "model.id_vectors."))
+        assert (parameter == 0.25).all() != anew, name
+    for layer in network.model.history_encoder.decoder:
+        assert torch.equal(layer.cross_attention.q_proj.weight, layer.cross_attention.k_proj.weight)
+    recipe.model.reinitialize = ["history_encoder."]
+    with pytest.raises(ValueError, match="model.reinitialize: the network has no parameter that begins with"):
+        build_model(recipe, build_config(recipe))

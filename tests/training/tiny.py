@@ -46,6 +46,7 @@ class TinyModel(PreTrainedModel):
         detect=None,
         annotated_frames=None,
         ignore_masks=None,
+        num_instances=None,
     ):
         self.seen = {"mask_labels": mask_labels, "history_masks": history_masks, "switch_frames": switch_frames}
         losses = []
@@ -63,7 +64,7 @@ class TinyModel(PreTrainedModel):
 
 
 class TinyClips(torch.utils.data.Dataset):
-    """Clip i is a function of i: two squares that move."""
+    """Clip i is a function of i: one to three squares that move, each of them away in some of the frames."""
 
     num_frames = 3
 
@@ -73,11 +74,11 @@ class TinyClips(torch.utils.data.Dataset):
     def __getitem__(self, index):
         generator = torch.Generator().manual_seed(index)
         frames = torch.randint(0, 256, (self.num_frames, 3, self.size, self.size), generator=generator).to(torch.uint8)
-        masks = torch.zeros(2, self.num_frames, self.size, self.size, dtype=torch.uint8)
-        for n in range(2):
+        masks = torch.zeros(1 + index % 3, self.num_frames, self.size, self.size, dtype=torch.uint8)
+        for n in range(len(masks)):
             top, left = torch.randint(0, 16, (2,), generator=generator).tolist()
             for t in range(self.num_frames):
-                masks[n, t, top + t : top + t + 10, left : left + 10] = 1
+                masks[n, t, top + t : top + t + 10, left : left + 10] = (index + n + t) % 4 != 3
         return {"pixel_values": frames, "masks": masks}
 
 
@@ -86,7 +87,7 @@ def collate(clips):
     return {
         "pixel_values_videos": frames,
         "mask_labels": [clip["masks"] for clip in clips],
-        "class_labels": [torch.full((2,), -100) for _ in clips],
+        "class_labels": [torch.full((len(clip["masks"]),), -100) for clip in clips],
         "label_sets": [None] * len(clips),
         "exhaustive": [True] * len(clips),
         "detect": [True] * len(clips),

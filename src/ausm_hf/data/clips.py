@@ -4,11 +4,15 @@ A row says where its frames and masks are; `load_clip` decodes those that are as
 frames of one video file. Masks come in the way the data set is published: an indexed PNG per frame (`annotations`),
 run lengths per object and frame (`objects[i]["segmentations"]`), or a binary PNG per object and frame
 (`objects[i]["masks"]`).
+
+`push_to_hub` and `save_to_disk` take the files along, and what they wrote loads as it was; `to_parquet` keeps the
+paths.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,6 +25,7 @@ from PIL import Image as PILImage
 
 IGNORE_VALUE = 255  # pixel value of an indexed PNG that means "no ground truth here", unless an object has that id
 ROWS_PER_CHUNK = 2000  # rows held as Python objects while indexing
+ANNOTATED_EVERY = 4  # videos of SA-V run at 24 frames per second and are annotated at 6
 
 FEATURES = Features(
     {
@@ -156,11 +161,26 @@ def resolve_row(row: dict) -> dict:
 
     `clips.map(resolve_row)` does so for a whole data set, before it goes to the Hub.
     """
-    if row["annotation_file"] is None:
-        return row
-    from .sa_v import read_annotation_file  # it builds rows, so it imports this module
+    return row if row["annotation_file"] is None else _read_annotation_file(row)
 
-    return read_annotation_file(row)
+
+def _read_annotation_file(row: dict) -> dict:
+    """Fill a train row of SA-V from its JSON: which frames there are, and the run lengths of each object in them."""
+    annotation = json.loads(Path(row["annotation_file"]).read_text())
+    size = int(annotation["video_height"]), int(annotation["video_width"])
+    masklets = annotation["masklet"]  # per annotated frame, per object
+    objects = [
+        clip_object(object_id, segmentations=[encode_rle(frame[n], *size) for frame in masklets])
+        for n, object_id in enumerate(annotation["masklet_id"])
+    ]
+    return row | {
+        "video_frames": [ANNOTATED_EVERY * n for n in range(len(masklets))],
+        "annotated": [True] * len(masklets),
+        "objects": objects,
+        "annotation_file": None,
+        "height": size[0],
+        "width": size[1],
+    }
 
 
 def load_clip(row: dict, indices: list[int]) -> Clip:

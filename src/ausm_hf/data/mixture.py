@@ -180,11 +180,13 @@ class ClipMixture(torch.utils.data.Dataset):
 def nano_mixture(root: str, num_frames: int, size: tuple[int, int], seed: int = 0) -> ClipMixture:
     """What ausm-nano is trained on: half DAVIS 2016 train clips, half pseudo-video from stills.
 
+    Every tenth photograph of the exhaustive sets is left out, to measure on (`stills(..., split="held_out")`).
+
     Args:
         root: What `ausm_hf.data.prepare` wrote: `davis/` and `stills/`.
     """
     video = ClipSource(
-        davis(os.path.join(root, "davis"), 2016, "train"), strides=(1, 2, 3, 5, 8), reverse=0.3, paste=0.5, donor=True
+        davis(os.path.join(root, "davis"), 2016, "train"), strides=(1, 2, 3, 5, 8), reverse=0.3, paste=0.6, donor=True
     )
     # Per set: its part of all clips, and whether its masks are exact enough to be cut out and pasted elsewhere.
     parts = {
@@ -200,8 +202,14 @@ def nano_mixture(root: str, num_frames: int, size: tuple[int, int], seed: int = 
         "people": (0.01, False),
         "street": (0.025, False),
     }
+    exhaustive = ("coco_mini", "cats", "fashion", "balloon")
     photographs = [
-        ClipSource(stills(os.path.join(root, "stills", name)), pseudo_video=True, paste=0.3, donor=donor)
+        ClipSource(
+            stills(os.path.join(root, "stills", name), split="train" if name in exhaustive else "all"),
+            pseudo_video=True,
+            paste=0.5,
+            donor=donor,
+        )
         for name, (_, donor) in parts.items()
     ]
     weights = [0.5, *(weight for weight, _ in parts.values())]

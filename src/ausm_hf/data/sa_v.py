@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from datasets import Dataset
 
-from .clips import clip_object, clip_row, clips_from_rows, encode_rle, file
+from .clips import ANNOTATED_EVERY, clip_row, clips_from_rows, file
 from .mask_folders import folder_row, need
-
-ANNOTATED_EVERY = 4  # videos run at 24 frames per second and are annotated at 6
 
 
 def sa_v(root: str, split: str = "train", annotations: str = "manual") -> Dataset:
@@ -66,22 +63,3 @@ def sa_v(root: str, split: str = "train", annotations: str = "manual") -> Datase
             )
         )
     return clips_from_rows(rows)
-
-
-def read_annotation_file(row: dict) -> dict:
-    """Fill a train row from its JSON: which frames there are, and the run lengths of each object in them."""
-    annotation = json.loads(Path(row["annotation_file"]).read_text())
-    size = int(annotation["video_height"]), int(annotation["video_width"])
-    masklets = annotation["masklet"]  # per annotated frame, per object
-    objects = [
-        clip_object(object_id, segmentations=[encode_rle(frame[n], *size) for frame in masklets])
-        for n, object_id in enumerate(annotation["masklet_id"])
-    ]
-    return row | {
-        "video_frames": [ANNOTATED_EVERY * n for n in range(len(masklets))],
-        "annotated": [True] * len(masklets),
-        "objects": objects,
-        "annotation_file": None,
-        "height": size[0],
-        "width": size[1],
-    }

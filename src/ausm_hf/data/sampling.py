@@ -106,8 +106,8 @@ def cut_object(clip: Clip, rng: np.random.Generator) -> Cutout | None:
 def paste_path(clip: Clip, cutout: Cutout, rng: np.random.Generator) -> np.ndarray:
     """Affine maps `(T, 2, 3)` that move a cutout through a clip.
 
-    It drifts about, enters, leaves, or crosses the place of an object of the clip halfway, so that one hides the
-    other.
+    It drifts about, enters, leaves, leaves and returns, or crosses the place of an object of the clip halfway, so that
+    one hides the other.
     """
     steps = len(clip.frames)
     height, width = clip.frames.shape[-2:]
@@ -125,7 +125,7 @@ def paste_path(clip: Clip, cutout: Cutout, rng: np.random.Generator) -> np.ndarr
     direction = rng.uniform(-math.pi, math.pi)
     heading = np.array([math.cos(direction), 0.5 * math.sin(direction)])
     distance = width * min(0.9, rng.uniform(0.02, 0.12) * (steps - 1))
-    kind = rng.choice(["drift", "enter", "leave", "cross"], p=[0.3, 0.15, 0.15, 0.4])
+    kind = rng.choice(["drift", "enter", "leave", "return", "cross"], p=[0.25, 0.1, 0.1, 0.15, 0.4])
     there = clip.masks[:, steps // 2].flatten(1).any(dim=1).nonzero().flatten().tolist() if len(clip.masks) else []
     if kind == "cross" and there:
         ys, xs = clip.masks[there[int(rng.integers(len(there)))], steps // 2].nonzero(as_tuple=True)
@@ -134,14 +134,20 @@ def paste_path(clip: Clip, cutout: Cutout, rng: np.random.Generator) -> np.ndarr
             time = time - time[steps // 2]
         distance = max(distance, rng.uniform(0.3, 0.8) * width)  # far enough to be seen on both sides
         centres = middle + time[:, None] * distance * heading
-    elif kind in ("enter", "leave"):
+    elif kind in ("enter", "leave", "return"):
         inside = rng.uniform(0.25, 0.75, 2) * extent
         side_sign = rng.choice([-1, 1])
         outside = np.array([width * 0.5 + side_sign * (0.5 * width + 0.45 * magnify * cut_width), inside[1]])
         outside[1] += rng.uniform(-0.2, 0.2) * height
         mix = np.linspace(0, 1, steps)[:, None]
+        if kind == "return":
+            # Away from one frame to another, never in the first one nor in the last.
+            away = np.sort(rng.integers(1, max(steps - 1, 2), size=2))
+            mix = np.array([[0.0 if away[0] <= t <= away[1] else 1.0] for t in range(steps)])
         centres = outside * (1 - mix) + inside * mix
         centres = centres[::-1] if kind == "leave" else centres
+        if kind == "return":
+            centres = centres + 0.3 * time[:, None] * distance * heading * mix
     else:
         centres = rng.uniform(0.2, 0.8, 2) * extent + time[:, None] * distance * heading
 

@@ -94,30 +94,25 @@ class EfficientNetLiteConvolution(nn.Module):
     ):
         super().__init__()
         self.kernel_size, self.stride, self.relu = kernel_size, stride, relu
-        # Stride 1 needs (kernel_size - 1) / 2 on each side, which the convolution does by itself.
-        padding = (kernel_size - 1) // 2 if stride == 1 else 0
-        self.convolution = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding=padding, groups=groups, bias=False
-        )
+        self.convolution = nn.Conv2d(in_channels, out_channels, kernel_size, stride, groups=groups, bias=False)
         self.normalization = nn.BatchNorm2d(out_channels, eps=eps)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.stride > 1:
-            top, bottom = self.same_padding(hidden_states.shape[-2])
-            left, right = self.same_padding(hidden_states.shape[-1])
-            hidden_states = F.pad(hidden_states, (left, right, top, bottom))
-        norm, convolution = self.normalization, self.convolution
+        norm = self.normalization
         factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-        hidden_states = F.conv2d(
-            hidden_states,
-            convolution.weight * factor.view(-1, 1, 1, 1),
-            norm.bias - norm.running_mean * factor,
-            convolution.stride,
-            convolution.padding,
-            convolution.dilation,
-            convolution.groups,
-        )
-        return F.relu6(hidden_states, inplace=True) if self.relu else hidden_states
+        weight = self.convolution.weight * factor.view(-1, 1, 1, 1)
+        bias = norm.bias - norm.running_mean * factor
+        if self.kernel_size == self.stride == self.convolution.groups == 1:
+            # Channels last, a 1x1 convolution is a matrix product as it stands.
+            out = F.linear(hidden_states.permute(0, 2, 3, 1), weight.flatten(1), bias)
+            return (F.relu6(out, inplace=True) if self.relu else out).permute(0, 3, 1, 2)
+        top, bottom = self.same_padding(hidden_states.shape[-2])
+        left, right = self.same_padding(hidden_states.shape[-1])
+        # The convolution pads alike on both sides. Where one more is wanted at the end, a zero before the kernel does
+        # it: padding the kernel is cheaper than padding the widest maps of the network.
+        weight = F.pad(weight, (right - left, 0, bottom - top, 0))
+        out = F.conv2d(hidden_states, weight, bias, self.stride, (bottom, right), groups=self.convolution.groups)
+        return F.relu6(out, inplace=True) if self.relu else out
 
     def same_padding(self, size: int) -> tuple[int, int]:
         """Zeros before and after an axis of `size` pixels, for ceil(size / stride) pixels to come out."""
@@ -160,6 +155,11 @@ class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    # It has no attention, so whichever the model around it uses will do.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
     has_attentions = False
 
     def __init__(self, config: EfficientNetLiteConfig):

@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .backbone_efficientnet_lite import EfficientNetLiteConfig
 
@@ -35,6 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "history_feedforward_size": 256,
         "history_key_stride": 2,
         "history_self_attention": False,
+        "history_local_kernel": 5,
         "history_gate_init": 1.0,
         "num_decoder_layers": 3,
         "decoder_feedforward_size": 512,
@@ -65,6 +66,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
 }
+
+
+def _in_order(id2label: dict[int | str, str]) -> list[str]:
+    """The labels of `id2label`, whose keys JSON makes strings."""
+    labels = {int(index): label for index, label in id2label.items()}
+    if sorted(labels) != list(range(len(labels))):
+        raise ValueError(f"`id2label` must number the labels from 0 on, got the numbers {sorted(labels)}.")
+    return [labels[index] for index in range(len(labels))]
 
 
 @strict
@@ -113,6 +122,11 @@ class AusmConfig(PreTrainedConfig):
         history_self_attention (`bool`, *optional*, defaults to `True`):
             Whether a History Decoder layer attends within the frame before it asks the history, as a standard
             Transformer decoder layer does. The paper only says "Transformer decoder layers".
+        history_local_kernel (`int`, *optional*, defaults to 0):
+            Side of a depthwise convolution that brings the compressed past to the same place of the current frame,
+            before the History Decoder looks further; odd. Marks then pass a linear layer that starts them louder than
+            the features. 0, the paper's form, has neither. Without them a small network that is trained briefly hardly
+            learns to heed its history.
         history_gate_init (`float`, *optional*, defaults to 0.0):
             Initial gate of what the history adds to the frame's features. 0 makes a fresh network reproduce the
             Mask2Former that it was initialised from; networks that start without one start at 1.
@@ -126,8 +140,10 @@ class AusmConfig(PreTrainedConfig):
             N_det: learned queries `V` that look for objects which nobody follows yet.
         label_sets (`dict[str, list[str]]`, *optional*):
             Name of a label set -> its labels. There is one classification head per label set, as in the paper.
+            COCO's by default, or one called "labels" with those of `id2label` or `num_labels` if these are given.
         default_label_set (`str`, *optional*):
-            The label set used when none is asked for; `id2label` shows its labels. The first one by default.
+            The label set used when none is asked for, the first one by default. Its labels are `id2label`: setting
+            `id2label` or `num_labels` replaces them.
         foreground_threshold (`float`, *optional*, defaults to 0.5):
             Foreground probability above which a detection becomes an object, and below which a followed object that
             was not prompted counts as absent.
@@ -158,6 +174,8 @@ class AusmConfig(PreTrainedConfig):
     """
 
     model_type = "ausm"
+    sub_configs = {"backbone_config": AutoConfig}
+    attribute_map = {"num_hidden_layers": "num_decoder_layers"}
 
     backbone_config: dict | PreTrainedConfig | None = None
     pixel_encoder: Literal["msdeform", "fpn"] = "msdeform"
@@ -176,6 +194,7 @@ class AusmConfig(PreTrainedConfig):
     history_feedforward_size: int = 1024
     history_key_stride: int = 1
     history_self_attention: bool = True
+    history_local_kernel: int = 0
     history_gate_init: float = 0.0
     num_decoder_layers: int = 9
     decoder_feedforward_size: int = 2048
@@ -207,14 +226,32 @@ class AusmConfig(PreTrainedConfig):
                 self.backbone_config = CONFIG_MAPPING[model_type](**values)
             else:
                 raise ValueError(f"`backbone_config` needs a known `model_type`, got {model_type!r}.")
+        num_labels = kwargs.pop("num_labels", None)
         if self.label_sets is None:
-            self.label_sets = {"coco": list(COCO_LABELS)}
-        if self.default_label_set is None:
-            self.default_label_set = next(iter(self.label_sets), None)
-        labels = self.label_sets.get(self.default_label_set, [])
-        kwargs["id2label"] = dict(enumerate(labels))
-        kwargs["label2id"] = {label: index for index, label in enumerate(labels)}
+            if self.id2label is not None:
+                self.label_sets = {"labels": _in_order(self.id2label)}
+            elif num_labels is not None:
+                self.label_sets = {"labels": [f"LABEL_{index}" for index in range(num_labels)]}
+            else:
+                self.label_sets = {"coco": list(COCO_LABELS)}
+        if num_labels is not None:
+            self.num_labels = num_labels
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any):
+        """Keeps `label_sets`, `default_label_set` and the labels that all of transformers knows of in agreement."""
+        if name == "id2label" and self.default_label_set in (self.label_sets or {}):
+            self.label_sets = {**self.label_sets, self.default_label_set: _in_order(value)}
+            return
+        was_known = self.default_label_set in (self.label_sets or {})
+        super().__setattr__(name, value)
+        if name in ("label_sets", "default_label_set") and self.label_sets:
+            gone = name == "label_sets" and was_known and self.default_label_set not in self.label_sets
+            if self.default_label_set is None or gone:
+                super().__setattr__("default_label_set", next(iter(self.label_sets)))
+            labels = self.label_sets.get(self.default_label_set, [])
+            super().__setattr__("id2label", dict(enumerate(labels)))
+            super().__setattr__("label2id", {label: index for index, label in enumerate(labels)})
 
     def validate_architecture(self):
         """Refuses sizes that do not fit together, before anything is allocated."""
@@ -250,6 +287,8 @@ class AusmConfig(PreTrainedConfig):
                 f"`mamba_head_dim` must divide mamba_expand x hidden_size = {self.mamba_expand * self.hidden_size}, "
                 f"got {self.mamba_head_dim}."
             )
+        if self.history_local_kernel < 0 or (self.history_local_kernel and self.history_local_kernel % 2 == 0):
+            raise ValueError(f"`history_local_kernel` must be 0 or odd, got {self.history_local_kernel}.")
         if not self.label_sets:
             raise ValueError("`label_sets` must name at least one label set.")
         for name, labels in self.label_sets.items():

@@ -120,15 +120,20 @@ class AusmAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """`query` (N, Q, D), `key` and `value` (N, S, D), `attention_mask` bool, broadcastable to (N, 1, Q, S)."""
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """
+        `query` (N, Q, D), `key` and `value` (N, S, D), `attention_mask` bool, broadcastable to (N, 1, Q, S). Returns
+        (N, Q, D) and, of eager attention alone, the weights (N, heads, Q, S).
+        """
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         if attention_mask is not None and "flash" in self.config._attn_implementation:
             interface = ALL_ATTENTION_FUNCTIONS["sdpa"]  # flash attention has no masks of this kind
         split = (query.shape[0], -1, self.num_heads, self.head_dim)
-        output, _ = interface(
+        output, weights = interface(
             self,
             self.q_proj(query).view(split).transpose(1, 2),
             self.k_proj(key).view(split).transpose(1, 2),
@@ -138,7 +143,7 @@ class AusmAttention(nn.Module):
             scaling=self.scaling,
             is_causal=False,
         )
-        return self.out_proj(output.reshape(query.shape))
+        return self.out_proj(output.reshape(query.shape)), weights
 
 
 class AusmFeedForward(nn.Module):
@@ -181,15 +186,24 @@ def mark_history(id_vectors: Tensor, masks: Tensor, size: tuple[int, int], eps: 
         return id_vectors.new_zeros(masks.shape[0], id_vectors.shape[-1], *size)
     shares = masks / (eps + masks.sum(dim=1, keepdim=True))
     shares = F.interpolate(shares, size=size, mode="area").to(id_vectors.dtype)
-    return torch.einsum("nihw,nid->ndhw", shares, id_vectors)
+    return to_maps(torch.bmm(shares.flatten(2).mT, id_vectors), size)
+
+
+def to_maps(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """Tokens (N, S, D) as maps (N, D, *size), without a copy: channels last in memory."""
+    return tokens.unflatten(1, size).permute(0, 3, 1, 2)
+
+
+def to_tokens(maps: Tensor) -> Tensor:
+    """Maps (N, D, h, w) as tokens (N, S, D), without a copy where channels are last in memory."""
+    return maps.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def average_tokens(tokens: Tensor, size: tuple[int, int], stride: int) -> Tensor:
     """Averages tokens (N, S, D) of a map of `size` over squares of `stride` pixels."""
     if stride == 1:
         return tokens
-    maps = tokens.transpose(1, 2).unflatten(2, size)
-    return F.avg_pool2d(maps, stride, ceil_mode=True, count_include_pad=False).flatten(2).transpose(1, 2)
+    return to_tokens(F.avg_pool2d(to_maps(tokens, size), stride, ceil_mode=True, count_include_pad=False))
 
 
 class AusmCompressorLayer(GradientCheckpointingLayer):
@@ -228,7 +242,7 @@ class AusmCompressorLayer(GradientCheckpointingLayer):
         values = self.spatial_norm(hidden_states)
         queries = values + positions
         keys, values = (average_tokens(x, size, self.key_stride) for x in (queries, values))
-        hidden_states = hidden_states + self.spatial_attention(queries, keys, values)
+        hidden_states = hidden_states + self.spatial_attention(queries, keys, values)[0]
         hidden_states = hidden_states + self.feedforward(self.feedforward_norm(hidden_states))
         return hidden_states.view(batch, frames, pixels, -1), state
 
@@ -256,9 +270,9 @@ class AusmHistoryDecoderLayer(GradientCheckpointingLayer):
             own_values = self.self_norm(hidden_states)
             queries = own_values + positions
             own_keys, own_values = (average_tokens(x, size, self.key_stride) for x in (queries, own_values))
-            hidden_states = hidden_states + self.self_attention(queries, own_keys, own_values)
+            hidden_states = hidden_states + self.self_attention(queries, own_keys, own_values)[0]
         queries = self.cross_norm(hidden_states) + positions
-        hidden_states = hidden_states + self.cross_attention(queries, keys, values)
+        hidden_states = hidden_states + self.cross_attention(queries, keys, values)[0]
         return hidden_states + self.feedforward(self.feedforward_norm(hidden_states))
 
 
@@ -276,10 +290,19 @@ class AusmHistoryEncoder(nn.Module):
         self.initial_features = nn.Parameter(torch.zeros(config.hidden_size))
         self.compressor = nn.ModuleList(AusmCompressorLayer(config) for _ in range(config.num_compressor_layers))
         self.memory_norm = nn.LayerNorm(config.hidden_size)
+        self.mark_projection = self.local_read = None
+        if config.history_local_kernel:
+            size, kernel = config.hidden_size, config.history_local_kernel
+            self.mark_projection = nn.Linear(size, size)
+            self.local_read = nn.Conv2d(size, size, kernel, padding=kernel // 2, groups=size)
         self.decoder = nn.ModuleList(AusmHistoryDecoderLayer(config) for _ in range(config.num_history_decoder_layers))
         self.output_norm = nn.LayerNorm(config.hidden_size)
         self.output_projection = nn.Linear(config.hidden_size, config.hidden_size)
         self.gate = nn.Parameter(torch.full((config.hidden_size,), config.history_gate_init))
+
+    def mark_vectors(self, id_vectors: Tensor) -> Tensor:
+        """What ID vectors (..., D) are painted as."""
+        return id_vectors if self.mark_projection is None else self.mark_projection(id_vectors)
 
     def forward(
         self, features: Tensor, marks: Tensor, positions: Tensor, history: AusmHistory
@@ -296,13 +319,12 @@ class AusmHistoryEncoder(nn.Module):
         """
         batch, frames, _, height, width = features.shape
         size = (height, width)
-        first = history.features
-        if first is None:
-            first = self.initial_features.view(1, -1, 1, 1).expand_as(features[:, 0])
-        previous = torch.cat([first.unsqueeze(1).to(features.dtype), features[:, :-1]], dim=1)
-
-        # B T D h w -> B T S D
-        memory = (previous + marks).flatten(3).transpose(2, 3)
+        features, marks = (to_tokens(x.flatten(0, 1)).unflatten(0, (batch, frames)) for x in (features, marks))
+        if history.features is None:
+            first = self.initial_features.expand_as(features[:, 0])
+        else:
+            first = to_tokens(history.features).to(features.dtype)
+        memory = torch.cat([first.unsqueeze(1), features[:, :-1]], dim=1) + marks
         states = []
         for index, layer in enumerate(self.compressor):
             state = history.states[index] if history.states is not None else None
@@ -310,10 +332,12 @@ class AusmHistoryEncoder(nn.Module):
             states.append(state)
 
         values = self.memory_norm(memory).flatten(0, 1)
+        hidden_states = features.flatten(0, 1)
+        if self.local_read is not None:
+            hidden_states = hidden_states + to_tokens(self.local_read(to_maps(values, size)))
         keys = average_tokens(values + positions, size, self.key_stride)
         values = average_tokens(values, size, self.key_stride)
-        hidden_states = features.flatten(0, 1).flatten(2).transpose(1, 2)
         for layer in self.decoder:
             hidden_states = layer(hidden_states, keys, values, positions, size)
         change = self.gate * self.output_projection(self.output_norm(hidden_states))
-        return change.transpose(1, 2).reshape(features.shape), tuple(states)
+        return to_maps(change, size).unflatten(0, (batch, frames)), tuple(states)

@@ -33,6 +33,7 @@ class Instances:
         masks (`torch.Tensor` of shape `(B, N, T, H, W)`): True masks.
         small_masks (`torch.Tensor` of shape `(B, N, T, h, w)`): The same, averaged over cells of 4 x 4 pixels.
         history_masks (`torch.Tensor` of shape `(B, N, T, h, w)`): Binary masks that may enter the history.
+        prompt_masks (`torch.Tensor` of shape `(B, N, h, w)`): The same before the first frame, `M_0`.
         valid (`torch.BoolTensor` of shape `(B, N)`): False where an instance is padding.
         present (`torch.BoolTensor` of shape `(B, N, T)`): Whether the instance has a pixel in the frame.
         class_labels (`torch.LongTensor` of shape `(B, N)`): -100 where no class is known.
@@ -43,6 +44,7 @@ class Instances:
     masks: Tensor
     small_masks: Tensor
     history_masks: Tensor
+    prompt_masks: Tensor
     valid: Tensor
     present: Tensor
     class_labels: Tensor
@@ -67,6 +69,7 @@ def pad_instances(
     history_masks: list[Tensor] | None,
     annotated_frames: Tensor | None,
     ignore_masks: Tensor | None,
+    prompt_masks: list[Tensor] | None = None,
 ) -> Instances:
     """
     Checks and pads what [`AusmForUniversalSegmentation.forward`] takes as ground truth.
@@ -82,6 +85,7 @@ def pad_instances(
         ("mask_labels", mask_labels),
         ("class_labels", class_labels),
         ("history_masks", history_masks or mask_labels),
+        ("prompt_masks", prompt_masks or mask_labels),
     ):
         if len(values) != batch:
             raise ValueError(f"`{name}` needs one entry per clip: {batch}, got {len(values)}.")
@@ -96,6 +100,11 @@ def pad_instances(
             raise ValueError(
                 f"`history_masks[{index}]` must be shaped as `mask_labels[{index}]`, {tuple(masks.shape)}, got "
                 f"{tuple(history_masks[index].shape)}."
+            )
+        if prompt_masks is not None and prompt_masks[index].shape != masks[:, 0].shape:
+            raise ValueError(
+                f"`prompt_masks[{index}]` must have shape {tuple(masks[:, 0].shape)}, got "
+                f"{tuple(prompt_masks[index].shape)}."
             )
     if annotated_frames is None:
         annotated_frames = torch.ones(batch, length, dtype=torch.bool)
@@ -112,11 +121,16 @@ def pad_instances(
     masks = _pad([m.to(device) for m in mask_labels])
     small_masks = _shrink(masks)
     history = small_masks if history_masks is None else _shrink(_pad([m.to(device) for m in history_masks]))
+    history = binarize(history)
+    prompts = history[:, :, 0]
+    if prompt_masks is not None:
+        prompts = binarize(_shrink(_pad([m.to(device) for m in prompt_masks])))
     counts = torch.tensor([len(m) for m in mask_labels], device=device)
     return Instances(
         masks=masks,
         small_masks=small_masks,
-        history_masks=binarize(history),
+        history_masks=history,
+        prompt_masks=prompts,
         valid=torch.arange(masks.shape[1], device=device) < counts[:, None],
         present=small_masks.flatten(3).amax(dim=-1) > 0,
         class_labels=_pad([c.to(device) for c in class_labels], -100),
@@ -237,7 +251,7 @@ def plan_teacher_forcing(
     present = instances.present.transpose(1, 2)
     annotated = instances.annotated[..., None]
     # What frame t may know is M_{t-1}; in the first frame that is the prompt, drawn on the first frame itself.
-    previous = instances.history_masks.transpose(1, 2)[:, (frames - 1).clamp(min=0)]
+    previous = torch.cat([instances.prompt_masks[:, None], instances.history_masks.transpose(1, 2)[:, :-1]], dim=1)
     searched = detect[:, None] & instances.annotated
     return TeacherForcing(
         switch_frames=switch,
@@ -249,6 +263,25 @@ def plan_teacher_forcing(
         searched=searched,
         exhaustive=exhaustive,
     )
+
+
+def count_targets(
+    mask_labels: list[Tensor], switch_frames: list[Tensor], detect: list[bool], annotated_frames: Tensor
+) -> int:
+    """
+    How many masks the losses of a batch are the sum of: visible instances, frame by frame, that are tracked or to be
+    detected. Arguments as [`AusmForUniversalSegmentation.forward`] takes them.
+
+    Summed over all passes of an optimizer step and divided by their number it is the `num_instances` with which many
+    small passes give the gradient of a single large one.
+    """
+    total = 0
+    for masks, switch, detected, annotated in zip(mask_labels, switch_frames, detect, annotated_frames):
+        seen = masks.flatten(2).any(dim=-1) & annotated.to(masks.device)
+        frames = torch.arange(seen.shape[1], device=seen.device)
+        taken = switch.to(seen.device)[:, None] <= frames
+        total += int((seen if detected else seen & taken).sum())
+    return total
 
 
 def match_detections(cost: Tensor, detected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -283,7 +316,8 @@ class AusmLoss(nn.Module):
     decoder. Terms: binary cross-entropy and dice of masks, foreground, and class where one is known.
 
     An instance that is tracked but not in the frame has foreground target 0 and an empty mask, by binary
-    cross-entropy alone. Every term is divided by the number of instances seen, averaged over processes.
+    cross-entropy alone. Every term is divided by the number of instances seen, averaged over processes (or as the
+    caller says, who knows what else belongs to the optimizer step).
     """
 
     def __init__(self, config: AusmConfig):
@@ -297,24 +331,27 @@ class AusmLoss(nn.Module):
         plan: TeacherForcing,
         label_sets: list[str | None],
         generator: torch.Generator | None = None,
+        num_instances: Tensor | float | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """
         Args:
             predictions: For each layer `masks` (B, T, Q, h, w), `foreground` (B, T, Q) and `classes`, a dict of label
                 set to (B, T, Q, labels + 1).
             label_sets: The label set of each clip.
+            num_instances: What the sums are divided by. By default the number of instances seen in the batch, averaged
+                over processes; see [`count_targets`] for passes that share an optimizer step.
 
         Returns:
             The weighted sum, and its weighted terms by name.
         """
         self._check_labels(predictions[-1]["classes"], instances, label_sets)
-        present = instances.present.transpose(1, 2)
-        count = (plan.tracked & present).sum() + plan.detected.sum()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            count = count.float()
-            torch.distributed.all_reduce(count)
-            count = count / torch.distributed.get_world_size()
-        count = count.clamp(min=1).float()
+        if num_instances is None:
+            present = instances.present.transpose(1, 2)
+            num_instances = ((plan.tracked & present).sum() + plan.detected.sum()).float()
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(num_instances)
+                num_instances = num_instances / torch.distributed.get_world_size()
+            num_instances = num_instances.clamp(min=1)
 
         terms = {"mask": 0.0, "dice": 0.0, "foreground": 0.0, "class": 0.0}
         for prediction in predictions:
@@ -322,7 +359,7 @@ class AusmLoss(nn.Module):
             layer = self._mask_losses(prediction["masks"], instances, plan, matched, generator)
             layer |= self._label_losses(prediction, instances, plan, matched, label_sets)
             for name, value in layer.items():
-                terms[name] = terms[name] + getattr(self.config, f"{name}_weight") * value / count
+                terms[name] = terms[name] + getattr(self.config, f"{name}_weight") * value / num_instances
         return sum(terms.values()), {name: value.detach() for name, value in terms.items()}
 
     def _check_labels(self, classes: dict[str, Tensor], instances: Instances, label_sets: list[str | None]):

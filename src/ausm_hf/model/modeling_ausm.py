@@ -14,7 +14,6 @@ One set of modules runs in two forms: `forward` takes all frames of a clip at on
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,27 +21,36 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoBackbone, Mask2FormerConfig, PreTrainedModel
+from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoder,
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
-    Mask2FormerSinePositionEmbedding,
 )
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .backbone_efficientnet_lite import EfficientNetLiteBackbone, EfficientNetLiteConfig
 from .configuration_ausm import AusmConfig
-from .history_ausm import AusmAttention, AusmFeedForward, AusmHistory, AusmHistoryEncoder, mark_history
-from .loss_ausm import AusmLoss, TeacherForcing, pad_instances, plan_teacher_forcing
-from .session_ausm import (
-    AusmInferenceSession,
-    AusmVideoSegmentationOutput,
-    propagate_in_video_iterator,
-    step_session,
+from .history_ausm import (
+    AusmAttention,
+    AusmHistory,
+    AusmHistoryEncoder,
+    mark_history,
 )
+from .loss_ausm import AusmLoss, TeacherForcing, pad_instances, plan_teacher_forcing
+from .pixels_ausm import (
+    AusmDeformablePixelEncoder,
+    AusmPixelDecoder,
+    AusmPixelDecoderLayer,
+    AusmPyramidPixelEncoder,
+    sine_positions,
+)
+from .session_ausm import AusmInferenceSession, AusmVideoSegmentationOutput
+from .streaming_ausm import preview_prompts, propagate_in_video_iterator, step_session, step_sessions
 from .temporal_mamba import TemporalMamba, TemporalMamba2
+
+logger = logging.get_logger(__name__)
 
 FRAME_DIVISOR = 32  # the coarsest stride of the backbone
 
@@ -63,6 +71,15 @@ class AusmModelOutput(ModelOutput):
             Masks before the first and after every layer but the last, when asked for with `output_intermediate`.
         intermediate_query_hidden_states (`tuple(torch.Tensor)`, *optional*):
             Query states belonging to them.
+        hidden_states (`tuple(torch.Tensor)` of shape `(B * T, Q, D)`, *optional*):
+            The queries before the first and after every layer of the Pixel Decoder, frames in the batch, with
+            `output_hidden_states=True`.
+        attentions (`tuple(torch.Tensor)` of shape `(B * T, heads, Q, Q)`, *optional*):
+            What the queries of a frame look at among themselves, per layer of the Pixel Decoder, with
+            `output_attentions=True`.
+        cross_attentions (`tuple(torch.Tensor)` of shape `(B * T, heads, Q, S)`, *optional*):
+            What the queries look at in the frame, likewise. Layers look at the maps of strides 32, 16, 8 in turn; `S`
+            is the number of pixels of the map.
     """
 
     masks_queries_logits: Tensor | None = None
@@ -70,6 +87,9 @@ class AusmModelOutput(ModelOutput):
     history: AusmHistory | None = None
     intermediate_masks_queries_logits: tuple[Tensor, ...] | None = None
     intermediate_query_hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -90,6 +110,15 @@ class AusmForUniversalSegmentationOutput(ModelOutput):
             Logit of "there is an object": a new one for a detection query, the followed one for an ID vector.
         history (`AusmHistory`):
             The history after the last frame. Its objects are the ones that were passed in.
+        hidden_states (`tuple(torch.Tensor)` of shape `(B * T, Q, D)`, *optional*):
+            The queries before the first and after every layer of the Pixel Decoder, frames in the batch, with
+            `output_hidden_states=True`.
+        attentions (`tuple(torch.Tensor)` of shape `(B * T, heads, Q, Q)`, *optional*):
+            What the queries of a frame look at among themselves, per layer of the Pixel Decoder, with
+            `output_attentions=True`.
+        cross_attentions (`tuple(torch.Tensor)` of shape `(B * T, heads, Q, S)`, *optional*):
+            What the queries look at in the frame, likewise. Layers look at the maps of strides 32, 16, 8 in turn; `S`
+            is the number of pixels of the map.
     """
 
     loss: Tensor | None = None
@@ -98,191 +127,14 @@ class AusmForUniversalSegmentationOutput(ModelOutput):
     class_queries_logits: Tensor | None = None
     foreground_queries_logits: Tensor | None = None
     history: AusmHistory | None = None
-
-
-@functools.lru_cache(maxsize=16)
-def sine_positions(size: tuple[int, int], hidden_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """2-D sine positions of shape (S, D), as in Mask2Former; computed once per frame size."""
-    with torch.inference_mode(False), torch.no_grad():
-        embed = Mask2FormerSinePositionEmbedding(num_position_features=hidden_size // 2, normalize=True)
-        positions = embed(torch.Size((1, hidden_size, *size)), device, torch.float32)
-        return positions[0].flatten(1).transpose(0, 1).to(dtype).contiguous()
-
-
-class AusmDeformablePixelEncoder(Mask2FormerPixelDecoder):
-    """
-    Mask2Former's pixel decoder in two halves, so that the history can enter between them: `forward` gives the maps at
-    strides 8, 16, 32; `mask_features` the stride-4 map from the stride-8 one.
-    """
-
-    def __init__(self, config: AusmConfig, feature_channels: list[int]):
-        super().__init__(
-            Mask2FormerConfig(
-                feature_size=config.hidden_size,
-                mask_feature_size=config.mask_feature_size,
-                hidden_dim=config.hidden_size,
-                encoder_feedforward_dim=config.pixel_encoder_feedforward_size,
-                encoder_layers=config.pixel_encoder_layers,
-                num_attention_heads=config.num_attention_heads,
-                dropout=0.0,
-            ),
-            feature_channels,
-        )
-        self.num_fpn_levels = 0  # leaves the stride-4 level to `mask_features`
-
-    def forward(self, feature_maps: list[Tensor]) -> list[Tensor]:
-        output = super().forward(feature_maps, output_attentions=False, output_hidden_states=False, return_dict=True)
-        return list(output.multi_scale_features)[::-1]
-
-    def mask_features(self, features: Tensor, feature_map: Tensor) -> Tensor:
-        lateral = self.adapter_1(feature_map)
-        upsampled = F.interpolate(features, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
-        return self.mask_projection(self.layer_1(lateral + upsampled))
-
-
-def separable_conv(channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels, bias=False),
-        nn.GroupNorm(8, channels),
-        nn.ReLU(),
-        nn.Conv2d(channels, channels, kernel_size=1),
-    )
-
-
-class AusmPyramidPixelEncoder(nn.Module):
-    """A light top-down pyramid with the interface of [`AusmDeformablePixelEncoder`]."""
-
-    def __init__(self, config: AusmConfig, feature_channels: list[int]):
-        super().__init__()
-        stride4, *coarser = feature_channels
-        self.laterals = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(c, config.hidden_size, kernel_size=1, bias=False), nn.GroupNorm(8, config.hidden_size)
-            )
-            for c in coarser
-        )
-        self.smooth = nn.ModuleList(separable_conv(config.hidden_size) for _ in coarser)
-        self.mask_lateral = nn.Conv2d(stride4, config.mask_feature_size, kernel_size=1)
-        self.mask_top = nn.Conv2d(config.hidden_size, config.mask_feature_size, kernel_size=1)
-        self.mask_smooth = separable_conv(config.mask_feature_size)
-
-    def forward(self, feature_maps: list[Tensor]) -> list[Tensor]:
-        top = None
-        levels = []
-        for lateral, smooth, feature_map in reversed(list(zip(self.laterals, self.smooth, feature_maps[1:]))):
-            merged = lateral(feature_map)
-            if top is not None:
-                merged = merged + F.interpolate(top, size=merged.shape[-2:], mode="bilinear", align_corners=False)
-            top = merged + smooth(merged)
-            levels.insert(0, top)
-        return levels
-
-    def mask_features(self, features: Tensor, feature_map: Tensor) -> Tensor:
-        lateral = self.mask_lateral(feature_map)
-        top = F.interpolate(self.mask_top(features), size=lateral.shape[-2:], mode="bilinear", align_corners=False)
-        merged = lateral + top
-        return merged + self.mask_smooth(merged)
-
-
-class AusmPixelDecoderLayer(GradientCheckpointingLayer):
-    """Masked cross-attention, self-attention, feed-forward; post-norm, as in Mask2Former."""
-
-    def __init__(self, config: AusmConfig):
-        super().__init__()
-        self.cross_attn = AusmAttention(config)
-        self.cross_attn_layer_norm = nn.LayerNorm(config.hidden_size)
-        self.self_attn = AusmAttention(config)
-        self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size)
-        self.feedforward = AusmFeedForward(config.hidden_size, config.decoder_feedforward_size, "relu")
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size)
-
-    def forward(
-        self,
-        queries: Tensor,
-        query_positions: Tensor,
-        pixels: Tensor,
-        pixel_positions: Tensor,
-        pixel_mask: Tensor,
-        query_mask: Tensor | None,
-    ) -> Tensor:
-        attended = self.cross_attn(queries + query_positions, pixels + pixel_positions, pixels, pixel_mask)
-        queries = self.cross_attn_layer_norm(queries + attended)
-        positioned = queries + query_positions
-        queries = self.self_attn_layer_norm(queries + self.self_attn(positioned, positioned, queries, query_mask))
-        return self.final_layer_norm(queries + self.feedforward(queries))
-
-
-class AusmPixelDecoder(nn.Module):
-    """
-    Mask2Former's Transformer decoder: each layer reads one of the maps at strides 32, 16, 8, only where the mask
-    predicted so far is foreground.
-    """
-
-    def __init__(self, config: AusmConfig):
-        super().__init__()
-        size = config.hidden_size
-        self.level_embed = nn.Embedding(3, size)
-        self.layers = nn.ModuleList(AusmPixelDecoderLayer(config) for _ in range(config.num_decoder_layers))
-        self.layernorm = nn.LayerNorm(size)
-        self.mask_embedder = nn.Sequential(
-            nn.Linear(size, size),
-            nn.ReLU(),
-            nn.Linear(size, size),
-            nn.ReLU(),
-            nn.Linear(size, config.mask_feature_size),
-        )
-
-    def forward(
-        self,
-        queries: Tensor,
-        query_positions: Tensor,
-        query_mask: Tensor | None,
-        levels: list[Tensor],
-        mask_features: Tensor,
-        output_intermediate: bool,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """
-        Args:
-            queries, query_positions (`torch.Tensor` of shape `(N, Q, D)`): Queries of N frames.
-            query_mask (`torch.BoolTensor` of shape `(N, 1, 1, Q)`, *optional*): False where a query is padding.
-            levels (`list[torch.Tensor]`): Maps (N, D, ., .) at strides 8, 16, 32.
-            mask_features (`torch.Tensor` of shape `(N, C, h, w)`): The map that masks are read from.
-            output_intermediate (`bool`): Whether to give masks for every layer or only for the last one.
-
-        Returns:
-            Normalised query states and mask logits (N, Q, h, w), one entry per prediction.
-        """
-        maps, positions, small_mask_features = [], [], []
-        for index, level in enumerate(reversed(levels)):
-            size = tuple(level.shape[-2:])
-            maps.append(level.flatten(2).transpose(1, 2) + self.level_embed.weight[index])
-            positions.append(sine_positions(size, level.shape[1], level.device, level.dtype))
-            # Interpolation is linear, so it may come before the product with the mask embeddings.
-            small = F.interpolate(mask_features.detach(), size=size, mode="bilinear", align_corners=False)
-            small_mask_features.append(small.flatten(2))
-
-        all_states, all_masks = [], []
-        for index in range(len(self.layers) + 1):
-            normed = self.layernorm(queries)
-            last = index == len(self.layers)
-            if output_intermediate or last:
-                mask_embeddings = self.mask_embedder(normed)
-                all_states.append(normed)
-                all_masks.append(torch.einsum("nqc,nchw->nqhw", mask_embeddings, mask_features))
-            else:
-                mask_embeddings = self.mask_embedder(normed)
-            if last:
-                return all_states, all_masks
-            level = index % len(levels)
-            foreground = torch.bmm(mask_embeddings.detach(), small_mask_features[level]) >= 0
-            # A query whose mask is empty looks everywhere.
-            foreground = foreground | ~foreground.any(dim=-1, keepdim=True)
-            queries = self.layers[index](
-                queries, query_positions, maps[level], positions[level], foreground.unsqueeze(1), query_mask
-            )
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
 
 
 class AusmPreTrainedModel(PreTrainedModel):
+    """What both models share: configuration, initial weights, and what of transformers they support."""
+
     config_class = AusmConfig
     config: AusmConfig
     base_model_prefix = "model"
@@ -297,7 +149,7 @@ class AusmPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if isinstance(module, nn.Linear):
-            init.xavier_uniform_(module.weight)
+            init.xavier_uniform_(module.weight, gain=getattr(module, "init_gain", 1.0))
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
@@ -311,12 +163,22 @@ class AusmPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight)
         elif isinstance(module, (TemporalMamba, TemporalMamba2)):
             module.reset_parameters()
-        elif isinstance(module, AusmPixelDecoder):
-            # Small, or the first masks are so decided that training starts by undoing them.
-            init.xavier_uniform_(module.mask_embedder[-1].weight, gain=0.1)
         elif isinstance(module, AusmHistoryEncoder):
             init.normal_(module.initial_features)
             init.constant_(module.gate, self.config.history_gate_init)
+            for layer in module.decoder:
+                # Frames start by looking at what is alike in the past, and near.
+                init.copy_(layer.cross_attention.k_proj.weight, layer.cross_attention.q_proj.weight)
+            if module.local_read is not None:
+                # Marks start loud, with something in common, and reach the same place of the next frame unchanged:
+                # a network learns to heed quickly what it can't overlook.
+                identity = torch.eye(self.config.hidden_size)
+                init.copy_(module.mark_projection.weight, 3 * identity)
+                init.normal_(module.mark_projection.bias, std=3)
+                init.dirac_(module.local_read.weight, groups=self.config.hidden_size)
+                init.copy_(module.local_read.weight, 3 * module.local_read.weight)
+                init.zeros_(module.local_read.bias)
+                init.copy_(module.output_projection.weight, 2 * identity)
         elif isinstance(module, Mask2FormerPixelDecoder):
             init.normal_(module.level_embed)
         elif isinstance(module, Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention):
@@ -332,18 +194,31 @@ class AusmPreTrainedModel(PreTrainedModel):
             init.zeros_(module.attention_weights.bias)
 
 
+def _make_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    # By name: code loaded from a checkpoint may hold a second copy of the class.
+    if config.model_type == EfficientNetLiteConfig.model_type:
+        return EfficientNetLiteBackbone(config)
+    return AutoBackbone.from_config(config)
+
+
 class AusmModel(AusmPreTrainedModel):
     """The bare network: frames and history to query states and masks, without foreground and class heads."""
 
     _keys_to_ignore_on_load_unexpected = [r"^class_heads\.", r"^foreground_head\."]
+    _can_record_outputs = {
+        "hidden_states": AusmPixelDecoderLayer,
+        "attentions": OutputRecorder(AusmAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(AusmAttention, index=1, layer_name="cross_attn"),
+    }
 
     def __init__(self, config: AusmConfig):
         super().__init__(config)
-        # By name: code loaded from a checkpoint may hold a second copy of the class.
-        if config.backbone_config.model_type == EfficientNetLiteConfig.model_type:
-            self.backbone = EfficientNetLiteBackbone(config.backbone_config)
-        else:
-            self.backbone = AutoBackbone.from_config(config.backbone_config)
+        try:
+            self.backbone = _make_backbone(config.backbone_config)
+        except ValueError:
+            # A backbone that doesn't know the kind of attention that was asked for takes the one that it knows.
+            config.backbone_config._attn_implementation = None
+            self.backbone = _make_backbone(config.backbone_config)
         if len(self.backbone.channels) != 4:
             raise ValueError(
                 "`backbone_config` must give four feature maps, at strides 4, 8, 16 and 32; got "
@@ -386,9 +261,11 @@ class AusmModel(AusmPreTrainedModel):
             taken=history.taken.unsqueeze(1),
             history=history,
             output_intermediate=output_intermediate,
+            return_dict=True,
         )
-        return AusmModelOutput(**{k: _drop_time(v) for k, v in output.items()})
+        return AusmModelOutput(**{k: v if k in self._can_record_outputs else _drop_time(v) for k, v in output.items()})
 
+    @capture_outputs
     def forward(
         self,
         pixel_values_videos: Tensor,
@@ -397,6 +274,8 @@ class AusmModel(AusmPreTrainedModel):
         taken: Tensor | None = None,
         history: AusmHistory | None = None,
         output_intermediate: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> AusmModelOutput:
         """
@@ -410,10 +289,21 @@ class AusmModel(AusmPreTrainedModel):
             taken (`torch.BoolTensor` of shape `(B, T, n)`, *optional*): Whether the object is followed in that frame.
             history (`AusmHistory`, *optional*): Where the streams stand before the first of these frames.
             output_intermediate (`bool`): Also give the predictions of every layer.
+            output_hidden_states, output_attentions (`bool`, *optional*): Also give what the Pixel Decoder's layers
+                compute; as the configuration says by default. There are attentions with the eager implementation only.
+            return_dict (`bool`, *optional*): False for a plain tuple; as the configuration says by default.
 
         Raises:
             ValueError: If a shape is not as above.
         """
+        # `capture_outputs` gathers hidden states and attentions, and makes the tuple.
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_attentions and self.config._attn_implementation != "eager":
+            logger.warning_once(
+                f"Attention {self.config._attn_implementation!r} never computes the weights that `output_attentions` "
+                "asks for; call `model.set_attn_implementation('eager')` to get them."
+            )
         _check_frames(pixel_values_videos)
         batch, frames = pixel_values_videos.shape[:2]
         history = self.init_history(batch) if history is None else history
@@ -441,7 +331,7 @@ class AusmModel(AusmPreTrainedModel):
         # What the history says of it
         id_vectors = self.id_vectors(id_slots)
         marks = mark_history(
-            id_vectors.unsqueeze(1).expand(-1, frames, -1, -1).flatten(0, 1),
+            self.history_encoder.mark_vectors(id_vectors).unsqueeze(1).expand(-1, frames, -1, -1).flatten(0, 1),
             (history_masks * taken[..., None, None]).flatten(0, 1),
             size,
         )
@@ -449,7 +339,8 @@ class AusmModel(AusmPreTrainedModel):
         stacked = features.unflatten(0, (batch, frames))
         change, states = self.history_encoder(stacked, marks.unflatten(0, (batch, frames)), positions, history)
         change = change.flatten(0, 1)
-        levels = [level + F.interpolate(change, size=level.shape[-2:], mode="area") for level in levels]
+        coarser = (level + F.interpolate(change, size=level.shape[-2:], mode="area") for level in levels[1:])
+        levels = [features + change, *coarser]
         mask_features = self.pixel_encoder.mask_features(levels[0], feature_maps[0])
 
         # Who is where
@@ -469,14 +360,13 @@ class AusmModel(AusmPreTrainedModel):
         )
         hidden_states = [x.unflatten(0, (batch, frames)) for x in states_per_layer]
         masks = [x.unflatten(0, (batch, frames)) for x in masks_per_layer]
-        output = AusmModelOutput(
+        return AusmModelOutput(
             masks_queries_logits=masks[-1],
             query_hidden_states=hidden_states[-1],
             history=AusmHistory(stacked[:, -1], states, id_slots, taken[:, -1], history_masks[:, -1]),
             intermediate_masks_queries_logits=tuple(masks[:-1]) if output_intermediate else None,
             intermediate_query_hidden_states=tuple(hidden_states[:-1]) if output_intermediate else None,
         )
-        return output if return_dict is not False else output.to_tuple()
 
 
 def _check_frames(pixel_values_videos: Tensor):
@@ -495,6 +385,11 @@ def _drop_time(value):
     if isinstance(value, Tensor):
         return value.squeeze(1)
     return tuple(x.squeeze(1) for x in value) if isinstance(value, tuple) else value
+
+
+def _recorded(output: AusmModelOutput) -> dict[str, tuple[Tensor, ...]]:
+    """Hidden states and attentions, where they were asked for."""
+    return {name: output[name] for name in AusmModel._can_record_outputs if name in output}
 
 
 class AusmForUniversalSegmentation(AusmPreTrainedModel):
@@ -559,6 +454,7 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             class_queries_logits=head(output.query_hidden_states),
             foreground_queries_logits=self.foreground_head(output.query_hidden_states).squeeze(-1),
             history=output.history,
+            **_recorded(output),
         )
 
     def forward(
@@ -569,6 +465,7 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         switch_frames: list[Tensor] | None = None,
         id_slots: list[Tensor] | None = None,
         history_masks: list[Tensor] | None = None,
+        prompt_masks: list[Tensor] | None = None,
         label_sets: list[str | None] | None = None,
         exhaustive: list[bool] | None = None,
         detect: list[bool] | None = None,
@@ -576,8 +473,11 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         ignore_masks: Tensor | None = None,
         history: AusmHistory | None = None,
         generator: torch.Generator | None = None,
+        num_instances: Tensor | float | None = None,
         inference_session: AusmInferenceSession | None = None,
         frame: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> AusmForUniversalSegmentationOutput | AusmVideoSegmentationOutput:
         """
@@ -600,6 +500,9 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
                 Which ID vector each instance gets. Drawn uniformly without replacement by default.
             history_masks (`list[torch.Tensor]`, shaped as `mask_labels`, *optional*):
                 Masks to build the history from instead of the true ones: corrupted ones, or the network's own.
+            prompt_masks (`list[torch.Tensor]`, one of shape `(N_b, H, W)` per clip, *optional*):
+                What is given of the instances of switch frame 0 before the first frame, `M_0`: boxes filled, points
+                stamped. By default what the history shows of the first frame.
             label_sets (`list[str | None]`, *optional*):
                 Label set of each clip; `None` trains no class. The default label set for all by default.
             exhaustive (`list[bool]`, *optional*):
@@ -616,8 +519,13 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
                 and where they were is for the arguments above to say: its objects are not used with `mask_labels`.
             generator (`torch.Generator`, *optional*):
                 Draws switch frames and ID vectors.
+            num_instances (`float` or `torch.Tensor` of shape `(1,)`, *optional*):
+                What the losses are divided by, where the batch is a part of an optimizer step; see `count_targets`.
+                By default the number of instances to be seen in the batch.
             inference_session (`AusmInferenceSession`, *optional*), frame (`torch.Tensor`, *optional*):
                 A stream and its next frame, of shape `(3, H, W)` or `(1, 3, H, W)`.
+            output_hidden_states, output_attentions, return_dict (`bool`, *optional*):
+                As for [`AusmModel`].
 
         Raises:
             ValueError: If arguments are missing, do not fit together, or have wrong shapes.
@@ -625,22 +533,35 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         if inference_session is not None:
             if frame is None or pixel_values_videos is not None:
                 raise ValueError("With `inference_session` give the next `frame` and no `pixel_values_videos`.")
+            if output_hidden_states or output_attentions:
+                raise ValueError("A stream gives no hidden states or attentions; `step` does.")
             return step_session(self, inference_session, frame)
         if pixel_values_videos is None:
             raise ValueError("Give `pixel_values_videos`, or `inference_session` and `frame`.")
         _check_frames(pixel_values_videos)
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        recording = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        recording = {name: value for name, value in recording.items() if value is not None}
         if mask_labels is None:
-            output = self.model(pixel_values_videos, history=history)
+            output = self.model(pixel_values_videos, history=history, return_dict=True, **recording)
             result = AusmForUniversalSegmentationOutput(
                 masks_queries_logits=output.masks_queries_logits,
                 class_queries_logits=self._class_head(None)(output.query_hidden_states),
                 foreground_queries_logits=self.foreground_head(output.query_hidden_states).squeeze(-1),
                 history=output.history,
+                **_recorded(output),
             )
             return result if return_dict is not False else result.to_tuple()
 
         instances = pad_instances(
-            pixel_values_videos, mask_labels, class_labels, history_masks, annotated_frames, ignore_masks
+            pixel_values_videos,
+            mask_labels,
+            class_labels,
+            history_masks,
+            annotated_frames,
+            ignore_masks,
+            prompt_masks,
         )
         plan: TeacherForcing = plan_teacher_forcing(
             instances,
@@ -658,13 +579,15 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             taken=plan.taken,
             history=history,
             output_intermediate=True,
+            return_dict=True,
+            **recording,
         )
         names = [self.config.default_label_set] * len(mask_labels) if label_sets is None else label_sets
         for name in names:
             if name is not None:
                 self._class_head(name)
         predictions = self.layer_predictions(output)
-        loss, loss_dict = self.criterion(predictions, instances, plan, names, generator)
+        loss, loss_dict = self.criterion(predictions, instances, plan, names, generator, num_instances)
         result = AusmForUniversalSegmentationOutput(
             loss=loss,
             loss_dict=loss_dict,
@@ -672,6 +595,7 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             class_queries_logits=predictions[-1]["classes"][self.config.default_label_set],
             foreground_queries_logits=predictions[-1]["foreground"],
             history=output.history,
+            **_recorded(output),
         )
         return result if return_dict is not False else result.to_tuple()
 
@@ -692,6 +616,40 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         return propagate_in_video_iterator(
             self, inference_session, start_frame_idx, max_frame_num_to_track, show_progress_bar
         )
+
+    def preview_prompts(self, inference_session: AusmInferenceSession, frame: Tensor) -> dict[int, Tensor]:
+        """
+        The masks that the prompts given for the next frame will have, without moving the stream on.
+
+        Args:
+            inference_session (`AusmInferenceSession`): The stream; it stays as it is.
+            frame (`torch.Tensor` of shape `(3, H, W)` or `(1, 3, H, W)`): Its next frame, preprocessed.
+
+        Returns:
+            `dict[int, torch.BoolTensor]`: for each prompted object its mask, at the frame's size before preprocessing.
+
+        Raises:
+            ValueError: If the stream can't go on with the frame.
+        """
+        return preview_prompts(self, inference_session, frame)
+
+    def step_sessions(
+        self, inference_sessions: list[AusmInferenceSession], frames: list[Tensor]
+    ) -> list[AusmVideoSegmentationOutput]:
+        """
+        The next frame of each of several streams, together: the results are those of one by one, but for rounding.
+
+        Args:
+            inference_sessions (`list[AusmInferenceSession]`): The streams, each once.
+            frames (`list[torch.Tensor]`, each `(3, H, W)` or `(1, 3, H, W)`): Their next frames, all of one size.
+
+        Returns:
+            A list of [`AusmVideoSegmentationOutput`], one per stream.
+
+        Raises:
+            ValueError: If a stream can't go on with its frame, or frames differ in size. No stream has then moved.
+        """
+        return step_sessions(self, inference_sessions, frames)
 
 
 __all__ = ["AusmForUniversalSegmentation", "AusmModel", "AusmPreTrainedModel"]

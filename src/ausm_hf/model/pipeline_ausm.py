@@ -1,6 +1,6 @@
 """`pipeline("video-segmentation")`."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from .processing_ausm import AusmProcessor
 from .session_ausm import AusmInferenceSession
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+PROMPTS = {"masks", "boxes", "points", "labels", "scribbles"}
 
 
 def start_session(
@@ -21,6 +22,12 @@ def start_session(
     size: tuple[int, int],
     masks: np.ndarray | Image.Image | None = None,
     threshold: float | None = None,
+    boxes: Mapping[int, Any] | None = None,
+    points: Mapping[int, Any] | None = None,
+    labels: Mapping[int, Any] | None = None,
+    scribbles: Mapping[int, Any] | None = None,
+    frame_idx: int = 0,
+    find_new_objects: bool | None = None,
 ) -> AusmInferenceSession:
     """
     A stream whose frames will be handed over one by one, with the objects of its first frame if they are known.
@@ -28,21 +35,49 @@ def start_session(
     Args:
         processor ([`AusmProcessor`]): Makes the session.
         size (`tuple[int, int]`): Height and width of the frames.
-        masks (integer array `(height, width)` or PIL image, *optional*): The objects of the first frame: a pixel is
-            the id of its object, 0 is background. Without it the model finds objects by itself.
+        masks (integer array `(height, width)` or PIL image, *optional*): Objects of the first frame: a pixel is the
+            id of its object, 0 is background.
         threshold (`float`, *optional*): Foreground probability above which something is an object; that of the
             model's configuration by default.
+        boxes, points, labels, scribbles (`dict`, *optional*): Further objects of the first frame: from object id to
+            a box `(x0, y0, x1, y1)`, to points `[(x, y), ...]`, to a label for each of the points (1 on the object, 0
+            not on it; all 1 by default), to the points of a line on the object. See
+            [`AusmProcessor.add_inputs_to_inference_session`].
+        frame_idx (`int`, *optional*, defaults to 0): The frame that all these are of, if it isn't the first.
+        find_new_objects (`bool`, *optional*): See [`AusmInferenceSession`].
+
+    Without any objects the model finds them by itself.
 
     Returns:
         [`AusmInferenceSession`]
 
     Raises:
-        ValueError: if `masks` has another type or size, negative ids, or no object.
+        ValueError: if `masks` has another type or size, negative ids, or no object, an id is in `masks` and elsewhere,
+            or a box, point, label or scribble is wrong.
     """
     # ID vectors are drawn at random; with a seed the same video gives the same masks every time.
-    session = processor.init_video_session(foreground_threshold=threshold, seed=0)
-    if masks is None:
-        return session
+    session = processor.init_video_session(foreground_threshold=threshold, find_new_objects=find_new_objects, seed=0)
+    masks = {} if masks is None else _split_masks(masks, size)
+    given = {"boxes": boxes, "points": points, "labels": labels, "scribbles": scribbles}
+    for name, of_objects in given.items():
+        if of_objects is not None and not isinstance(of_objects, Mapping):
+            raise ValueError(f"{name} is {of_objects!r:.80}; wanted is a dict from object id to its {name}")
+        if twice := masks.keys() & (of_objects or {}).keys():
+            raise ValueError(f"{name} has object {min(twice)}, which masks has too; wanted is each object once")
+    given = {name: of_objects or {} for name, of_objects in given.items()}
+    for object_id in dict.fromkeys(chain(masks, *given.values())):
+        inputs = {
+            f"input_{name}": None if of_objects.get(object_id) is None else [of_objects[object_id]]
+            for name, of_objects in given.items()
+        }
+        processor.add_inputs_to_inference_session(
+            session, frame_idx, object_id, masks.get(object_id), original_size=tuple(size), **inputs
+        )
+    return session
+
+
+def _split_masks(masks: np.ndarray | Image.Image, size: tuple[int, int]) -> dict[int, np.ndarray]:
+    """The mask of each object of an indexed map."""
     if isinstance(masks, Image.Image) and len(masks.getbands()) > 1:
         raise ValueError(
             f"masks is an image of mode {masks.mode}; wanted is an indexed or grey one, pixel = object id"
@@ -57,9 +92,7 @@ def start_session(
     obj_ids = [int(object_id) for object_id in np.unique(masks) if object_id != 0]
     if not obj_ids:
         raise ValueError("masks is empty: every pixel is 0; wanted is at least one object")
-    return processor.add_inputs_to_inference_session(
-        session, 0, obj_ids, [masks == object_id for object_id in obj_ids], original_size=tuple(size)
-    )
+    return {object_id: masks == object_id for object_id in obj_ids}
 
 
 def read_frames(source: Any) -> Iterable:
@@ -146,8 +179,14 @@ class VideoSegmentationPipeline(Pipeline):
                 A path to a video or to a folder of images, or the frames: PIL images, numpy arrays `(H, W, 3)`,
                 tensors `(3, H, W)`, or all in one array; uint8 in 0..255 or floating point in 0..1.
             prompts (`dict`, *optional*):
-                `{"masks": ...}`: the objects to follow, an integer array or an indexed PIL image of the first frame's
-                size, pixel = object id, 0 = background. Without it the model finds objects by itself.
+                The objects to follow, as they are in the first frame; without it the model finds objects by itself.
+                - **masks** -- an integer array or an indexed PIL image of the frame's size, pixel = object id, 0 =
+                  background;
+                - **boxes** -- a dict from object id to a box `(x0, y0, x1, y1)` in pixels;
+                - **points** -- a dict from object id to its points `[(x, y), ...]`;
+                - **labels** -- a dict from object id to the labels of its points, 1 on the object and 0 not on it; all
+                  1 by default;
+                - **scribbles** -- a dict from object id to the points of a line on it.
             threshold (`float`, *optional*):
                 Foreground probability above which something is an object; that of the model's configuration by
                 default. Prompted objects are not thresholded.
@@ -164,14 +203,14 @@ class VideoSegmentationPipeline(Pipeline):
         Raises:
             ValueError: if the video can't be read, has no frames or changes its size, or the prompts don't fit it.
         """
-        if prompts is not None and set(prompts) != {"masks"}:
-            raise ValueError(f"prompts must be a dict with the key 'masks', got {prompts!r:.100}")
+        if prompts is not None and (not isinstance(prompts, Mapping) or not prompts or not set(prompts) <= PROMPTS):
+            raise ValueError(f"prompts must be a dict with keys of {sorted(PROMPTS)}, got {prompts!r:.100}")
         frames = iter(self.read_video(inputs))
         first = next(frames, None)
         if first is None:
             raise ValueError("inputs has no frames")
         size = self.preprocess(first)["size"]
-        session = start_session(self.processor, size, (prompts or {}).get("masks"), threshold)
+        session = start_session(self.processor, size, threshold=threshold, **(prompts or {}))
 
         def results():
             for frame in chain([first], frames):

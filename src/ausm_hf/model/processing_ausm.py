@@ -13,6 +13,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .image_processing_ausm import AusmImageProcessor, frame_to_tensor
+from .prompts_ausm import ObjectPrompt
 from .session_ausm import AusmInferenceSession, AusmVideoSegmentationOutput
 
 
@@ -47,7 +48,8 @@ class AusmProcessor(ProcessorMixin):
             return_tensors (`str`, *optional*):
                 As for images.
             kwargs:
-                Further arguments of [`AusmImageProcessor.preprocess`].
+                Further arguments of [`AusmImageProcessor.preprocess`]. `do_sample_frames`, which transformers' video
+                processors know, may only be false: a history needs every frame.
 
         Returns:
             [`BatchFeature`] with, for images, `pixel_values` and `original_sizes`; for videos, `pixel_values_videos`,
@@ -61,6 +63,8 @@ class AusmProcessor(ProcessorMixin):
             raise ValueError("images or videos must be given, got neither")
         if masks is not None and videos is None:
             raise ValueError("masks are those of videos, got no videos")
+        if kwargs.pop("do_sample_frames", False):
+            raise ValueError("do_sample_frames must be false: sample the frames before, if at all")
         data = {}
         if images is not None:
             data.update(self.image_processor(images, **kwargs))
@@ -148,24 +152,49 @@ class AusmProcessor(ProcessorMixin):
     def add_inputs_to_inference_session(
         self,
         inference_session: AusmInferenceSession,
-        frame_idx: int,
-        obj_ids: int | list[int],
-        input_masks: Any,
+        frame_idx: int | None = None,
+        obj_ids: int | list[int] | None = None,
+        input_masks: Any = None,
+        input_boxes: Any = None,
+        input_points: Any = None,
+        input_labels: Any = None,
+        input_scribbles: Any = None,
         original_size: tuple[int, int] | None = None,
     ) -> AusmInferenceSession:
         """
-        Give masks of objects to follow.
+        Say what objects to follow: by their masks, or by boxes, points or scribbles, from which the network makes
+        masks when it comes to that frame. What was said before of the same object in the same frame is replaced.
+
+        An id that is followed already gets its mask replaced in that frame. Points and scribbles without a box then
+        correct the mask that the network sees in it: they add to it and take from it. Otherwise a box is filled, a
+        point stamped as a disc of a fortieth of the frame's shorter side, a scribble drawn with that radius, negative
+        discs are cut out, and one pass of the network over the frame makes the object's mask of that signal. Where it
+        finds nothing, or nothing under any of the positive points, the signal itself is the mask, with a warning.
+        `model.preview_prompts` shows the masks before the stream moves on.
+
+        All coordinates are (x, y) in pixels of the video, x in 0..width to the right, y in 0..height down. Nested
+        shapes are those of SAM 2, with one image: lists (ragged ones too), arrays or tensors. The image level may be
+        left out, with one object its level too, with one point that of points. `None` or `[]` stands for an object
+        that has none.
 
         Args:
             inference_session ([`AusmInferenceSession`]):
                 The stream.
-            frame_idx (`int`):
-                The frame that the masks belong to: the next one of the stream or a later one.
+            frame_idx (`int`, *optional*):
+                The frame that the prompts belong to: the next one of the stream, which is the default, or a later one.
             obj_ids (`int` or `list[int]`):
-                What to call the objects: positive integers. An id that is followed already gets its mask replaced.
-            input_masks (array, tensor, PIL image or a list of them, one per object):
+                What to call the objects: positive integers, each once.
+            input_masks (array, tensor, PIL image or a list of them, one per object, *optional*):
                 Masks of shape `(height, width)`, also with leading axes of 1, at the video's own size. Zero outside
-                the object and one other value inside it.
+                the object and one other value inside it. They stand alone.
+            input_boxes (`[image][object][4]`, *optional*):
+                Boxes `(x0, y0, x1, y1)`. What lies beyond the frame is cut off.
+            input_points (`[image][object][point][2]`, *optional*):
+                Points.
+            input_labels (`[image][object][point]`, *optional*):
+                1 for each point on the object, 0 for one that is not on it; without them all are on it.
+            input_scribbles (`[image][object][point][2]`, *optional*):
+                Points of a line on the object.
             original_size (`tuple[int, int]`, *optional*):
                 Height and width of the video before preprocessing. Needed once, if the session was made without a
                 video.
@@ -174,8 +203,10 @@ class AusmProcessor(ProcessorMixin):
             [`AusmInferenceSession`]: the same session.
 
         Raises:
-            ValueError: if the frame is past, an id is no positive integer or comes twice, or a mask is empty, has
-                several values or another size than the video.
+            ValueError: if the frame is past, an id is no positive integer or comes twice, a mask is empty, has
+                several values or another size than the video, a box has no area in the frame, a point lies outside
+                it, labels don't fit the points or are neither 0 nor 1, an object has no prompt, or an object that is
+                not followed yet has negative points alone.
         """
         session = inference_session
         known_size = (session.video_height, session.video_width)
@@ -184,10 +215,28 @@ class AusmProcessor(ProcessorMixin):
         size = known_size if original_size is None else tuple(int(side) for side in original_size)
         if None not in known_size and size != known_size:
             raise ValueError(f"original_size must be that of the video, {known_size} (height, width), got {size}")
+        if obj_ids is None:
+            raise ValueError("obj_ids must be given: a positive integer for each object, got None")
+        obj_ids = np.asarray(obj_ids).tolist() if isinstance(obj_ids, (np.ndarray, torch.Tensor)) else obj_ids
         obj_ids = [_as_int(x) for x in (obj_ids if isinstance(obj_ids, (list, tuple)) else [obj_ids])]
-        input_masks = list(input_masks) if isinstance(input_masks, (list, tuple)) else [input_masks]
-        masks = [_as_mask(mask) for mask in input_masks]
-        session.add_masks(_as_int(frame_idx), obj_ids, masks, size)
+        masks = [None] * len(obj_ids) if input_masks is None else _as_masks(input_masks, len(obj_ids))
+        boxes = _per_object("input_boxes", input_boxes, len(obj_ids), 1)
+        points = _per_object("input_points", input_points, len(obj_ids), 2)
+        labels = _per_object("input_labels", input_labels, len(obj_ids), 1)
+        scribbles = _per_object("input_scribbles", input_scribbles, len(obj_ids), 2)
+        if input_labels is None:
+            labels = [[1] * len(of_object) for of_object in points]
+        prompts = [
+            ObjectPrompt(
+                mask=mask,
+                box=_as_numbers("input_boxes", box, 4) if box else None,
+                points=tuple(_as_numbers("input_points", point, 2) for point in of_points),
+                labels=tuple(of_labels),
+                scribble=tuple(_as_numbers("input_scribbles", point, 2) for point in scribble),
+            )
+            for mask, box, of_points, of_labels, scribble in zip(masks, boxes, points, labels, scribbles)
+        ]
+        session.add_prompts(None if frame_idx is None else _as_int(frame_idx), obj_ids, prompts, size)
         return session
 
     def post_process_masks(self, masks, original_sizes, mask_threshold: float = 0.0, binarize: bool = True):
@@ -217,7 +266,7 @@ class AusmProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["pixel_values_videos", "mask_labels", *self.image_processor.model_input_names]
+        return ["pixel_values_videos", "original_sizes", *self.image_processor.model_input_names]
 
 
 def _as_batch(videos: Any, masks: Any) -> tuple[list, list | None]:
@@ -263,6 +312,63 @@ def _as_int(value: Any) -> Any:
         return operator.index(value)
     except TypeError:
         return value
+
+
+def _as_masks(masks: Any, number: int) -> list[torch.Tensor]:
+    """One mask per object: a list, or an array of as many as there are objects, or a single mask."""
+    if isinstance(masks, (np.ndarray, torch.Tensor)) and masks.ndim == 3 and len(masks) == number:
+        masks = list(masks)
+    masks = list(masks) if isinstance(masks, (list, tuple)) else [masks]
+    if len(masks) != number:
+        raise ValueError(f"input_masks must be as many as obj_ids ({number}), got {len(masks)}")
+    return [_as_mask(mask) for mask in masks]
+
+
+def _per_object(name: str, value: Any, number: int, depth: int) -> list[list]:
+    """
+    Nested coordinates or labels, one entry for each of `number` objects.
+
+    Args:
+        depth: How deep the lists of one object are: 1 for a box or labels, 2 for points. The image level before the
+            object level may be there or not, with one object the object level too, and with one point its level.
+    """
+    if value is None:
+        return [[]] * number
+    value = _as_lists(value)
+    levels = _depth(value)
+    if levels == depth + 2:
+        if len(value) != 1:
+            raise ValueError(f"{name} must be of one image, got {len(value)}")
+        (value,) = value
+    elif number == 1 and 1 <= levels <= depth:
+        for _ in range(depth + 1 - levels):
+            value = [value]
+    elif levels != depth + 1:
+        nesting = {"input_boxes": "[image][object][4]", "input_labels": "[image][object][point]"}
+        wanted = nesting.get(name, "[image][object][point][2]")
+        raise ValueError(f"{name} must be nested {wanted}, got {levels} levels for {number} objects")
+    if len(value) != number:
+        raise ValueError(f"{name} must be for as many objects as obj_ids ({number}), got {len(value)}")
+    return [[] if of_object is None else of_object for of_object in value]
+
+
+def _as_lists(value: Any) -> Any:
+    """Arrays, tensors and tuples as lists, their scalars as Python numbers, at any level."""
+    if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
+        return value.tolist()
+    return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _depth(value: Any) -> int:
+    return 1 + max(map(_depth, value), default=0) if isinstance(value, list) else 0
+
+
+def _as_numbers(name: str, values: Any, number: int) -> tuple[float, ...]:
+    """The coordinates of a box or a point."""
+    numbers = values if isinstance(values, list) else [values]
+    if len(numbers) != number or not all(type(x) in (int, float) for x in numbers):
+        raise ValueError(f"{name} must hold {number} numbers each, got {values!r}")
+    return tuple(map(float, numbers))
 
 
 def _as_mask(mask: Any) -> torch.Tensor:

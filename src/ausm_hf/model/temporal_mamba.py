@@ -24,6 +24,7 @@ logger = logging.get_logger(__name__)
 
 # Mamba-2's quadratic form keeps (N, H, T, T) weights; longer clips are cut into chunks of this many frames.
 CHUNK_FRAMES = 32
+LOG2_E = math.log2(math.e)
 
 MixerState = tuple[Tensor, Tensor]
 
@@ -80,11 +81,17 @@ def row_blocks(rows: int, row_size: int, x: Tensor) -> Iterator[slice]:
     Args:
         rows: N. row_size: numbers that one elementwise operation touches per row. x: tells device.
     """
-    # On the CPU torch gives each thread 32768 numbers of an elementwise operation.
-    numbers = 32768 * torch.get_num_threads() if x.device.type == "cpu" else 2**22
+    # On the CPU torch gives each thread at least 32768 numbers of an elementwise operation. Fewer than 131072, and
+    # calling operations takes longer than computing; more, and little stays in the cache.
+    numbers = 32768 * max(4, torch.get_num_threads()) if x.device.type == "cpu" else 2**22
     step = max(1, numbers // row_size)
     for first in range(0, rows, step):
         yield slice(first, min(rows, first + step))
+
+
+def frames(x: Tensor, axis: int) -> tuple[Tensor, ...]:
+    """The frames of `(N, T, C)`, each with a new axis: 2 gives rows `(N, 1, C)`, 3 columns `(N, C, 1)`."""
+    return x.unsqueeze(axis).unbind(1)
 
 
 class CausalConvFunction(torch.autograd.Function):
@@ -159,42 +166,38 @@ def causal_conv(x: Tensor, conv1d: nn.Conv1d, conv_state: Tensor | None) -> tupl
 class SelectiveScanFunction(torch.autograd.Function):
     """Mamba-1's scan: h_t = exp(dt_t A) h_(t-1) + dt_t x_t B_t, y_t = C_t h_t, block by block of sequences.
 
-    Nothing of size T x S per channel outlives a block: the backward pass computes the states again. States are
-    `(S, C)` per sequence here, channels last, so that inner loops are long.
+    Within a block frame by frame, so that the state stays in the cache. Nothing of size T x S per channel outlives a
+    block: the backward pass computes the states again. States are `(S, C)` per sequence here, channels last, so that
+    inner loops are long. Sums over S or C are products with a row vector, for which the CPU's BLAS is fastest, into
+    contiguous memory, without which it takes the sequences one by one.
 
     Takes x, dt `(N, T, C)`; A `(S, C)`; B, C `(N, T, S)`; state `(N, S, C)` or `None`.
     Returns y `(N, T, C)` and the last state `(N, S, C)`.
     """
 
     @staticmethod
-    def states(x, dt, A, B, state, decay, h):
-        """Fills decay and h `(n, T, S, C)` of a block; h[:, t] is the state after frame t. Returns dt x."""
-        torch.mul(dt[:, :, None], A, out=decay).exp_()
-        inflow = dt * x
-        torch.mul(inflow[:, :, None], B[..., None], out=h)
-        decays, hs = decay.unbind(1), h.unbind(1)
-        if state is not None:
-            hs[0].addcmul_(decays[0], state)
-        for t in range(1, len(hs)):
-            hs[t].addcmul_(decays[t], hs[t - 1])
-        return inflow
-
-    @staticmethod
     def forward(ctx, x, dt, A, B, C, state):
         ctx.save_for_backward(x, dt, A, B, C, state)
         (n, t, c), s = x.shape, len(A)
+        rates = A * LOG2_E  # 2 to a power takes half the time of e to a power
         y, last_state = x.new_empty(n, t, c), x.new_empty(n, s, c)
-        decay = h = None
+        decays = sums = None
         for rows in row_blocks(n, s * c, x):
-            if decay is None:  # the first block is the largest; the others reuse its memory
-                decay, h = x.new_empty(2, rows.stop, t, s, c)
+            if decays is None:  # the first block is the largest; the others reuse its memory
+                decays, sums = x.new_empty(rows.stop, s, c), x.new_empty(rows.stop, 1, c)
             size = rows.stop - rows.start
-            decay, h = decay[:size], h[:size]
-            SelectiveScanFunction.states(
-                x[rows], dt[rows], A, B[rows], None if state is None else state[rows], decay, h
-            )
-            y[rows] = torch.bmm(C[rows].flatten(0, 1)[:, None], h.flatten(0, 1)).view(size, t, c)
-            last_state[rows] = h[:, -1]
+            decay, over_s, h = decays[:size], sums[:size], last_state[rows]
+            dts, inflows = frames(dt[rows], 2), frames(dt[rows] * x[rows], 2)
+            Bs, Cs, ys = frames(B[rows], 3), frames(C[rows], 2), frames(y[rows], 2)
+            before = None if state is None else state[rows]
+            for k in range(t):
+                if before is None:
+                    torch.mul(inflows[k], Bs[k], out=h)
+                else:
+                    torch.mul(dts[k], rates, out=decay).exp2_()
+                    torch.mul(decay, before, out=h).addcmul_(inflows[k], Bs[k])
+                before = h
+                ys[k].copy_(torch.bmm(Cs[k], h, out=over_s))
         return y, last_state
 
     @staticmethod
@@ -202,39 +205,56 @@ class SelectiveScanFunction(torch.autograd.Function):
     def backward(ctx, d_y, d_last_state):
         x, dt, A, B, C, state = ctx.saved_tensors
         (n, t, c), s = x.shape, len(A)
+        rates = A * LOG2_E
         d_x, d_dt, d_B, d_C = x.new_empty(n, t, c), x.new_empty(n, t, c), x.new_empty(n, t, s), x.new_empty(n, t, s)
-        d_A = torch.zeros_like(A)
         d_state = None if state is None else torch.empty_like(state)
-        decay = h = g = None
+        scratch = None
         for rows in row_blocks(n, s * c, x):
-            if decay is None:
-                decay, h, g = x.new_empty(3, rows.stop, t, s, c)
+            if scratch is None:
+                scratch = x.new_empty(2, t, rows.stop, s, c), x.new_empty(2, rows.stop, s, c)
+                sums = x.new_empty(rows.stop, 1, c), x.new_empty(rows.stop, 1, s), x.new_ones(rows.stop, 1, s)
+                d_As = x.new_zeros(rows.stop, s, c)
             size = rows.stop - rows.start
-            decay, h, g = decay[:size], h[:size], g[:size]
-            x_, dt_, B_, C_, d_y_ = x[rows], dt[rows], B[rows], C[rows], d_y[rows]
-            state_ = None if state is None else state[rows]
-            inflow = SelectiveScanFunction.states(x_, dt_, A, B_, state_, decay, h)
-            # g: gradient to the states, from the last frame to the first.
-            torch.mul(d_y_[:, :, None], C_[..., None], out=g)
-            gs, decays = g.unbind(1), decay.unbind(1)
-            gs[-1].add_(d_last_state[rows])
-            for k in range(t - 1, 0, -1):
-                gs[k - 1].addcmul_(gs[k], decays[k])
-            d_C[rows] = torch.bmm(h.flatten(0, 1), d_y_.reshape(-1, c, 1)).view(size, t, s)
-            d_B[rows] = torch.bmm(g.flatten(0, 1), inflow.view(-1, c, 1)).view(size, t, s)
-            d_inflow = torch.bmm(B_.flatten(0, 1)[:, None], g.flatten(0, 1)).view(size, t, c)
-            # From here on `decay` holds the gradient to the exponent dt A.
-            decay.mul_(g)
-            decay[:, 1:].mul_(h[:, :-1])
-            if state is None:
-                decay[:, 0].zero_()
-            else:
-                d_state[rows] = decay[:, 0]
-                decay[:, 0].mul_(state_)
-            torch.mul(d_inflow, dt_, out=d_x[rows])
-            torch.sum(torch.mul(decay, A, out=h), dim=2, out=d_dt[rows]).addcmul_(d_inflow, x_)
-            d_A += torch.mul(decay, dt_[:, :, None], out=g).sum((0, 1))
-        return d_x, d_dt, d_A, d_B, d_C, d_state
+            # Of every frame: its decay, and what is left of the state before it.
+            decays, lefts = (part.unbind(0) for part in scratch[0][:, :, :size])
+            h, g = scratch[1][:, :size]  # the state, and the gradient to it
+            over_s, over_c, ones = (part[:size] for part in sums)
+            d_A = d_As[:size]
+            dts, inflows, Bs, Cs = (
+                frames(dt[rows], 2),
+                frames(dt[rows] * x[rows], 2),
+                frames(B[rows], 3),
+                frames(C[rows], 3),
+            )
+            rows_of_B, d_ys = frames(B[rows], 2), frames(d_y[rows], 2)
+            d_inflows, d_dts, d_Bs, d_Cs = (frames(part[rows], 2) for part in (d_x, d_dt, d_B, d_C))
+            before = None if state is None else state[rows]
+            for k in range(t):
+                if before is None:
+                    torch.mul(inflows[k], Bs[k], out=h)
+                else:
+                    torch.mul(dts[k], rates, out=decays[k]).exp2_()
+                    torch.mul(decays[k], before, out=lefts[k])
+                    torch.addcmul(lefts[k], inflows[k], Bs[k], out=h)
+                before = h
+                d_Cs[k].copy_(torch.bmm(d_ys[k], h.mT, out=over_c))
+            g.copy_(d_last_state[rows])
+            for k in range(t - 1, -1, -1):
+                g.addcmul_(d_ys[k], Cs[k])
+                d_Bs[k].copy_(torch.bmm(inflows[k], g.mT, out=over_c))
+                d_inflows[k].copy_(torch.bmm(rows_of_B[k], g, out=over_s))
+                if k == 0 and state is None:
+                    d_dts[k].zero_()
+                else:
+                    d_exponent = lefts[k].mul_(g)
+                    d_A.addcmul_(d_exponent, dts[k])
+                    d_dts[k].copy_(torch.bmm(ones, d_exponent.mul_(A), out=over_s))
+                    g.mul_(decays[k])
+            d_dt[rows].addcmul_(d_x[rows], x[rows])
+            d_x[rows].mul_(dt[rows])
+            if state is not None:
+                d_state[rows] = g
+        return d_x, d_dt, d_As.sum(0), d_B, d_C, d_state
 
 
 def selective_scan(
@@ -260,7 +280,7 @@ def selective_step(
     inflow = dt * x
     if state is None:
         return inflow * (B * C).sum(-1, keepdim=True), (inflow[:, None] * B[..., None]).mT
-    state = ((dt[:, None] * A.T).exp() * state.mT).addcmul_(inflow[:, None], B[..., None])
+    state = ((dt[:, None] * (A.T * LOG2_E)).exp2_() * state.mT).addcmul_(inflow[:, None], B[..., None])
     return torch.bmm(C[:, None], state)[:, 0], state.mT
 
 

@@ -29,6 +29,7 @@ def plan_clip(network: AusmForUniversalSegmentation, inputs: dict[str, Any]) -> 
         inputs.get("history_masks"),
         inputs["annotated_frames"],
         inputs["ignore_masks"],
+        inputs.get("prompt_masks"),
     )
     plan = plan_teacher_forcing(
         instances,
@@ -58,6 +59,7 @@ def split_clip(
             "instances": _cut_instances(instances, frames),
             "plan": _cut_plan(plan, frames),
             "label_sets": inputs["label_sets"],
+            "num_instances": inputs.get("num_instances"),
         }
 
 
@@ -75,11 +77,13 @@ class CarriedForm(nn.Module):
         plan: TeacherForcing,
         label_sets: list[str | None],
         history: AusmHistory | None,
+        num_instances: Tensor | None = None,
     ) -> dict[str, Any]:
         """
         Args:
             pixel_values_videos: (B, T, 3, H, W).
             history: features and states after the piece before; None for the first one.
+            num_instances: see `AusmLoss`.
 
         Returns:
             "loss", "loss_dict", "masks_queries_logits" (B, T, N + N_det, h, w) and "history", not detached.
@@ -93,7 +97,7 @@ class CarriedForm(nn.Module):
             output_intermediate=True,
         )
         predictions = self.network.layer_predictions(output)
-        loss, loss_dict = self.network.criterion(predictions, instances, plan, label_sets)
+        loss, loss_dict = self.network.criterion(predictions, instances, plan, label_sets, num_instances=num_instances)
         return {
             "loss": loss,
             "loss_dict": loss_dict,
@@ -143,7 +147,9 @@ class IterativeForm(nn.Module):
             history = output.history
             own_masks = self.own_masks(predictions[-1], masks.shape[1])
         predictions = [_join_frames(layer) for layer in zip(*steps)]
-        loss, loss_dict = network.criterion(predictions, instances, plan, inputs["label_sets"])
+        loss, loss_dict = network.criterion(
+            predictions, instances, plan, inputs["label_sets"], num_instances=inputs.get("num_instances")
+        )
         return {"loss": loss, "loss_dict": loss_dict, "masks_queries_logits": predictions[-1]["masks"]}
 
     def own_masks(self, prediction: dict[str, Any], num_objects: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ausm_hf.model.loss_ausm import draw_switch_frames
+from ausm_hf.model.prompts_ausm import ObjectPrompt, fill_box
 
 
 def clip_generator(seed: int, index: int) -> torch.Generator:
@@ -34,6 +35,77 @@ def switch_frames_of_clip(
     """
     present = (masks.flatten(2) != 0).any(2).cpu()
     return draw_switch_frames(present[None], torch.tensor([detect]), generator, prompt_probability)[0]
+
+
+def draw_prompts(
+    masks: torch.Tensor, history_masks: torch.Tensor, probability: float, generator: torch.Generator
+) -> torch.Tensor:
+    """What the user marks in the first frame: the object's mask, or a signal that the network has to make one from.
+
+    Signals are a box around the object, a little off; one to five clicks; a scribble; or a wrong mask that clicks
+    correct.
+
+    Args:
+        masks: (N, H, W) true masks of the first frame.
+        history_masks: (N, H, W) what the history shows of it, given where there is no signal.
+        probability: that an object that is in the first frame is given by a signal.
+
+    Returns:
+        (N, H, W), `M_0`, in the dtype and on the device of `history_masks`.
+    """
+    prompts = history_masks.clone()
+    for n in range(len(masks)):
+        if torch.rand((), generator=generator) >= probability or not masks[n].any():
+            continue
+        prompts[n] = _signal(masks[n].cpu() != 0, generator).to(prompts)
+    return prompts
+
+
+def _signal(mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A signal (H, W) for an object's mask (H, W); the mask itself where nothing of the signal is left."""
+    size = tuple(mask.shape)
+
+    def draw(high: int) -> int:
+        return int(torch.randint(high, (), generator=generator))
+
+    def clicks(where: torch.Tensor, number: int) -> tuple[tuple[float, float], ...]:
+        """Points (x, y) in the middle of pixels of `where`, none if it has none."""
+        pixels = where.nonzero()
+        if not len(pixels):
+            return ()
+        chosen = torch.randint(len(pixels), (number,), generator=generator)
+        return tuple((x + 0.5, y + 0.5) for y, x in pixels[chosen].tolist())
+
+    def clicked(on: torch.Tensor, off: torch.Tensor, known: torch.Tensor | None = None) -> torch.Tensor:
+        positive, negative = clicks(on, 1 + draw(3)), clicks(off, draw(3))
+        labels = (1,) * len(positive) + (0,) * len(negative)
+        return ObjectPrompt(points=positive + negative, labels=labels).signal(size, known)
+
+    inside = 1 - _dilate(1 - mask[None].float(), 3)[0] > 0
+    inside = inside if inside.any() else mask
+    y, x = mask.nonzero(as_tuple=True)
+    kind = draw(10)
+    if kind < 4:
+        box = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]).float()
+        off = torch.randn(4, generator=generator) * 0.03 * (box[2:] - box[:2]).repeat(2)
+        signal = fill_box(size, box + off)
+    elif kind < 7:
+        around = (_dilate(mask[None], max(4, min(size) // 12))[0] > 0) & ~mask
+        signal = clicked(inside, around)
+    elif kind < 8:
+        signal = ObjectPrompt(scribble=clicks(inside, 2 + draw(2))).signal(size)
+    else:
+        # A wrong mask, cut off or with a box too much, and clicks where it is wrong.
+        pixel = draw(len(y))
+        wrong = mask.clone()
+        if kind == 8:
+            wrong[int(y[pixel]) :] = False
+        else:
+            corner = torch.stack([x[pixel], y[pixel]]).float()
+            extent = torch.tensor([size[1], size[0]]) * (0.1 + 0.2 * torch.rand(2, generator=generator))
+            wrong |= fill_box(size, torch.cat([corner, corner + extent]))
+        signal = clicked(mask & ~wrong, wrong & ~mask, wrong)
+    return signal if signal.any() else mask
 
 
 def corrupt_history(

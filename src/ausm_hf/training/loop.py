@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from ausm_hf.data.labels import LABEL_SETS
 from ausm_hf.model.configuration_ausm import AusmConfig
 from ausm_hf.model.image_processing_ausm import AusmImageProcessor
+from ausm_hf.model.loss_ausm import count_targets
 from ausm_hf.model.modeling_ausm import AusmForUniversalSegmentation
 from ausm_hf.model.pipeline_ausm import VideoSegmentationPipeline
 from ausm_hf.model.processing_ausm import AusmProcessor
@@ -39,7 +40,7 @@ from .checkpoint import (
 )
 from .data import build_data
 from .forms import CarriedForm, IterativeForm, split_clip
-from .history import clip_generator, corrupt_history, sample_history, switch_frames_of_clip
+from .history import clip_generator, corrupt_history, draw_prompts, sample_history, switch_frames_of_clip
 from .initialization import load_imagenet_weights
 from .optimizer import build_optimizer, is_backbone_parameter, learning_rate_factor, set_learning_rate
 from .recipe import Recipe, recipe_to_dict
@@ -152,12 +153,14 @@ def train(
     bar = tqdm(total=recipe.optim.max_steps, initial=first_step, disable=None if accelerator.is_main_process else True)
     for step in range(first_step, recipe.optim.max_steps):
         set_learning_rate(optimizer, step, recipe.optim)
-        for _ in range(recipe.gradient_accumulation_steps):
-            indices, batch = next(batches)
+        passes = [next(batches) for _ in range(recipe.gradient_accumulation_steps)]
+        num_instances = instances_per_pass(recipe, passes, accelerator)
+        for indices, batch in passes:
             batch = _to_device(batch, accelerator.device)
             with accelerator.accumulate(model):
                 with accelerator.autocast():
                     inputs = training_inputs(recipe, network, indices, batch)
+                inputs["num_instances"] = num_instances
                 if recipe.carried_state == 1:
                     output = model(**inputs)
                     accelerator.backward(output["loss"])
@@ -258,10 +261,21 @@ def build_config(recipe: Recipe) -> AusmConfig:
 def build_model(recipe: Recipe, config: AusmConfig) -> nn.Module:
     """The network of the recipe, with the weights that it starts from. Heads of new label sets start at random."""
     if recipe.model.path is not None:
-        return AusmForUniversalSegmentation.from_pretrained(recipe.model.path, config=config)
+        return _load_model(recipe.model.path, config, recipe.model.reinitialize)
     model = AusmForUniversalSegmentation(config)
     if recipe.model.imagenet_backbone:
         load_imagenet_weights(find_backbone(model))
+    return model
+
+
+def _load_model(path: str, config: AusmConfig, reinitialize: list[str]) -> nn.Module:
+    model = AusmForUniversalSegmentation.from_pretrained(path, config=config)
+    if reinitialize:
+        fresh = AusmForUniversalSegmentation(config).state_dict()
+        for prefix in reinitialize:
+            if not any(name.startswith(prefix) for name in fresh):
+                raise ValueError(f"model.reinitialize: the network has no parameter that begins with {prefix!r}")
+        model.load_state_dict({n: t for n, t in fresh.items() if n.startswith(tuple(reinitialize))}, strict=False)
     return model
 
 
@@ -308,6 +322,32 @@ def load_batches(
     return zip(numbers, loader)
 
 
+def instances_per_pass(
+    recipe: Recipe, passes: list[tuple[list[int], dict[str, Any]]], accelerator: Accelerator
+) -> torch.Tensor:
+    """How many targets an optimizer step has, over all processes, for each of its forward and backward passes.
+
+    Divided by that, however unequal the clips are, the passes add up to the gradient of one large batch.
+    """
+    total = 0
+    for indices, batch in passes:
+        generators = [clip_generator(recipe.seed, index) for index in indices]
+        switch_frames = draw_switch_frames_of(recipe, batch, generators)
+        total += count_targets(batch["mask_labels"], switch_frames, batch["detect"], batch["annotated_frames"])
+    total = accelerator.reduce(torch.tensor(float(total), device=accelerator.device), "sum").clamp(min=1)
+    return total / (len(passes) * accelerator.num_processes * recipe.carried_state)
+
+
+def draw_switch_frames_of(
+    recipe: Recipe, batch: dict[str, Any], generators: list[torch.Generator]
+) -> list[torch.Tensor]:
+    """The frame in which each object of each clip is handed over: the first that is drawn for a clip."""
+    return [
+        switch_frames_of_clip(masks, detect, recipe.switch_frame_prompt_probability, generator)
+        for masks, detect, generator in zip(batch["mask_labels"], batch["detect"], generators)
+    ]
+
+
 def training_inputs(recipe: Recipe, network: nn.Module, indices: list[int], batch: dict[str, Any]) -> dict[str, Any]:
     """What the network is given for one batch: the batch, and what is drawn for its clips.
 
@@ -316,10 +356,7 @@ def training_inputs(recipe: Recipe, network: nn.Module, indices: list[int], batc
     device = batch["pixel_values_videos"].device
     generators = [clip_generator(recipe.seed, index) for index in indices]
     masks = batch["mask_labels"]
-    switch_frames = [
-        switch_frames_of_clip(m, detect, recipe.switch_frame_prompt_probability, g)
-        for m, detect, g in zip(masks, batch["detect"], generators)
-    ]
+    switch_frames = draw_switch_frames_of(recipe, batch, generators)
     slots = [torch.randperm(network.config.num_id_vectors, generator=g)[: len(m)] for m, g in zip(masks, generators)]
     inputs = {
         **batch,
@@ -348,6 +385,11 @@ def training_inputs(recipe: Recipe, network: nn.Module, indices: list[int], batc
         inputs["history_masks"] = [
             corrupt_history(m, s, recipe.history_corruption, g)
             for m, s, g in zip(inputs.get("history_masks", masks), switch_frames, generators)
+        ]
+    if recipe.prompt_signals:
+        inputs["prompt_masks"] = [
+            draw_prompts(m[:, 0], h[:, 0], recipe.prompt_signals, g)
+            for m, h, g in zip(masks, inputs.get("history_masks", masks), generators)
         ]
     return inputs
 

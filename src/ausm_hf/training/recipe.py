@@ -25,6 +25,7 @@ class ModelRecipe:
     Args:
         preset: "nano", "tiny" or "base" (`AusmConfig.from_preset`).
         path: folder or hub name of an AUSM checkpoint to start from, e.g. the result of the stage before.
+        reinitialize: beginnings of the names of parameters that are not taken from `path` but start anew.
         overrides: attributes of `AusmConfig` that replace those of the preset or the checkpoint.
         label_sets: exactly the label sets to have a class head for: name -> labels, or null for a name that
             `ausm_hf.data.labels` knows. The first one is the default. None leaves those of the preset or checkpoint.
@@ -33,6 +34,7 @@ class ModelRecipe:
 
     preset: str | None = None
     path: str | None = None
+    reinitialize: list[str] = field(default_factory=list)
     overrides: dict[str, Any] = field(default_factory=dict)
     label_sets: dict[str, Any] | None = None
     imagenet_backbone: bool = False
@@ -106,6 +108,8 @@ class Recipe:
         switch_frame_prompt_probability: share of the objects visible in the first frame that are given as prompts
             (s_i = 0); the others are detected first and tracked after a random frame.
         history_corruption: probability that a mask in the history is dilated, eroded, shifted, dropped or swapped.
+        prompt_signals: probability that an object of the first frame is given as a box, clicks or a scribble, not as
+            a mask.
         scheduled_sampling: probability that a mask in the history is the network's own prediction.
         carried_state: clips are cut into this many pieces of `data.num_frames`; the state passes, detached, from each
             piece to the next, so the network trains on a history longer than T. 1 is off.
@@ -127,6 +131,7 @@ class Recipe:
     mode: str = "parallel"
     switch_frame_prompt_probability: float = 0.5
     history_corruption: float = 0.0
+    prompt_signals: float = 0.0
     scheduled_sampling: float = 0.0
     carried_state: int = 1
     ema_decay: float | None = None
@@ -146,7 +151,7 @@ class Recipe:
         _check_choice("mode", self.mode, ("parallel", "iterative"))
         _check_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         _check_choice("optim.schedule", self.optim.schedule, ("linear", "cosine", "step", "constant"))
-        for key in ("switch_frame_prompt_probability", "history_corruption", "scheduled_sampling"):
+        for key in ("switch_frame_prompt_probability", "history_corruption", "prompt_signals", "scheduled_sampling"):
             _check_range(key, getattr(self, key), 0, 1)
         for key in ("carried_state", "gradient_accumulation_steps", "log_every", "save_every", "keep_checkpoints"):
             _check_range(key, getattr(self, key), 1)
@@ -252,6 +257,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:
     """The recipe that nested dictionaries describe, checked. Raises ValueError naming the key."""
+    if isinstance(values, dict) and values.get("mixed_precision") is False:
+        values = {**values, "mixed_precision": "no"}  # YAML reads an unquoted no as false
     recipe = _build(Recipe, values, "")
     recipe.validate()
     return recipe

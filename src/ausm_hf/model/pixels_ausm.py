@@ -1,0 +1,217 @@
+"""
+The two ends of the network beside its history: the pixel encoder, from the backbone's maps to features of one frame,
+and the Pixel Decoder, from queries and these features to masks. Both are Mask2Former's, split where the history comes
+in.
+
+Letters: N frames, Q queries, D hidden size, C mask feature size; h = H / 4 and w = W / 4 size of the masks.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Mask2FormerConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerPixelDecoder,
+    Mask2FormerSinePositionEmbedding,
+)
+
+from .configuration_ausm import AusmConfig
+from .history_ausm import AusmAttention, AusmFeedForward, to_tokens
+
+
+@functools.lru_cache(maxsize=16)
+def sine_positions(size: tuple[int, int], hidden_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """2-D sine positions of shape (S, D), as in Mask2Former; computed once per frame size."""
+    with torch.inference_mode(False), torch.no_grad():
+        embed = Mask2FormerSinePositionEmbedding(num_position_features=hidden_size // 2, normalize=True)
+        positions = embed(torch.Size((1, hidden_size, *size)), device, torch.float32)
+        return positions[0].flatten(1).transpose(0, 1).to(dtype).contiguous()
+
+
+class AusmDeformablePixelEncoder(Mask2FormerPixelDecoder):
+    """
+    Mask2Former's pixel decoder in two halves, so that the history can enter between them: `forward` gives the maps at
+    strides 8, 16, 32; `mask_features` the stride-4 map from the stride-8 one.
+    """
+
+    def __init__(self, config: AusmConfig, feature_channels: list[int]):
+        super().__init__(
+            Mask2FormerConfig(
+                feature_size=config.hidden_size,
+                mask_feature_size=config.mask_feature_size,
+                hidden_dim=config.hidden_size,
+                encoder_feedforward_dim=config.pixel_encoder_feedforward_size,
+                encoder_layers=config.pixel_encoder_layers,
+                num_attention_heads=config.num_attention_heads,
+                dropout=0.0,
+            ),
+            feature_channels,
+        )
+        self.num_fpn_levels = 0  # leaves the stride-4 level to `mask_features`
+
+    def forward(self, feature_maps: list[Tensor]) -> list[Tensor]:
+        output = super().forward(feature_maps, output_attentions=False, output_hidden_states=False, return_dict=True)
+        return list(output.multi_scale_features)[::-1]
+
+    def mask_features(self, features: Tensor, feature_map: Tensor) -> Tensor:
+        lateral = self.adapter_1(feature_map)
+        upsampled = F.interpolate(features, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
+        return self.mask_projection(self.layer_1(lateral + upsampled))
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A 1x1 convolution as the matrix product that it is where channels are last in memory."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
+        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return F.linear(maps.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def separable_conv(channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels, bias=False),
+        nn.GroupNorm(8, channels),
+        nn.ReLU(),
+        PointwiseConv2d(channels, channels),
+    )
+
+
+class AusmPyramidPixelEncoder(nn.Module):
+    """A light top-down pyramid with the interface of [`AusmDeformablePixelEncoder`]."""
+
+    def __init__(self, config: AusmConfig, feature_channels: list[int]):
+        super().__init__()
+        stride4, *coarser = feature_channels
+        self.laterals = nn.ModuleList(
+            nn.Sequential(PointwiseConv2d(c, config.hidden_size, bias=False), nn.GroupNorm(8, config.hidden_size))
+            for c in coarser
+        )
+        self.smooth = nn.ModuleList(separable_conv(config.hidden_size) for _ in coarser)
+        self.mask_lateral = PointwiseConv2d(stride4, config.mask_feature_size)
+        self.mask_top = PointwiseConv2d(config.hidden_size, config.mask_feature_size)
+        self.mask_smooth = separable_conv(config.mask_feature_size)
+
+    def forward(self, feature_maps: list[Tensor]) -> list[Tensor]:
+        top = None
+        levels = []
+        for lateral, smooth, feature_map in reversed(list(zip(self.laterals, self.smooth, feature_maps[1:]))):
+            merged = lateral(feature_map)
+            if top is not None:
+                merged = merged + F.interpolate(top, size=merged.shape[-2:], mode="bilinear", align_corners=False)
+            top = merged + smooth(merged)
+            levels.insert(0, top)
+        return levels
+
+    def mask_features(self, features: Tensor, feature_map: Tensor) -> Tensor:
+        lateral = self.mask_lateral(feature_map)
+        top = F.interpolate(self.mask_top(features), size=lateral.shape[-2:], mode="bilinear", align_corners=False)
+        merged = lateral + top
+        return merged + self.mask_smooth(merged)
+
+
+class AusmPixelDecoderLayer(GradientCheckpointingLayer):
+    """Masked cross-attention, self-attention, feed-forward; post-norm, as in Mask2Former."""
+
+    def __init__(self, config: AusmConfig):
+        super().__init__()
+        self.cross_attn = AusmAttention(config)
+        self.cross_attn_layer_norm = nn.LayerNorm(config.hidden_size)
+        self.self_attn = AusmAttention(config)
+        self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size)
+        self.feedforward = AusmFeedForward(config.hidden_size, config.decoder_feedforward_size, "relu")
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size)
+
+    def forward(
+        self,
+        queries: Tensor,
+        query_positions: Tensor,
+        pixels: Tensor,
+        pixel_positions: Tensor,
+        pixel_mask: Tensor,
+        query_mask: Tensor | None,
+    ) -> Tensor:
+        attended, _ = self.cross_attn(queries + query_positions, pixels + pixel_positions, pixels, pixel_mask)
+        queries = self.cross_attn_layer_norm(queries + attended)
+        positioned = queries + query_positions
+        attended, _ = self.self_attn(positioned, positioned, queries, query_mask)
+        queries = self.self_attn_layer_norm(queries + attended)
+        return self.final_layer_norm(queries + self.feedforward(queries))
+
+
+class AusmPixelDecoder(nn.Module):
+    """
+    Mask2Former's Transformer decoder: each layer reads one of the maps at strides 32, 16, 8, only where the mask
+    predicted so far is foreground.
+    """
+
+    def __init__(self, config: AusmConfig):
+        super().__init__()
+        size = config.hidden_size
+        self.level_embed = nn.Embedding(3, size)
+        self.layers = nn.ModuleList(AusmPixelDecoderLayer(config) for _ in range(config.num_decoder_layers))
+        self.layernorm = nn.LayerNorm(size)
+        self.mask_embedder = nn.Sequential(
+            nn.Linear(size, size),
+            nn.ReLU(),
+            nn.Linear(size, size),
+            nn.ReLU(),
+            nn.Linear(size, config.mask_feature_size),
+        )
+        # Small, or the first masks are so decided that training starts by undoing them.
+        self.mask_embedder[-1].init_gain = 0.1
+
+    def forward(
+        self,
+        queries: Tensor,
+        query_positions: Tensor,
+        query_mask: Tensor | None,
+        levels: list[Tensor],
+        mask_features: Tensor,
+        output_intermediate: bool,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """
+        Args:
+            queries, query_positions (`torch.Tensor` of shape `(N, Q, D)`): Queries of N frames.
+            query_mask (`torch.BoolTensor` of shape `(N, 1, 1, Q)`, *optional*): False where a query is padding.
+            levels (`list[torch.Tensor]`): Maps (N, D, ., .) at strides 8, 16, 32.
+            mask_features (`torch.Tensor` of shape `(N, C, h, w)`): The map that masks are read from.
+            output_intermediate (`bool`): Whether to give masks for every layer or only for the last one.
+
+        Returns:
+            Normalised query states and mask logits (N, Q, h, w), one entry per prediction.
+        """
+        maps, positions, small_mask_features = [], [], []
+        for index, level in enumerate(reversed(levels)):
+            size = tuple(level.shape[-2:])
+            maps.append(to_tokens(level) + self.level_embed.weight[index])
+            positions.append(sine_positions(size, level.shape[1], level.device, level.dtype))
+            # Interpolation is linear, so it may come before the product with the mask embeddings.
+            small = F.interpolate(mask_features.detach(), size=size, mode="bilinear", align_corners=False)
+            small_mask_features.append(to_tokens(small).mT)
+
+        all_states, all_masks = [], []
+        for index in range(len(self.layers) + 1):
+            normed = self.layernorm(queries)
+            last = index == len(self.layers)
+            if output_intermediate or last:
+                mask_embeddings = self.mask_embedder(normed)
+                all_states.append(normed)
+                all_masks.append(torch.einsum("nqc,nchw->nqhw", mask_embeddings, mask_features))
+            else:
+                mask_embeddings = self.mask_embedder(normed)
+            if last:
+                return all_states, all_masks
+            level = index % len(levels)
+            foreground = torch.bmm(mask_embeddings.detach(), small_mask_features[level]) >= 0
+            # A query whose mask is empty looks everywhere.
+            foreground = foreground | ~foreground.any(dim=-1, keepdim=True)
+            queries = self.layers[index](
+                queries, query_positions, maps[level], positions[level], foreground.unsqueeze(1), query_mask
+            )

@@ -1,0 +1,205 @@
+"""
+Boxes, clicks and scribbles as mask signals: rough masks that one pass of the network turns into an object's mask.
+
+Coordinates are (x, y) in pixels of the frame, x to the right; sizes are (height, width); masks are bool and of shape
+(height, width).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .history_ausm import binarize
+
+SIGNAL_RADIUS = 0.025  # of a stamped point and of a scribble's line, as a share of the frame's shorter side
+
+
+def signal_radius(size: tuple[int, int]) -> float:
+    """Radius in pixels of a stamped point in a frame of this size; never less than a pixel."""
+    return max(1.0, SIGNAL_RADIUS * min(size))
+
+
+def fill_box(size: tuple[int, int], box: Sequence[float] | Tensor) -> Tensor:
+    """
+    A box `(x0, y0, x1, y1)`, filled: the pixels whose centre lies in it; of one so thin that there are none, those
+    that its middle lies in.
+    """
+    x0, y0, x1, y1 = (float(value) for value in box)
+    height, width = size
+
+    def covered(start: float, end: float, length: int) -> Tensor:
+        centres = torch.arange(length) + 0.5
+        inside = (centres >= start) & (centres <= end)
+        return inside if inside.any() else torch.arange(length) == int((start + end) / 2)
+
+    return covered(y0, y1, height)[:, None] & covered(x0, x1, width)[None, :]
+
+
+def stamp_points(size: tuple[int, int], points: Sequence | Tensor) -> Tensor:
+    """Points `(number, 2)`, each stamped as a disc."""
+    return _distance(size, points, line=False) <= signal_radius(size)
+
+
+def draw_scribble(size: tuple[int, int], points: Sequence | Tensor) -> Tensor:
+    """The line through points `(number, 2)` in their order, as thick as a stamped point is wide."""
+    return _distance(size, points, line=True) <= signal_radius(size)
+
+
+@dataclass(frozen=True)
+class ObjectPrompt:
+    """
+    What the user says of one object in one frame: its mask, or what the network is to make a mask of.
+
+    Attributes:
+        mask (`torch.BoolTensor` of shape `(height, width)`, *optional*): Exactly the object. Stands alone.
+        box (4 numbers, *optional*): `(x0, y0, x1, y1)`.
+        points (tuple of pairs, *optional*): Points `(x, y)`.
+        labels (tuple of `int`, *optional*): 1 for each point on the object, 0 for one that is not on it.
+        scribble (tuple of pairs, *optional*): Points `(x, y)` of a line on the object.
+    """
+
+    mask: Tensor | None = None
+    box: tuple[float, ...] | None = None
+    points: tuple[tuple[float, float], ...] = ()
+    labels: tuple[int, ...] = ()
+    scribble: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def only_negative(self) -> bool:
+        """Whether it says where the object is not, and nothing else."""
+        return self.mask is None and self.box is None and not self.scribble and not any(self.labels)
+
+    @property
+    def positive_points(self) -> list[tuple[float, float]]:
+        return [point for point, label in zip(self.points, self.labels) if label]
+
+    def check(self, object_id: int, size: tuple[int, int]) -> None:
+        """
+        Raises:
+            ValueError: if there is nothing in it, or it doesn't fit a frame of `size`.
+        """
+        height, width = size
+        of_object = f"for object {object_id}"
+        if self.mask is not None:
+            if self.box is not None or self.points or self.labels or self.scribble:
+                raise ValueError(
+                    f"input_masks are exact and stand alone, got a box, points or a scribble beside one {of_object}"
+                )
+            if tuple(self.mask.shape) != tuple(size):
+                raise ValueError(
+                    f"input_masks must have the size of the video, {tuple(size)} (height, width), "
+                    f"got {tuple(self.mask.shape)} {of_object}"
+                )
+            if not self.mask.any():
+                raise ValueError(f"input_masks must not be empty, got an empty mask {of_object}")
+            return
+        if self.box is None and not self.points and not self.labels and not self.scribble:
+            raise ValueError(f"a mask, a box, points or a scribble must be given, got nothing {of_object}")
+        if self.box is not None:
+            x0, y0, x1, y1 = self.box
+            # What lies beyond the frame is cut off: detectors give such boxes.
+            visible = min(x1, width) > max(x0, 0) and min(y1, height) > max(y0, 0)
+            if not all(map(math.isfinite, self.box)) or not visible:
+                raise ValueError(
+                    f"input_boxes must be (x0, y0, x1, y1) with x0 < x1 and y0 < y1 and have an area within the frame "
+                    f"of width {width} and height {height}, got {self.box} {of_object}"
+                )
+        if len(self.labels) != len(self.points):
+            raise ValueError(
+                f"input_labels must be as many as input_points, got {len(self.labels)} labels and "
+                f"{len(self.points)} points {of_object}"
+            )
+        if wrong := [label for label in self.labels if label not in (0, 1)]:
+            raise ValueError(f"input_labels must be 1 (on the object) or 0 (not on it), got {wrong[0]} {of_object}")
+        for name, points in (("input_points", self.points), ("input_scribbles", self.scribble)):
+            for x, y in points:
+                if not (0 <= x < width and 0 <= y < height):
+                    raise ValueError(
+                        f"{name} must lie within the frame, x in 0..{width} and y in 0..{height}, got "
+                        f"({x}, {y}) {of_object}"
+                    )
+
+    def signal(self, size: tuple[int, int], known: Tensor | None = None) -> Tensor:
+        """
+        The mask signal: box, discs of the positive points and scribble together, the discs of the negative points cut
+        out. Where a positive and a negative disc overlap, the nearer point has the pixel.
+
+        Args:
+            size (`tuple[int, int]`): Height and width of the frame.
+            known (`torch.BoolTensor` of shape `size`, *optional*): The mask that points and scribble correct.
+
+        Returns:
+            `torch.BoolTensor` of shape `size`.
+        """
+        signal = torch.zeros(size, dtype=torch.bool) if known is None else known.clone()
+        if self.box is not None:
+            signal |= fill_box(size, self.box)
+        negative_points = [point for point, label in zip(self.points, self.labels) if not label]
+        to_positive = torch.minimum(
+            _distance(size, self.positive_points, line=False), _distance(size, self.scribble, line=True)
+        )
+        to_negative = _distance(size, negative_points, line=False)
+        radius = signal_radius(size)
+        signal |= to_positive <= radius
+        return signal & ~((to_negative <= radius) & (to_negative <= to_positive))
+
+
+def refine_signals(model, pixel_values: Tensor, signals: list[Tensor]) -> list[Tensor]:
+    """
+    Objects' masks from their mask signals: one pass over the frame, with a history that holds nothing but the signals.
+
+    Args:
+        model ([`AusmForUniversalSegmentation`]): The network.
+        pixel_values (`torch.FloatTensor` of shape `(1, 3, H, W)`): The frame, preprocessed.
+        signals (list of `torch.BoolTensor`): One per object, at the frame's size before preprocessing.
+
+    Returns:
+        A list of `torch.BoolTensor` of the signals' size, in their order. They don't overlap.
+    """
+    if not signals:
+        return []
+    stride_4 = (pixel_values.shape[-2] // 4, pixel_values.shape[-1] // 4)
+    masks = torch.stack([history_mask(signal.to(pixel_values.device), stride_4) for signal in signals])[None]
+    slots = torch.arange(len(signals), device=pixel_values.device)[None]
+    history = model.init_history(1).replace_objects(
+        slots, torch.ones_like(slots, dtype=torch.bool), masks.to(pixel_values.dtype)
+    )
+    logits = model.step(pixel_values, history).masks_queries_logits[:, : len(signals)].float()
+    logits = F.interpolate(logits, signals[0].shape, mode="bilinear")[0]
+    return list((logits > 0) & (logits.argmax(0) == torch.arange(len(logits), device=logits.device)[:, None, None]))
+
+
+def history_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """A mask (height, width) of any size as it enters the history, floating point of `size`; thin parts stay."""
+    return binarize(F.interpolate(mask[None, None].float(), size, mode="area")[0, 0])
+
+
+def _distance(size: tuple[int, int], points: Sequence | Tensor, line: bool) -> Tensor:
+    """Distance of each pixel's centre to the nearest point, or to the line through the points; inf without points."""
+    points = torch.as_tensor(points, dtype=torch.float32).reshape(-1, 2)
+    y = (torch.arange(size[0]) + 0.5)[:, None]
+    x = (torch.arange(size[1]) + 0.5)[None, :]
+    squared = torch.full(size, torch.inf)
+    starts, ends = (points[:-1], points[1:]) if line and len(points) > 1 else (points, points)
+    for (x0, y0), (x1, y1) in zip(starts.tolist(), ends.tolist()):
+        length = (x1 - x0) ** 2 + (y1 - y0) ** 2
+        # The nearest place of the segment, as a share of its length.
+        share = (((x - x0) * (x1 - x0) + (y - y0) * (y1 - y0)) / length).clamp(0, 1) if length else 0.0
+        near_x, near_y = x0 + share * (x1 - x0), y0 + share * (y1 - y0)
+        squared = torch.minimum(squared, (x - near_x) ** 2 + (y - near_y) ** 2)
+    return squared.sqrt()
+
+
+__all__ = [
+    "ObjectPrompt",
+    "draw_scribble",
+    "fill_box",
+    "history_mask",
+    "refine_signals",
+    "signal_radius",
+    "stamp_points",
+]

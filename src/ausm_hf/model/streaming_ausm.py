@@ -1,0 +1,565 @@
+"""
+The stream moves on: one frame in, the network once, who is who out. All bookkeeping of identities is here and in
+`session_ausm.py`, none of it in the network.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers.utils import logging
+
+from .history_ausm import AusmHistory
+from .prompts_ausm import history_mask, refine_signals
+from .session_ausm import AusmInferenceSession, AusmVideoSegmentationOutput, FollowedObject
+
+logger = logging.get_logger(__name__)
+
+PROMPT_LOGIT = 100.0  # logit of a pixel that the user says belongs to an object; above any that the network gives
+
+
+@dataclass
+class Answer:
+    """
+    What the network says of one frame of one stream, a row for each followed object and then for each detection.
+
+    Attributes:
+        masks (`torch.FloatTensor` of shape `(rows, h, w)`): Logits.
+        foreground (`list[float]`): Probability that there is an object.
+        classes (`torch.FloatTensor` of shape `(rows, num_labels)`): Probabilities, on the CPU.
+        history (`AusmHistory`): The history after the frame, its objects still those before it.
+    """
+
+    masks: torch.Tensor
+    foreground: list[float]
+    classes: torch.Tensor
+    history: AusmHistory
+
+
+def step_session(model, session: AusmInferenceSession, frame: torch.Tensor) -> AusmVideoSegmentationOutput:
+    """
+    Segment the next frame of the stream: the recurrent form of the paper, with identities.
+
+    Args:
+        model ([`AusmForUniversalSegmentation`]): The network; its `step` is a function of tensors.
+        session ([`AusmInferenceSession`]): The stream; it advances by one frame.
+        frame (`torch.FloatTensor` of shape `(3, H, W)` or `(1, 3, H, W)`): The next frame, preprocessed.
+
+    Returns:
+        [`AusmVideoSegmentationOutput`]
+
+    Raises:
+        ValueError: if the frame is no preprocessed frame or has another size than those before it, or more objects
+            are prompted than there are ID vectors. The session is then as it was.
+    """
+    return step_sessions(model, [session], [frame])[0]
+
+
+@torch.no_grad()
+def step_sessions(
+    model, sessions: list[AusmInferenceSession], frames: list[torch.Tensor]
+) -> list[AusmVideoSegmentationOutput]:
+    """
+    Segment the next frame of each of several streams, in one pass of the network (two where some are at their first
+    frame and some are not; one more for each further label set, and for each stream with boxes, points or scribbles
+    in this frame). The results are those of [`step_session`] on each, but for rounding.
+
+    Args:
+        model ([`AusmForUniversalSegmentation`]): The network.
+        sessions (list of [`AusmInferenceSession`]): The streams, each once; each advances by one frame.
+        frames (list of `torch.FloatTensor` of shape `(3, H, W)` or `(1, 3, H, W)`): The next frame of each, all of
+            one size.
+
+    Returns:
+        A list of [`AusmVideoSegmentationOutput`], one per stream.
+
+    Raises:
+        ValueError: as [`step_session`], or if the lists differ in length, a session comes twice or frames differ in
+            size. All sessions are then as they were.
+    """
+    sessions, frames = list(sessions), list(frames)
+    if not sessions or len(sessions) != len(frames) or len({id(session) for session in sessions}) != len(sessions):
+        raise ValueError(
+            f"sessions must be one or more, each once, with one frame each, got {len(sessions)} sessions "
+            f"({len({id(session) for session in sessions})} different) and {len(frames)} frames"
+        )
+    inputs = [_checked_frame(model, session, frame) for session, frame in zip(sessions, frames)]
+    if len(sizes := {tuple(pixel_values.shape[-2:]) for pixel_values in inputs}) > 1:
+        raise ValueError(f"frames must be of one size to go through the network together, got {sorted(sizes)}")
+
+    # Prompts for the first frame are M_0: that frame is itself predicted from them.
+    masks = {i: _prompt_masks(model, s, inputs[i], {}) for i, s in enumerate(sessions) if s.history is None}
+    objects, histories = [list(s.objects) for s in sessions], [s.history for s in sessions]
+    for i, given in masks.items():
+        objects[i], histories[i] = _start(model, sessions[i], inputs[i], given)
+    groups: dict[tuple, list[int]] = {}  # of streams that can go together
+    for i, session in enumerate(sessions):
+        groups.setdefault((session.history is None, session.label_set), []).append(i)
+    answers = {}
+    for (_, label_set), group in groups.items():
+        pixel_values = torch.cat([inputs[i] for i in group]) if len(group) > 1 else inputs[group[0]]
+        answers |= zip(group, _ask(model, pixel_values, [histories[i] for i in group], label_set))
+
+    outputs = []
+    for i, session in enumerate(sessions):
+        seen = _seen(objects[i], answers[i], _threshold(model, session))
+        if i not in masks:
+            masks[i] = _prompt_masks(model, session, inputs[i], seen)
+        outputs.append(_finish(model, session, inputs[i], objects[i], seen, masks[i], answers[i]))
+    return outputs
+
+
+@torch.no_grad()
+def preview_prompts(model, session: AusmInferenceSession, frame: torch.Tensor) -> dict[int, torch.Tensor]:
+    """
+    The masks that the prompts given for the next frame will have, without moving the stream on: what a user sees while
+    still clicking.
+
+    Args:
+        model ([`AusmForUniversalSegmentation`]): The network.
+        session ([`AusmInferenceSession`]): The stream; it stays as it is.
+        frame (`torch.FloatTensor` of shape `(3, H, W)` or `(1, 3, H, W)`): The next frame, preprocessed.
+
+    Returns:
+        `dict[int, torch.BoolTensor]`: for each prompted object its mask, at the frame's size before preprocessing.
+
+    Raises:
+        ValueError: as [`step_session`].
+    """
+    pixel_values = _checked_frame(model, session, frame)
+    seen = {}
+    if session.history is not None and session.prompts.get(session.next_frame_idx):  # it may correct what is seen
+        (answer,) = _ask(model, pixel_values, [session.history], session.label_set)
+        seen = _seen(session.objects, answer, _threshold(model, session))
+    return _prompt_masks(model, session, pixel_values, seen)
+
+
+def propagate_in_video_iterator(
+    model,
+    session: AusmInferenceSession,
+    start_frame_idx: int | None = None,
+    max_frame_num_to_track: int | None = None,
+    show_progress_bar: bool = False,
+) -> Iterator[AusmVideoSegmentationOutput]:
+    """
+    Segment the video that the session was made with, one frame at a time.
+
+    Args:
+        model ([`AusmForUniversalSegmentation`]): The network.
+        session ([`AusmInferenceSession`]): Made with a video.
+        start_frame_idx (`int`, *optional*): First frame to segment, the next one of the stream if not given. Frames
+            before it are passed over.
+        max_frame_num_to_track (`int`, *optional*): How many frames to segment, all that follow if not given.
+        show_progress_bar (`bool`, *optional*, defaults to `False`): Whether to show a progress bar.
+
+    Yields:
+        [`AusmVideoSegmentationOutput`] for each frame.
+
+    Raises:
+        ValueError: if the session has no video, `start_frame_idx` is past or beyond the video or passes over a
+            prompted frame, or `max_frame_num_to_track` is negative.
+    """
+    if session.video is None:
+        raise ValueError(
+            "inference_session must be made with a video, init_video_session(video=...), to run through it; "
+            "one made without is given its frames by model(inference_session=..., frame=...)"
+        )
+    start = session.next_frame_idx if start_frame_idx is None else start_frame_idx
+    if start < session.next_frame_idx:
+        raise ValueError(
+            f"start_frame_idx must be at least {session.next_frame_idx}, the next frame of the stream, got {start}"
+        )
+    if session.num_frames is not None and start > session.num_frames:
+        raise ValueError(f"start_frame_idx must be at most {session.num_frames}, the length of the video, got {start}")
+    if passed_over := [frame_idx for frame_idx in session.prompts if frame_idx < start]:
+        raise ValueError(f"start_frame_idx must not pass over the prompts of frame {min(passed_over)}, got {start}")
+    if max_frame_num_to_track is not None and max_frame_num_to_track < 0:
+        raise ValueError(f"max_frame_num_to_track must not be negative, got {max_frame_num_to_track}")
+    return _propagate(model, session, start, max_frame_num_to_track, show_progress_bar)
+
+
+def _propagate(model, session, start, max_frames, show_progress_bar) -> Iterator[AusmVideoSegmentationOutput]:
+    while session.next_frame_idx < start:
+        if next(session.video, None) is None:
+            raise ValueError(
+                f"start_frame_idx must be at most {session.next_frame_idx}, the video's length, got {start}"
+            )
+        session.next_frame_idx += 1
+    total = max_frames
+    if session.num_frames is not None:
+        remaining = session.num_frames - start
+        total = remaining if max_frames is None else min(max_frames, remaining)
+    with logging.tqdm(total=total, desc="propagate in video", disable=not show_progress_bar) as progress:
+        done = 0
+        while max_frames is None or done < max_frames:
+            frame = next(session.video, None)
+            if frame is None:
+                return
+            yield step_session(model, session, frame)
+            progress.update()
+            done += 1
+
+
+def _checked_frame(model, session: AusmInferenceSession, frame: torch.Tensor) -> torch.Tensor:
+    """The frame as (1, 3, H, W), where and what the model is; refused if the stream can't go on with it."""
+    if not isinstance(frame, torch.Tensor) or not frame.is_floating_point():
+        got = frame.dtype if isinstance(frame, torch.Tensor) else type(frame).__name__
+        raise ValueError(f"frame must be a floating point tensor, as the processor makes it, got {got}")
+    pixel_values = frame if frame.ndim == 4 else frame[None]
+    if pixel_values.ndim != 4 or pixel_values.shape[:2] != (1, 3):
+        raise ValueError(f"frame must have shape (3, H, W) or (1, 3, H, W), got {tuple(frame.shape)}")
+    size = tuple(pixel_values.shape[-2:])
+    if session.frame_size is not None and size != session.frame_size:
+        raise ValueError(
+            f"frame must have the size of the frames before it, {session.frame_size} (height, width), got {size}"
+        )
+    num_slots = model.config.num_id_vectors
+    prompted = {x.object_id for x in session.objects if x.prompted}
+    prompted |= set(session.prompts.get(session.next_frame_idx, {}))
+    if len(prompted) > num_slots:
+        raise ValueError(f"obj_ids must be at most {num_slots}, the number of ID vectors, got {len(prompted)} objects")
+    return pixel_values.to(model.device, model.dtype)
+
+
+def _threshold(model, session: AusmInferenceSession) -> float:
+    given = session.foreground_threshold
+    return model.config.foreground_threshold if given is None else given
+
+
+def _warn_once(session: AusmInferenceSession, what: str, message: str) -> None:
+    if what not in session.warnings_given:
+        session.warnings_given.add(what)
+        logger.warning(message)
+
+
+def _prompt_masks(
+    model, session: AusmInferenceSession, pixel_values: torch.Tensor, seen: dict[int, torch.Tensor]
+) -> dict[int, torch.Tensor]:
+    """
+    The mask of each object prompted in the next frame, bool and of the video's size: the one given, or what one pass
+    of the network makes of box, points and scribble. Points and scribble without a box correct the mask of an object
+    that is `seen` (object id -> mask logits of this frame).
+
+    Where that pass gives nothing, or nothing at any of the positive points, the signal itself is the mask.
+    """
+    size = (session.video_height, session.video_width)
+    masks, signals = {}, {}
+    prompts = session.prompts.get(session.next_frame_idx, {})
+    for object_id, prompt in prompts.items():
+        if prompt.mask is not None:
+            masks[object_id] = prompt.mask.to(pixel_values.device)
+            continue
+        known = None
+        if prompt.box is None and object_id in seen:
+            known = F.interpolate(seen[object_id][None, None], size, mode="bilinear")[0, 0].gt(0).cpu()
+        signal = prompt.signal(size, known)
+        if signal.any():
+            signals[object_id] = signal.to(pixel_values.device)
+        else:
+            _warn_once(
+                session,
+                "nothing left",
+                f"Negative points leave nothing of object {object_id} in frame {session.next_frame_idx}: they are not "
+                "followed. remove_object lets go of an object.",
+            )
+    for object_id, mask in zip(signals, refine_signals(model, pixel_values, list(signals.values()))):
+        clicks = prompts[object_id].positive_points
+        if not mask.any() or (clicks and not any(mask[int(y), int(x)] for x, y in clicks)):
+            mask = signals[object_id]
+            _warn_once(
+                session,
+                "signal itself",
+                f"The network finds no object where object {object_id} is marked in frame {session.next_frame_idx}: "
+                "the marked pixels themselves are followed.",
+            )
+        masks[object_id] = mask
+    return {object_id: masks[object_id] for object_id in prompts if object_id in masks}
+
+
+def _start(
+    model, session: AusmInferenceSession, pixel_values: torch.Tensor, masks: dict[int, torch.Tensor]
+) -> tuple[list[FollowedObject], AusmHistory]:
+    """The objects of the first frame and the history before it."""
+    slots = session.draw_slots(len(masks), model.config.num_id_vectors, [])
+    objects = [FollowedObject(object_id, slot, prompted=True) for object_id, slot in zip(masks, slots)]
+    stride_4 = (pixel_values.shape[-2] // 4, pixel_values.shape[-1] // 4)
+    small = {object_id: history_mask(mask, stride_4) for object_id, mask in masks.items()}
+    return objects, _put_objects(model.init_history(1), objects, small, stride_4, pixel_values)
+
+
+def _ask(model, pixel_values: torch.Tensor, histories: list[AusmHistory], label_set: str | None) -> list[Answer]:
+    """One pass of the network over a frame of each of several streams. Columns that a stream lacks are padding."""
+    numbers = [history.slots.shape[1] for history in histories]
+    most = max(numbers)
+    joined = histories[0] if len(histories) == 1 else _join(histories)
+    output = model.step(pixel_values, joined, label_set=label_set)
+    split = [output.history] if len(histories) == 1 else _split(output.history, numbers)
+    answers = []
+    for i, (number, history) in enumerate(zip(numbers, split)):
+        rows = [*range(number), *range(most, output.foreground_queries_logits.shape[1])]
+        answers.append(
+            Answer(
+                masks=output.masks_queries_logits[i, rows].float(),
+                foreground=output.foreground_queries_logits[i, rows].float().sigmoid().tolist(),
+                # Whether there is an object is the foreground's to say: "no object", the last class, is left out.
+                classes=output.class_queries_logits[i, rows, :-1].float().softmax(-1).cpu(),
+                history=history,
+            )
+        )
+    return answers
+
+
+def _join(histories: list[AusmHistory]) -> AusmHistory:
+    """The histories of several streams, all before or all after their first frame, as one of a batch."""
+    most = max(history.slots.shape[1] for history in histories)
+    missing = [most - history.slots.shape[1] for history in histories]
+    features = states = None
+    if histories[0].features is not None:
+        features = torch.cat([history.features for history in histories])
+        states = tuple(
+            tuple(map(torch.cat, zip(*layers))) for layers in zip(*(history.states for history in histories))
+        )
+    return AusmHistory(
+        features,
+        states,
+        slots=torch.cat([F.pad(history.slots, (0, n)) for history, n in zip(histories, missing)]),
+        taken=torch.cat([F.pad(history.taken, (0, n)) for history, n in zip(histories, missing)]),
+        masks=torch.cat([F.pad(history.masks, (0, 0, 0, 0, 0, n)) for history, n in zip(histories, missing)]),
+    )
+
+
+def _split(joined: AusmHistory, numbers: list[int]) -> list[AusmHistory]:
+    """The histories of the streams of a batch, which follow `numbers` objects."""
+    features = joined.features.chunk(len(numbers))
+    states = [tuple(zip(*(tensor.chunk(len(numbers)) for tensor in layer))) for layer in joined.states]
+    return [
+        AusmHistory(
+            features[i],
+            tuple(layer[i] for layer in states),
+            joined.slots[i : i + 1, :number],
+            joined.taken[i : i + 1, :number],
+            joined.masks[i : i + 1, :number],
+        )
+        for i, number in enumerate(numbers)
+    ]
+
+
+def _seen(objects: list[FollowedObject], answer: Answer, threshold: float) -> dict[int, torch.Tensor]:
+    """Mask logits of the followed objects that are in the frame; of prompted ones always."""
+    non_empty = (answer.masks > 0).flatten(1).any(1).tolist()
+    return {
+        followed.object_id: answer.masks[row]
+        for row, followed in enumerate(objects)
+        if followed.prompted or (answer.foreground[row] >= threshold and non_empty[row])
+    }
+
+
+def _finish(
+    model,
+    session: AusmInferenceSession,
+    pixel_values: torch.Tensor,
+    objects: list[FollowedObject],
+    seen: dict[int, torch.Tensor],
+    prompts: dict[int, torch.Tensor],
+    answer: Answer,
+) -> AusmVideoSegmentationOutput:
+    """
+    Who is who after a frame; the session moves on by one.
+
+    Args:
+        objects: Those in the history that the network was given.
+        seen: Mask logits of those of them that are in the frame.
+        prompts: Masks of the objects prompted in this frame, at the video's size.
+        answer: What the network says.
+    """
+    config = model.config
+    num_slots = config.num_id_vectors
+    find_new_objects = session.find_new_objects
+    if find_new_objects is None:
+        find_new_objects = not session.prompts
+    size = tuple(answer.masks.shape[-2:])
+
+    # Followed objects: the first queries, in the order of the history.
+    scores: dict[int, float] = {}
+    for row, followed in enumerate(objects):
+        if followed.object_id in seen or followed.object_id in prompts:
+            followed.absent_frames = 0
+            _vote(followed, answer.foreground[row], answer.classes[row])
+            scores[followed.object_id] = answer.foreground[row]
+        else:
+            followed.absent_frames += 1
+    num_followed = len(objects)
+
+    # Prompts are what the user says they are: they replace what the network thought of these objects, and the found
+    # objects that they are the same as.
+    joining = []
+    for followed in objects:
+        followed.prompted = followed.prompted or followed.object_id in prompts
+    for object_id in prompts:
+        if object_id not in {x.object_id for x in objects}:
+            joining.append(FollowedObject(object_id, slot=-1, prompted=True))
+            scores[object_id] = 1.0
+    small = {object_id: history_mask(mask, size) for object_id, mask in prompts.items()}
+    logits = seen | {object_id: (mask * 2 - 1) * PROMPT_LOGIT for object_id, mask in small.items()}
+    twins = _twins([*objects, *joining], logits, config.duplicate_overlap)
+    objects = [
+        x
+        for x in objects
+        if x.object_id not in twins and (config.max_age is None or x.prompted or x.absent_frames < config.max_age)
+    ]
+    objects = _make_room(objects, len(joining), num_slots, scores)
+    for followed, slot in zip(joining, session.draw_slots(len(joining), num_slots, objects)):
+        followed.slot = slot
+        objects.append(followed)
+    logits = {x.object_id: logits[x.object_id] for x in objects if x.object_id in logits}
+
+    # Detections: the queries after those of the followed objects.
+    rows = []
+    if find_new_objects:
+        threshold = _threshold(model, session)
+        non_empty = (answer.masks > 0).flatten(1).any(1).tolist()
+        rows = [
+            row
+            for row in range(num_followed, len(answer.foreground))
+            if answer.foreground[row] > threshold and non_empty[row]
+        ]
+        rows.sort(key=lambda row: -answer.foreground[row])
+        rows = _without_duplicates(rows, answer.masks, list(logits.values()), config.duplicate_overlap)
+        num_free = num_slots - len(objects)
+        if len(rows) > num_free:
+            rows = rows[:num_free]
+            _warn_once(
+                session,
+                "full buffer",
+                f"All {num_slots} ID vectors are taken: of the objects found in frame {session.next_frame_idx} "
+                "only the best can be followed. A higher foreground threshold finds fewer objects.",
+            )
+
+    # M_t: each pixel belongs to one object. A detection that is left without a pixel is none.
+    exclusive = _exclusive([*logits.values(), *(answer.masks[row] for row in rows)])
+    kept = exclusive[len(logits) :].flatten(1).any(1).tolist()
+    masks = dict(zip(logits, exclusive)) | small
+    found = [(row, mask) for row, mask, keep in zip(rows, exclusive[len(logits) :], kept) if keep]
+    for (row, mask), slot in zip(found, session.draw_slots(len(found), num_slots, objects)):
+        new = session.new_object(slot)
+        _vote(new, answer.foreground[row], answer.classes[row])
+        objects.append(new)
+        logits[new.object_id] = answer.masks[row]
+        scores[new.object_id] = answer.foreground[row]
+        masks[new.object_id] = mask
+
+    session.history = _put_objects(answer.history, objects, masks, size, pixel_values)
+    session.objects = objects
+    session.slots_held_until |= {x.slot: session.next_frame_idx for x in objects}
+    session.find_new_objects = find_new_objects
+    session.frame_size = tuple(pixel_values.shape[-2:])
+    session.prompts.pop(session.next_frame_idx, None)
+    labels = config.label_sets[session.label_set or config.default_label_set]
+    result = _describe(session, [x for x in objects if x.object_id in logits], logits, scores, prompts, labels, size)
+    session.next_frame_idx += 1
+    if session.results is not None:
+        session.results[result.frame_idx] = result
+    return result
+
+
+def _put_objects(history, objects: list[FollowedObject], masks: dict[int, torch.Tensor], size, like: torch.Tensor):
+    """The history with `A` = the objects' slots and `M` = their masks, zeros for those that have none."""
+    stacked = torch.zeros(1, len(objects), *size, dtype=like.dtype, device=like.device)
+    for i, followed in enumerate(objects):
+        if followed.object_id in masks:
+            stacked[0, i] = masks[followed.object_id]
+    slots = torch.tensor([[followed.slot for followed in objects]], dtype=torch.int64, device=like.device)
+    return history.replace_objects(slots, torch.ones_like(slots, dtype=torch.bool), stacked)
+
+
+def _vote(followed: FollowedObject, foreground: float, class_probabilities: torch.Tensor) -> None:
+    votes = foreground * class_probabilities
+    followed.class_votes = votes if followed.class_votes is None else followed.class_votes + votes
+
+
+def _make_room(
+    objects: list[FollowedObject], number: int, num_slots: int, scores: dict[int, float]
+) -> list[FollowedObject]:
+    """Lets go of the fewest found objects for `number` more to fit: first the longest absent, then the least sure."""
+    surplus = len(objects) + number - num_slots
+    if surplus <= 0:
+        return objects
+    found = [x for x in objects if not x.prompted]
+    found.sort(key=lambda x: (-x.absent_frames, scores.get(x.object_id, 0.0)))
+    let_go = {x.object_id for x in found[:surplus]}
+    return [x for x in objects if x.object_id not in let_go]
+
+
+def _twins(objects: list[FollowedObject], logits: dict[int, torch.Tensor], max_overlap: float) -> set[int]:
+    """Found objects whose mask has become that of another (by IoU): prompted and older ones stay."""
+    seen = sorted((x for x in objects if x.object_id in logits), key=lambda x: (not x.prompted, x.object_id))
+    if len(seen) < 2:
+        return set()
+    masks = torch.stack([logits[x.object_id] for x in seen]).flatten(1).gt(0).float()
+    intersection = masks @ masks.T
+    area = masks.sum(1)
+    twins = (intersection > max_overlap * (area[:, None] + area[None, :] - intersection)).tolist()
+    staying: list[int] = []
+    for i, followed in enumerate(seen):
+        if followed.prompted or not any(twins[i][j] for j in staying):
+            staying.append(i)
+    return {x.object_id for x in seen} - {seen[i].object_id for i in staying}
+
+
+def _without_duplicates(
+    rows: list[int], mask_logits: torch.Tensor, known: list[torch.Tensor], max_overlap: float
+) -> list[int]:
+    """The detections, best first, whose mask is not covered by followed objects and better detections."""
+    if not rows:
+        return []
+    covered = torch.stack(known).gt(0).any(0) if known else torch.zeros_like(mask_logits[0], dtype=torch.bool)
+    accepted = []
+    for row in rows:
+        mask = mask_logits[row] > 0
+        if (mask & covered).sum() <= max_overlap * mask.sum():
+            accepted.append(row)
+            covered = covered | mask
+    return accepted
+
+
+def _exclusive(logits: list[torch.Tensor]) -> torch.Tensor:
+    """Bool masks (n, h, w): a pixel belongs to the object of the highest logit, if that is positive."""
+    if not logits:
+        return torch.zeros(0, 1, 1, dtype=torch.bool)
+    stacked = torch.stack(logits)
+    owner = stacked.argmax(0)
+    return (stacked > 0) & (owner == torch.arange(len(logits), device=owner.device)[:, None, None])
+
+
+def _describe(session, seen, logits, scores, prompts, labels, size) -> AusmVideoSegmentationOutput:
+    """The output for the objects seen in this frame."""
+    if seen:
+        pred_masks = torch.stack([logits[x.object_id] for x in seen])[:, None]
+    else:
+        pred_masks = session.history.masks.new_zeros((0, 1, *size), dtype=torch.float32)
+    if prompts:
+        pred_masks = F.interpolate(pred_masks, (session.video_height, session.video_width), mode="bilinear")
+        for i, followed in enumerate(seen):
+            if followed.object_id in prompts:
+                pred_masks[i, 0] = (prompts[followed.object_id].float() * 2 - 1) * PROMPT_LOGIT
+    label_ids, object_scores = [], []
+    for followed in seen:
+        label_id, score = -1, scores[followed.object_id]
+        if followed.class_votes is not None:
+            class_probability, index = (followed.class_votes / followed.class_votes.sum()).max(0)
+            label_id, score = int(index), score * float(class_probability)
+        label_ids.append(label_id)
+        object_scores.append(score)
+    return AusmVideoSegmentationOutput(
+        object_ids=[x.object_id for x in seen],
+        pred_masks=pred_masks,
+        scores=torch.tensor(object_scores, device=pred_masks.device),
+        labels=[labels[label_id] if label_id >= 0 else None for label_id in label_ids],
+        label_ids=label_ids,
+        prompted=[x.prompted for x in seen],
+        frame_idx=session.next_frame_idx,
+    )
+
+
+__all__ = ["preview_prompts", "propagate_in_video_iterator", "step_session", "step_sessions"]

@@ -1,0 +1,213 @@
+"""Boxes, points and scribbles as mask signals, and the shapes that they may be typed in."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial import cKDTree
+from transformers.models.sam2_video.processing_sam2_video import Sam2VideoProcessor
+
+from ausm_hf import AusmImageProcessor, AusmProcessor
+from ausm_hf.model.prompts_ausm import (
+    ObjectPrompt,
+    draw_scribble,
+    fill_box,
+    refine_signals,
+    signal_radius,
+    stamp_points,
+)
+
+SIZE = (80, 120)  # height, width; the radius is 2
+
+
+def near(points, radius, size=SIZE):
+    """The pixels whose centre is within `radius` of a point, by scipy."""
+    y, x = np.mgrid[: size[0], : size[1]] + 0.5
+    distances, _ = cKDTree(points).query(np.stack([x, y], -1))
+    return torch.from_numpy(distances <= radius)
+
+
+def test_radius_is_a_fortieth_of_the_shorter_side():
+    assert signal_radius((480, 854)) == pytest.approx(12) and signal_radius((854, 480)) == pytest.approx(12)
+    assert signal_radius((16, 24)) == 1
+
+
+def test_filled_box_is_what_a_slice_is():
+    filled = fill_box(SIZE, (10, 20, 31, 50))
+    expected = torch.zeros(SIZE, dtype=torch.bool)
+    expected[20:50, 10:31] = True
+    assert filled.equal(expected)
+    assert fill_box(SIZE, (-5, -5, 500, 500)).all()
+    assert fill_box(SIZE, (10.6, 20, 10.9, 22)).nonzero().tolist() == [[20, 10], [21, 10]]  # between two centres
+
+
+def test_points_are_discs():
+    points = [(3.2, 4.7), (100, 79.9)]
+    assert stamp_points(SIZE, points).equal(near(points, 2))
+    assert stamp_points(SIZE, torch.tensor([[60.0, 40.0]])).sum() == 12  # about pi 2^2
+    assert not stamp_points(SIZE, []).any()
+
+
+def test_scribble_is_a_line_of_discs():
+    corners = np.array([(10, 10), (50, 30), (50, 30), (20, 70)], dtype=float)  # one of them twice
+    share = np.linspace(0, 1, 2001)[:, None]
+    line = np.concatenate([a + share * (b - a) for a, b in zip(corners, corners[1:])])
+    assert draw_scribble(SIZE, corners).equal(near(line, 2))
+    assert draw_scribble(SIZE, corners[:1]).equal(stamp_points(SIZE, corners[:1]))
+
+
+def test_signal_is_everything_together_less_the_negative_points():
+    prompt = ObjectPrompt(
+        box=(10, 10, 40, 40), points=((60, 60), (20, 20), (63, 60)), labels=(1, 0, 0), scribble=((80, 5), (90, 5))
+    )
+    signal = prompt.signal(SIZE)
+    assert signal[15, 15] and signal[5, 85] and not signal[20, 20]
+    # Between a positive and a negative point the nearer one has the pixel.
+    assert signal[60, 60] and signal[60, 59] and not signal[60, 62] and not signal[60, 63]
+    x = torch.arange(SIZE[1]) + 0.5
+    assert signal[55:65, 50:70].equal((near([(60, 60)], 2) & (x < 61.5)[None])[55:65, 50:70])
+
+
+def test_signal_corrects_what_is_known():
+    known = fill_box(SIZE, (10, 10, 40, 40))
+    signal = ObjectPrompt(points=((20, 20), (60, 60)), labels=(0, 1)).signal(SIZE, known)
+    assert signal.equal((known & ~near([(20, 20)], 2)) | near([(60, 60)], 2))
+    assert known[20, 20]  # is left as it was
+
+
+def test_refined_masks_come_from_a_history_of_signals_alone_and_do_not_overlap(tiny_model):
+    calls = []
+
+    def step(pixel_values, history):
+        calls.append(history)
+        return tiny_model.step(pixel_values, history)
+
+    model = SimpleNamespace(step=step, init_history=tiny_model.init_history)
+    pixel_values = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    signals = [fill_box(SIZE, (0, 0, 60, 40)), stamp_points(SIZE, [(100, 70)])]
+    with torch.no_grad():
+        masks = refine_signals(model, pixel_values, signals)
+        logits = tiny_model.step(pixel_values, calls[0]).masks_queries_logits[0, :2]
+    (history,) = calls
+    assert history.features is None and history.states is None and history.taken.all()
+    assert history.masks.shape == (1, 2, 16, 24) and history.masks[0, 0, :8, :12].all()
+    assert history.masks[0, 0].sum() == 8 * 12 and history.masks[0, 1].sum() >= 1
+    assert [mask.shape for mask in masks] == [SIZE] * 2 and not (masks[0] & masks[1]).any()
+    upscaled = torch.nn.functional.interpolate(logits[None], SIZE, mode="bilinear")[0]
+    assert (masks[0] | masks[1]).equal((upscaled > 0).any(0)) and (masks[0] | masks[1]).any()
+    assert refine_signals(model, pixel_values, []) == [] and len(calls) == 1
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AusmProcessor(AusmImageProcessor(size={"shortest_edge": 32}))
+
+
+def add(processor, obj_ids=1, frame_idx=None, session=None, **inputs):
+    session = session or processor.init_video_session()
+    processor.add_inputs_to_inference_session(session, frame_idx, obj_ids, original_size=SIZE, **inputs)
+    return session.prompts[session.next_frame_idx if frame_idx is None else frame_idx]
+
+
+POINTS = [[[[10, 20], [30, 40]], [[50, 60]]]]  # one image, two objects
+LABELS = [[[1, 0], [1]]]
+BOXES = [[[1, 2, 30, 40], [5, 6, 70, 80]]]
+
+
+def test_shapes_are_those_of_sam2(processor):
+    """What SAM 2's own processor makes of the same lists, padding (-10) aside."""
+    prompts = add(processor, [3, 7], input_points=POINTS, input_labels=LABELS, input_boxes=BOXES)
+    sam = object.__new__(Sam2VideoProcessor)
+    for name, value, depth, coordinates in [
+        ("points", POINTS, 4, 2),
+        ("labels", LABELS, 3, None),
+        ("boxes", BOXES, 3, 4),
+    ]:
+        (nested,) = sam._validate_single_input(value, depth, name, "", coordinates)
+        for prompt, of_object in zip(prompts.values(), nested, strict=True):
+            mine = {"points": prompt.points, "labels": prompt.labels, "boxes": prompt.box}[name]
+            assert np.array_equal(np.array(mine), np.array(of_object))
+    assert list(prompts) == [3, 7]
+
+
+@pytest.mark.parametrize(
+    ("obj_ids", "inputs"),
+    [
+        ([3, 7], {"input_points": POINTS[0], "input_labels": LABELS[0], "input_boxes": BOXES[0]}),
+        ([3, 7], {"input_points": POINTS, "input_labels": LABELS, "input_boxes": torch.tensor(BOXES)}),
+        (torch.tensor([3, 7]), {"input_points": POINTS, "input_labels": LABELS, "input_boxes": np.array(BOXES)}),
+        (3, {"input_points": POINTS[0][0], "input_labels": LABELS[0][0], "input_boxes": BOXES[0][0]}),
+        (3, {"input_points": np.array(POINTS[0][0]), "input_labels": (1, np.int64(0)), "input_boxes": BOXES[0][:1]}),
+    ],
+    ids=["no image level", "tensor", "array", "one object", "numpy scalars"],
+)
+def test_levels_may_be_left_out(processor, obj_ids, inputs):
+    expected = add(processor, [3, 7], input_points=POINTS, input_labels=LABELS, input_boxes=BOXES)
+    prompts = add(processor, obj_ids, **inputs)
+    assert prompts == {object_id: expected[object_id] for object_id in prompts} and 3 in prompts
+
+
+def test_objects_may_have_different_prompts(processor):
+    prompts = add(
+        processor,
+        [1, 2, 3],
+        input_boxes=[[BOXES[0][0], None, None]],
+        input_points=[[[], [[1, 2]], []]],
+        input_scribbles=[[], [], [[1, 2], [3, 4]]],
+    )
+    assert prompts[1] == ObjectPrompt(box=(1, 2, 30, 40))
+    assert prompts[2] == ObjectPrompt(points=((1, 2),), labels=(1,))  # points are positive if nothing else is said
+    assert prompts[3] == ObjectPrompt(scribble=((1, 2), (3, 4)))
+
+
+def test_now_is_the_next_frame_and_the_last_word_counts(processor):
+    session = processor.init_video_session()
+    session.next_frame_idx = 4
+    add(processor, 1, session=session, input_points=[5, 5])
+    add(processor, 1, session=session, input_boxes=[1, 2, 3, 4])
+    add(processor, 2, 9, session=session, input_boxes=[1, 2, 3, 4])
+    assert session.prompts == {4: {1: ObjectPrompt(box=(1, 2, 3, 4))}, 9: {2: ObjectPrompt(box=(1, 2, 3, 4))}}
+
+
+def test_masks_of_several_objects_in_one_array(processor):
+    masks = np.stack([fill_box(SIZE, box).numpy() for box in BOXES[0]])
+    prompts = add(processor, [3, 7], input_masks=masks)
+    assert all(prompts[object_id].mask.equal(torch.from_numpy(mask)) for object_id, mask in zip([3, 7], masks))
+
+
+@pytest.mark.parametrize(
+    ("obj_ids", "inputs", "message"),
+    [
+        (1, {"input_points": [120, 5]}, r"x in 0..120 and y in 0..80, got \(120.0, 5.0\) for object 1"),
+        (1, {"input_points": [5, -1]}, r"input_points must lie within the frame"),
+        (1, {"input_points": [5, float("nan")]}, r"input_points must lie within the frame"),
+        (1, {"input_scribbles": [[5, 5], [5, 80]]}, r"input_scribbles must lie within the frame"),
+        (2, {"input_boxes": [10, 10, 10, 20]}, r"input_boxes must be .* got \(10.0, 10.0, 10.0, 20.0\) for object 2"),
+        (1, {"input_boxes": [20, 10, 10, 20]}, "x0 < x1"),
+        (1, {"input_boxes": [120, 10, 130, 20]}, "an area within the frame of width 120 and height 80"),
+        (1, {"input_boxes": [0, 0, float("inf"), 20]}, "input_boxes must be"),
+        (1, {"input_labels": [1]}, "got 1 labels and 0 points for object 1"),
+        (1, {"input_points": [5, 5], "input_labels": [1, 0]}, "got 2 labels and 1 points"),
+        (1, {"input_points": [5, 5], "input_labels": [2]}, "must be 1 .* or 0 .*, got 2"),
+        (1, {"input_points": [5, 5], "input_labels": [0]}, "negative points alone for object 1"),
+        ([1, 1], {"input_boxes": BOXES}, "each one once"),
+        ([1, 2, 3], {"input_boxes": BOXES}, r"as many objects as obj_ids \(3\), got 2"),
+        (1, {"input_boxes": [BOXES[0], BOXES[0]]}, "of one image, got 2"),
+        (1, {"input_boxes": [[[[1, 2, 3, 4]]]]}, r"nested \[image\]\[object\]\[4\], got 4 levels"),
+        ([1, 2], {"input_points": [5, 5]}, r"nested \[image\]\[object\]\[point\]\[2\], got 1 levels for 2 objects"),
+        (1, {"input_boxes": [1, 2, 3]}, "input_boxes must hold 4 numbers each, got"),
+        (1, {"input_boxes": ["a", 2, 3, 4]}, "input_boxes must hold 4 numbers each, got"),
+        ([1, 2], {"input_boxes": [BOXES[0][0], None]}, "got nothing for object 2"),
+        (1, {}, "got nothing for object 1"),
+        (None, {"input_boxes": [1, 2, 3, 4]}, "obj_ids must be given"),
+        (1, {"input_masks": np.ones(SIZE), "input_points": [5, 5]}, "exact and stand alone"),
+        (1, {"input_points": [5, 5], "frame_idx": 3}, "at least 4, the next frame of the stream, got 3"),
+    ],
+)
+def test_wrong_prompts(processor, obj_ids, inputs, message):
+    session = processor.init_video_session()
+    session.next_frame_idx = 4
+    with pytest.raises(ValueError, match=message):
+        add(processor, obj_ids, session=session, **inputs)
+    assert not session.prompts and session.video_height is None
