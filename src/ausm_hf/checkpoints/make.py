@@ -69,6 +69,8 @@ def make_checkpoint(run: Path, folder: Path) -> Path:
         # Where things lay on the machine of the run is nobody's business.
         recipe["output_dir"] = Path(recipe["output_dir"]).name
         recipe["data"]["root"] = Path(recipe["data"]["root"]).name
+        if recipe["model"].get("path"):
+            recipe["model"]["path"] = Path(recipe["model"]["path"]).name
         (partial / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
         partial.chmod(0o755)
         for path in partial.iterdir():

@@ -11,10 +11,9 @@ import io
 import os
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import av
 from PIL import Image
 
 DEV_SEQUENCES = ("breakdance-flare", "car-turn", "dog-agility", "horsejump-low", "lucia")
@@ -60,10 +59,9 @@ def _unpack_davis(source: Path, folder: Path) -> None:
         frames.mkdir(parents=True)
         masks.mkdir(parents=True)
         count = 0
-        with av.open(str(source / f"{name}.mp4")) as video:
-            for frame in video.decode(video=0):
-                frame.to_image().save(frames / f"{count:05d}.jpg", quality=92)
-                count += 1
+        for image in _decode(source / f"{name}.mp4"):
+            image.save(frames / f"{count:05d}.jpg", quality=92)
+            count += 1
         with zipfile.ZipFile(source / f"{name}.zip") as packed:
             if len(packed.namelist()) != count:
                 raise ValueError(f"{name}: {count} frames, {len(packed.namelist())} masks")
@@ -73,6 +71,22 @@ def _unpack_davis(source: Path, folder: Path) -> None:
     sets.mkdir(parents=True)
     (sets / "train.txt").write_text("".join(f"{n}\n" for n in names if n not in DEV_SEQUENCES))
     (sets / "dev.txt").write_text("".join(f"{n}\n" for n in names if n in DEV_SEQUENCES))
+
+
+def _decode(video: Path) -> Iterator[Image.Image]:
+    try:
+        import av
+    except ImportError:
+        # Images for accelerators often have OpenCV and no PyAV.
+        import cv2
+
+        capture = cv2.VideoCapture(str(video))
+        while (frame := capture.read()[1]) is not None:
+            yield Image.fromarray(frame[:, :, ::-1])
+        return
+    with av.open(str(video)) as container:
+        for frame in container.decode(video=0):
+            yield frame.to_image()
 
 
 if __name__ == "__main__":
