@@ -366,6 +366,29 @@ def test_mamba_keeps_no_states_for_backward():
     assert sum(saved.values()) < 0.8 * n * t * inner * 16 * 4
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_memory_of_the_scan_is_bounded(backward):
+    """What is allocated at a time, inputs and outputs included, stays below twice inputs and outputs."""
+    n, t, c, s = 6000, 8, 128, 16
+    x, dt = torch.randn(n, t, c), torch.rand(n, t, c)
+    inputs = [x, dt, -torch.rand(c, s), torch.randn(n, t, s), torch.randn(n, t, s)]
+    for tensor in inputs:
+        tensor.requires_grad_(backward)
+    size = sum(tensor.nbytes for tensor in inputs) + x.nbytes + n * c * s * 4
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        y, state = selective_scan(*inputs, None)
+        if backward:
+            d_y = torch.ones_like(y)
+            torch.autograd.grad([y], inputs, [d_y])
+            size += sum(tensor.nbytes for tensor in inputs) + d_y.nbytes
+    allocated = peak = sum(tensor.nbytes for tensor in inputs)
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
+    assert size / 2 < peak < 2 * size
+
+
 @pytest.mark.parametrize("t", [1, 5])
 @each_mixer
 def test_autocast_leaves_the_scan_alone(name, t, monkeypatch):
@@ -526,6 +549,34 @@ def test_chunk_scan_kernel_gets_no_more_sequences_than_its_grid_holds(kernel_cal
     y, state = mixer(torch.randn(70_000, 2, 4, dtype=torch.bfloat16))
     assert len(y) == len(state[1]) == 70_000
     assert kernel_calls.count("chunk_scan") == 2
+
+
+def test_own_kernels_must_prove_themselves(monkeypatch):
+    """Used where they give the right numbers; else a warning, and plain torch."""
+    from ausm_hf.model import temporal_mamba_triton
+
+    warnings = []
+    monkeypatch.setattr(temporal_mamba.logger, "warning_once", warnings.append)
+    checked = temporal_mamba.checked_triton_kernel
+
+    def chosen(triton, answer):
+        def check(device, selective_scan):
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        monkeypatch.setattr(temporal_mamba_triton, "triton", triton)
+        monkeypatch.setattr(temporal_mamba_triton, "check_triton_scan", check)
+        checked.cache_clear()
+        kernel = temporal_mamba.triton_kernel("cuda")
+        checked.cache_clear()
+        return kernel
+
+    assert temporal_mamba.triton_kernel("cpu") is None
+    assert chosen(None, True) is None and not warnings
+    assert chosen(sys, True) is temporal_mamba_triton.triton_scan and not warnings
+    assert chosen(sys, False) is None and "wrong numbers" in warnings.pop()
+    assert chosen(sys, RuntimeError("no compiler")) is None and "no compiler" in warnings.pop()
 
 
 def test_says_once_that_kernels_are_missing(monkeypatch):

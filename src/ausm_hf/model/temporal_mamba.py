@@ -1,7 +1,8 @@
 """Mamba over time: the mixer that carries the history of every pixel from frame to frame.
 
-Each mixer computes the same thing in three ways: fused kernels on CUDA where `mamba-ssm` and `causal-conv1d` are
-installed, plain torch everywhere else, and a single step when there is one frame. The regime is unusual for Mamba:
+Each mixer computes the same thing in three ways: fused kernels on CUDA (those of `mamba-ssm` and `causal-conv1d` where
+installed, and for Mamba-1 also the Triton kernels beside this file), plain torch everywhere else, and a single step
+when there is one frame. The regime is unusual for Mamba:
 sequences are short and there are tens of thousands of them.
 
 Letters: N sequences (pixels x batch), T frames (1 to 64), D hidden size, C inner channels, K frames the convolution
@@ -34,7 +35,7 @@ MixerState = tuple[Tensor, Tensor]
 
 def without_kernels(package: str, install: str) -> None:
     logger.warning_once(
-        f"`{package}` is not importable: the temporal mixer runs in plain torch on this GPU, which gives the same"
+        f"`{package}` is not importable: the temporal mixer runs without its kernels on this GPU, which gives the same"
         f" result with more memory and time. Install it with `{install}`."
     )
 
@@ -65,6 +66,29 @@ def conv_kernel(device_type: str):
         without_kernels("causal_conv1d", "pip install --no-build-isolation causal-conv1d")
         return None
     return causal_conv1d_fn
+
+
+def triton_kernel(device_type: str):
+    """This package's own scan for CUDA, or `None` where Triton is missing or its kernels are not right."""
+    # A compiler makes kernels of its own from plain torch, and can't trace the check.
+    return None if device_type != "cuda" or torch.compiler.is_compiling() else checked_triton_kernel()
+
+
+@functools.cache
+def checked_triton_kernel():
+    """Not every GPU has run the kernels: before their first use they must give the numbers of plain torch."""
+    from .temporal_mamba_triton import check_triton_scan, triton, triton_scan
+
+    if triton is None:
+        return None
+    try:
+        right = check_triton_scan("cuda", selective_scan)
+        fault = "they give wrong numbers"
+    except Exception as error:  # Triton has many kinds, one for each thing that may be amiss with compiler or driver
+        right, fault = False, repr(error)
+    if not right:
+        logger.warning_once(f"The temporal mixer runs without its Triton kernels on this GPU: {fault}.")
+    return triton_scan if right else None
 
 
 # Plain torch
@@ -490,7 +514,7 @@ class TemporalMamba(TemporalMixer):
 
         Returns:
             y `(N, T, D)` in x's dtype, and the state after the last frame: `conv_state (N, C, K - 1)` and
-            `ssm_state (N, C, S)`, float32 (float64 where the mixer is). Where the fused kernel made it, no gradient
+            `ssm_state (N, C, S)`, float32 (float64 where the mixer is). Where mamba-ssm's kernel made it, no gradient
             flows through `ssm_state`.
 
         Raises:
@@ -499,11 +523,16 @@ class TemporalMamba(TemporalMixer):
         self.check(x, state)
         conv_state, ssm_state = (None, None) if state is None else state
         projected = self.in_proj(x)
-        # The fused scan cannot begin with a state, so with one the plain scan is used on CUDA too.
-        kernels = None
-        if x.shape[1] > 1 and ssm_state is None and projected.dtype != torch.float64:
-            kernels = mamba_kernels(x.device.type)
-        dtype = scan_dtype(projected) if kernels is None else projected.dtype
+        # mamba-ssm's scan cannot begin with a state and takes no single frames; those are for the kernels of our own.
+        kernels = own_kernel = None
+        if projected.dtype != torch.float64:
+            if x.shape[1] > 1 and ssm_state is None:
+                kernels = mamba_kernels(x.device.type)
+            if kernels is None:
+                own_kernel = triton_kernel(x.device.type)
+        # A single frame is little work, and keeps all digits.
+        fused = x.shape[1] > 1 and (kernels or own_kernel) is not None
+        dtype = projected.dtype if fused else scan_dtype(projected)
         u, gate = projected.to(dtype).chunk(2, dim=-1)
         u, conv_state = causal_conv(u, self.conv1d, conv_state)
         dt, B, C = self.x_proj(u.to(projected.dtype)).split(self.splits, dim=-1)
@@ -517,6 +546,8 @@ class TemporalMamba(TemporalMixer):
                     u.mT, dt.mT, A, B.mT, C.mT, D, gate.mT, dt_bias, delta_softplus=True, return_last_state=True
                 )
                 y = y.mT
+            elif own_kernel is not None:
+                y, ssm_state = own_kernel(u, dt, A, B, C, D, dt_bias, gate, ssm_state)
             else:
                 dt, B, C = F.softplus(dt.to(dtype) + dt_bias), B.to(dtype), C.to(dtype)
                 if x.shape[1] == 1:
