@@ -23,6 +23,20 @@ TINY_BACKBONE = {
 
 
 @pytest.fixture(scope="session")
+def hide_package() -> str:
+    """Code for the start of a program that stands for "the package is not installed", whichever way it is."""
+    return """
+import sys
+class Hidden:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] == "ausm_hf":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hidden)
+"""
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder with real videos and true masks, from AUSM_SHARED_DATA or beside the repository."""
     folder = Path(environ.get("AUSM_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data")

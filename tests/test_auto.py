@@ -75,21 +75,9 @@ def run(code: str, folder, expected, options: dict, cwd) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-# Stands for "the package is not installed", whichever way it is.
-HIDE_PACKAGE = """
-import sys
-class Hidden:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.split(".")[0] == "ausm_hf":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Hidden)
-"""
-
-
-def test_remote_code_without_the_package(tiny_checkpoint, expected, tmp_path):
+def test_remote_code_without_the_package(tiny_checkpoint, expected, hide_package, tmp_path):
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "downloaded-model")
-    code = HIDE_PACKAGE + COMPARE
+    code = hide_package + COMPARE
     printed = run(code, folder, expected, {"trust_remote_code": True}, tmp_path)
     pipeline_module, model_module, package = printed.split(maxsplit=2)
     assert pipeline_module.startswith("transformers_modules.") and pipeline_module.endswith(".pipeline_ausm")
@@ -108,7 +96,19 @@ def test_model_code_needs_nothing_of_the_package(tiny_checkpoint):
     """Every file of `model/` that the network needs was saved along, and none reaches out of its folder."""
     saved = {path.name for path in tiny_checkpoint.glob("*.py")}
     assert {"modeling_ausm.py", "configuration_ausm.py", "processing_ausm.py", "pipeline_ausm.py"} <= saved
-    allowed = {"torch", "transformers", "numpy", "PIL", "scipy", "huggingface_hub", "mamba_ssm", "causal_conv1d", "av"}
+    allowed = {
+        "torch",
+        "transformers",
+        "numpy",
+        "PIL",
+        "scipy",
+        "huggingface_hub",
+        "safetensors",
+        "triton",
+        "mamba_ssm",
+        "causal_conv1d",
+        "av",
+    }
     for path in tiny_checkpoint.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level > 0:

@@ -53,6 +53,36 @@ def test_same_as_the_session_by_hand(segment, moving_square):
     assert (np.asarray(results[0][0]["mask"]) == 255 * masks[0]).all()
 
 
+def test_prompts_of_every_kind(segment, moving_square):
+    """They are what the session is given by hand, all in the first frame."""
+    frames, masks = moving_square
+    model, processor = segment.model, segment.processor
+    prompts = {
+        "masks": masks[0] * 2,
+        "boxes": {7: [1, 2, 30, 40]},
+        "points": {3: [(40, 10), (50, 20)], 7: [(9, 9)]},
+        "labels": {3: [1, 0]},
+    }
+    session = processor.init_video_session(video=list(frames), seed=0)
+    processor.add_inputs_to_inference_session(session, 0, 2, masks[0])
+    boxes = {"input_boxes": [prompts["boxes"][7]]}
+    processor.add_inputs_to_inference_session(session, 0, 7, **boxes, input_points=[prompts["points"][7]])
+    inputs = {"input_points": [prompts["points"][3]], "input_labels": [[1, 0]]}
+    processor.add_inputs_to_inference_session(session, 0, 3, **inputs)
+    expected = [
+        processor.post_process_instance_segmentation(output, target_sizes=[(48, 64)])[0]
+        for output in model.propagate_in_video_iterator(session)
+    ]
+    results = segment(frames, prompts=prompts)
+    for result, wanted in zip(results, expected, strict=True):
+        assert [x["id"] for x in result] == [x["id"] for x in wanted["segments_info"]]
+        for item in result:
+            assert (np.asarray(item["mask"]) == 255 * (wanted["segmentation"] == item["id"]).numpy()).all()
+    assert [x["id"] for x in results[0]] == [2, 7, 3]
+    ((scribbled,), *_) = segment(frames, prompts={"scribbles": {5: [(10, 14), (20, 28)]}})
+    assert scribbled["id"] == 5 and np.asarray(scribbled["mask"]).any()
+
+
 def test_stream_is_lazy(segment, moving_square):
     taken = []
 
@@ -111,7 +141,14 @@ def test_own_reader_without_the_package(moving_square, clip, tmp_path):
 @pytest.mark.parametrize(
     "prompts, message",
     [
-        ({"boxes": [1, 2, 3, 4]}, "prompts must be a dict with the key 'masks'"),
+        ({"box": {1: [1, 2, 3, 4]}}, r"prompts must be a dict with keys of \['boxes', 'labels', 'masks'"),
+        ({}, "prompts must be a dict with keys of"),
+        ({"boxes": [1, 2, 3, 4]}, r"boxes is \[1, 2, 3, 4\]; wanted is a dict from object id to its boxes"),
+        ({"masks": np.eye(48, 64, dtype=np.uint8), "boxes": {1: [1, 2, 3, 4]}}, "object 1, which masks has too"),
+        ({"boxes": {1: [5, 2, 3, 4]}}, "input_boxes must be"),
+        ({"points": {1: [70, 4]}}, "input_points must lie within the frame"),
+        ({"labels": {1: [1]}}, "got 1 labels and 0 points for object 1"),
+        ({"points": {0: [7, 4]}}, "positive integers"),
         ({"masks": np.zeros((48, 64), np.uint8)}, "masks is empty"),
         ({"masks": np.ones((64, 48), np.uint8)}, "wanted is the size of the video"),
         ({"masks": np.ones((48, 64), np.float32)}, "wanted are integers"),

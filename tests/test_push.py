@@ -19,16 +19,6 @@ from ausm_hf.checkpoint import push_checkpoint
 ROOT = Path(__file__).parents[1]
 SOURCE = str(Path(ausm_hf.__file__).parents[1])
 USE_PACKAGE = f"import sys; sys.path.insert(0, {SOURCE!r}); import ausm_hf\n"
-# Stands for "the package is not installed", whichever way it is.
-HIDE_PACKAGE = """
-import sys
-class Hidden:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.split(".")[0] == "ausm_hf":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Hidden)
-"""
 
 
 def python(hub, home, *arguments, **environment):
@@ -65,7 +55,7 @@ def run(tiny_checkpoint, tmp_path):
     return tmp_path / "run"
 
 
-def test_push_and_load_in_clean_processes(hub, run, tmp_path):
+def test_push_and_load_in_clean_processes(hub, run, tmp_path, hide_package):
     options = ["--license", "apache-2.0", "--results", tmp_path / "results.json"]
     example = ROOT / "examples" / "push_to_hub.py"
     pushed = python(hub, tmp_path / "pusher", example, run / "final", "user/ausm-base", *options, PYTHONPATH=SOURCE)
@@ -105,7 +95,7 @@ assert len(results) == 2 and results[0][0]["mask"].size == (64, 48)
 print(type(model).__module__, type(segment.model).__module__, "ausm_hf" in sys.modules)
 """
     done = python(
-        hub, tmp_path / "without", "-c", HIDE_PACKAGE + use.replace("OPTIONS", "dict(trust_remote_code=True)")
+        hub, tmp_path / "without", "-c", hide_package + use.replace("OPTIONS", "dict(trust_remote_code=True)")
     )
     assert done.returncode == 0, done.stderr
     *modules, package = done.stdout.split()

@@ -144,6 +144,7 @@ def _after_configuration_ausm(module):
 
 def _after_pipeline_ausm(module):
     def read_video(source):
+        """See `ausm_hf.read_video`."""
         from .video import read_video
 
         return read_video(source)

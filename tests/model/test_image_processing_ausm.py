@@ -207,6 +207,19 @@ def test_masks_are_upsampled_bilinearly_to_the_frame(processor):
     assert [tuple(result["segmentation"].shape) for result in results] == sizes
 
 
+def test_map_of_many_objects_at_another_size(processor):
+    ids = [90_000, 3, 17, 2, 41, 5]
+    logits = torch.randn(6, 1, 9, 7, generator=torch.Generator().manual_seed(0)) - 0.5
+    logits[3] = -1  # nowhere
+    many = AusmVideoSegmentationOutput(ids, logits, torch.ones(6), [None] * 6, [-1] * 6, [False] * 6, 0)
+    for size in [(9, 7), (20, 33), (5, 4), (5, 30)]:  # the same, larger, smaller (which averages), both
+        resized = torch.nn.functional.interpolate(logits, size, mode="bilinear", antialias=True)[:, 0].numpy()
+        expected = np.where(resized.max(0) > 0, np.array(ids)[resized.argmax(0)], 0)
+        (result,) = processor.post_process_instance_segmentation(many, target_sizes=[size])
+        np.testing.assert_array_equal(result["segmentation"].numpy(), expected)
+        assert [x["id"] for x in result["segments_info"]] == [x for x in ids if (expected == x).any()]
+
+
 def test_frame_without_objects(processor):
     empty = AusmVideoSegmentationOutput([], torch.zeros(0, 1, 2, 2), torch.zeros(0), [], [], [], 0)
     for binary in (False, True):

@@ -3,11 +3,15 @@
 import pytest
 import torch
 from transformers import Mask2FormerConfig, SwinConfig
-from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixelDecoder
+from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerPixelDecoder,
+    Mask2FormerSinePositionEmbedding,
+)
 
 from ausm_hf.model.configuration_ausm import AusmConfig
-from ausm_hf.model.history_ausm import mark_history
+from ausm_hf.model.history_ausm import mark_history, to_maps, to_tokens
 from ausm_hf.model.modeling_ausm import AusmForUniversalSegmentation, AusmModel
+from ausm_hf.model.pixels_ausm import PointwiseConv2d, sine_positions
 
 TINY_SWIN = {
     "model_type": "swin",
@@ -81,10 +85,15 @@ def outputs_of(result, index: int | slice):
 
 
 @pytest.mark.parametrize("temporal_mixer", ["mamba", "mamba2"])
-@pytest.mark.parametrize("pixel_encoder, key_stride", [("fpn", 2), ("msdeform", 1)])
-def test_parallel_form_equals_recurrent_form(temporal_mixer, pixel_encoder, key_stride):
+@pytest.mark.parametrize("pixel_encoder, key_stride, local_kernel", [("fpn", 2, 3), ("msdeform", 1, 0)])
+def test_parallel_form_equals_recurrent_form(temporal_mixer, pixel_encoder, key_stride, local_kernel):
     """The most important test of the project: what is trained is what runs."""
-    model = tiny_model(temporal_mixer=temporal_mixer, pixel_encoder=pixel_encoder, history_key_stride=key_stride)
+    model = tiny_model(
+        temporal_mixer=temporal_mixer,
+        pixel_encoder=pixel_encoder,
+        history_key_stride=key_stride,
+        history_local_kernel=local_kernel,
+    )
     pixels, masks, switch, slots = clips()
     labels = [torch.tensor([0, 1, -100]), torch.tensor([1])]
     with torch.no_grad():
@@ -313,6 +322,8 @@ def test_bad_input_is_refused(change, message):
         ({"label_sets": {"a": []}}, "has no labels"),
         ({"default_label_set": "b"}, "`default_label_set`"),
         ({"temporal_mixer": "lstm"}, "temporal_mixer"),
+        ({"history_local_kernel": 4}, "`history_local_kernel` must be 0 or odd, got 4"),
+        ({"history_local_kernel": -1}, "`history_local_kernel` must be 0 or odd, got -1"),
         ({"backbone_config": {"model_type": "nothing"}}, "`backbone_config`"),
     ],
 )
@@ -332,3 +343,49 @@ def test_presets():
         assert (config.hidden_size, config.num_id_vectors, config.num_detection_queries) == (256, 100, 100)
         assert (config.num_compressor_layers, config.num_history_decoder_layers) == (6, 6)
         assert config.backbone_config.embed_dim == channels
+        assert config.history_local_kernel == 0  # the paper's form
+
+
+def test_how_a_network_starts():
+    model = tiny_model(history_local_kernel=3).model
+    history = model.history_encoder
+    for layer in history.decoder:
+        assert torch.equal(layer.cross_attention.k_proj.weight, layer.cross_attention.q_proj.weight)
+        assert not torch.equal(layer.cross_attention.v_proj.weight, layer.cross_attention.q_proj.weight)
+    first, *_, last = (x.weight for x in model.pixel_decoder.mask_embedder if isinstance(x, torch.nn.Linear))
+    assert last.std() < 0.2 * first.std()
+    # The past reaches the same place of the present frame as it is, but for its loudness.
+    maps = torch.randn(2, 32, 5, 7)
+    with torch.no_grad():
+        read = history.local_read(maps)
+    gain = (read * maps).sum() / (maps * maps).sum()
+    assert gain >= 1
+    torch.testing.assert_close(read, gain * maps)
+    assert tiny_model().model.history_encoder.local_read is None
+
+
+def test_positions_are_mask2formers():
+    embed = Mask2FormerSinePositionEmbedding(num_position_features=16, normalize=True)
+    for size in [(3, 5), (32, 56)]:
+        expected = embed(torch.Size((1, 32, *size)), "cpu", torch.float32)[0].flatten(1).T
+        torch.testing.assert_close(sine_positions(size, 32, torch.device("cpu"), torch.float32), expected)
+
+
+def test_a_pointwise_convolution_is_a_convolution():
+    torch.manual_seed(0)
+    ours, maps = PointwiseConv2d(8, 6), torch.randn(2, 8, 5, 7)
+    expected = torch.nn.functional.conv2d(maps, ours.weight, ours.bias)
+    torch.testing.assert_close(ours(maps), expected)
+    channels_last = ours(maps.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(channels_last, expected)
+    assert channels_last.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_tokens_and_maps_share_memory():
+    tokens = torch.randn(1, 12, 8)
+    maps = to_maps(tokens, (3, 4))
+    torch.testing.assert_close(maps[0, :, 1, 2], tokens[0, 6])
+    # One frame: torch takes its maps for channels last only if the strides say so throughout.
+    assert maps.stride() == (96, 1, 32, 8)
+    assert to_tokens(maps).data_ptr() == tokens.data_ptr()
+    torch.testing.assert_close(to_tokens(maps), tokens)

@@ -76,7 +76,7 @@ def test_signal_corrects_what_is_known():
     assert known[20, 20]  # is left as it was
 
 
-def test_refined_masks_come_from_a_history_of_signals_alone_and_do_not_overlap(tiny_model):
+def test_refined_masks_come_from_a_history_of_one_signal_alone_and_do_not_overlap(tiny_model):
     calls = []
 
     def step(pixel_values, history):
@@ -86,17 +86,18 @@ def test_refined_masks_come_from_a_history_of_signals_alone_and_do_not_overlap(t
     model = SimpleNamespace(step=step, init_history=tiny_model.init_history)
     pixel_values = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     signals = [fill_box(SIZE, (0, 0, 60, 40)), stamp_points(SIZE, [(100, 70)])]
+    reaches = [torch.ones(SIZE, dtype=torch.bool), fill_box(SIZE, (60, 0, 120, 80))]
     with torch.no_grad():
-        masks = refine_signals(model, pixel_values, signals)
-        logits = tiny_model.step(pixel_values, calls[0]).masks_queries_logits[0, :2]
-    (history,) = calls
-    assert history.features is None and history.states is None and history.taken.all()
-    assert history.masks.shape == (1, 2, 16, 24) and history.masks[0, 0, :8, :12].all()
-    assert history.masks[0, 0].sum() == 8 * 12 and history.masks[0, 1].sum() >= 1
+        masks = refine_signals(model, pixel_values, signals, reaches)
+        logits = [tiny_model.step(pixel_values, history).masks_queries_logits[:, :1] for history in calls]
+    assert len(calls) == 2 and all(history.masks.shape == (1, 1, 16, 24) for history in calls)
+    assert all(history.features is None and history.states is None and history.taken.all() for history in calls)
+    assert calls[0].masks[0, 0, :8, :12].all() and calls[0].masks.sum() == 8 * 12 and calls[1].masks.sum() >= 1
     assert [mask.shape for mask in masks] == [SIZE] * 2 and not (masks[0] & masks[1]).any()
-    upscaled = torch.nn.functional.interpolate(logits[None], SIZE, mode="bilinear")[0]
+    upscaled = torch.nn.functional.interpolate(torch.cat(logits, 1), SIZE, mode="bilinear")[0]
+    upscaled[1, :, :60] = -1
     assert (masks[0] | masks[1]).equal((upscaled > 0).any(0)) and (masks[0] | masks[1]).any()
-    assert refine_signals(model, pixel_values, []) == [] and len(calls) == 1
+    assert refine_signals(model, pixel_values, []) == [] and len(calls) == 2
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+MAX_SIZE = 2**14
+MAX_LAYERS = 2**8
+
+
+def _largest(values: Any) -> int:
+    """The largest integer in nested lists and dictionaries."""
+    if isinstance(values, (list, tuple, dict)):
+        return max(map(_largest, values.values() if isinstance(values, dict) else values), default=0)
+    return values if type(values) is int else 0
+
+
 def _in_order(id2label: dict[int | str, str]) -> list[str]:
     """The labels of `id2label`, whose keys JSON makes strings."""
     labels = {int(index): label for index, label in id2label.items()}
@@ -275,6 +286,13 @@ class AusmConfig(PreTrainedConfig):
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        # A broken or hostile file must not take all memory. No network of use comes near.
+        for name in (*positive, "pixel_encoder_layers", "pixel_encoder_feedforward_size", "history_local_kernel"):
+            most = MAX_LAYERS if name.endswith("_layers") else MAX_SIZE
+            if getattr(self, name) > most:
+                raise ValueError(f"`{name}` must be at most {most}, got {getattr(self, name)}.")
+        if (largest := _largest(self.backbone_config.to_dict())) > MAX_SIZE:
+            raise ValueError(f"`backbone_config` must have sizes of at most {MAX_SIZE}, got {largest}.")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"`hidden_size` must be a multiple of twice `num_attention_heads`, got {self.hidden_size} and "

@@ -300,18 +300,20 @@ def _resize_logits(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         return logits.float()
     if logits.shape[0] == 0:
         return logits.new_zeros((0, 1, *size), dtype=torch.float32)
-    return F.interpolate(logits.float(), size, mode="bilinear", antialias=True)
+    # Where nothing shrinks antialiasing changes nothing, but takes several times as long.
+    shrinks = size[0] < logits.shape[-2] or size[1] < logits.shape[-1]
+    return F.interpolate(logits.float(), size, mode="bilinear", antialias=shrinks)
 
 
 def _segments(
     output: AusmVideoSegmentationOutput, threshold: float, size: tuple[int, int], return_binary_maps: bool
 ) -> dict:
     device = output.pred_masks.device
-    segmentation = torch.zeros(size, dtype=torch.int32, device=device)
+    owner = torch.zeros(size, dtype=torch.int32, device=device)  # index into `kept`, from 1; 0 is background
     highest = torch.zeros(size, device=device)  # logit 0: a pixel without a positive logit stays background
     kept, masks = [], []
     # One object at a time: a hundred objects at full HD would take 800 MB at once.
-    for i, object_id in enumerate(output.object_ids):
+    for i in range(len(output.object_ids)):
         if not output.prompted[i] and output.scores[i] < threshold:
             continue
         logits = _resize_logits(output.pred_masks[i : i + 1], size)[0, 0]
@@ -319,15 +321,16 @@ def _segments(
         if return_binary_maps:
             masks.append(logits > 0)
         else:
-            segmentation[logits > highest] = object_id
+            owner.masked_fill_(logits > highest, len(kept))
             highest = torch.maximum(highest, logits)
     if return_binary_maps:
         masks = torch.stack(masks) if masks else torch.zeros((0, *size), dtype=torch.bool, device=device)
         visible = masks.flatten(1).any(1).tolist()
         segmentation = masks[torch.tensor(visible, dtype=torch.bool, device=device)]
     else:
-        ids = set(segmentation.unique().tolist())
-        visible = [output.object_ids[i] in ids for i in kept]
+        visible = (owner.flatten().bincount(minlength=len(kept) + 1)[1:] > 0).tolist()
+        ids = torch.tensor([0, *(output.object_ids[i] for i in kept)], dtype=torch.int32, device=device)
+        segmentation = ids[owner]
     return {
         "segmentation": segmentation,
         "segments_info": [

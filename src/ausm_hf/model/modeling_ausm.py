@@ -146,6 +146,9 @@ class AusmPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _no_split_modules = ["AusmCompressorLayer", "AusmHistoryDecoderLayer", "AusmPixelDecoderLayer"]
 
+    def get_input_embeddings(self) -> None:
+        """There are none; Accelerate asks before it shards a network."""
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if isinstance(module, nn.Linear):

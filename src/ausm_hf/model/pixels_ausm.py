@@ -9,28 +9,44 @@ Letters: N frames, Q queries, D hidden size, C mask feature size; h = H / 4 and 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Mask2FormerConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.mask2former.modeling_mask2former import (
-    Mask2FormerPixelDecoder,
-    Mask2FormerSinePositionEmbedding,
-)
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixelDecoder
 
 from .configuration_ausm import AusmConfig
 from .history_ausm import AusmAttention, AusmFeedForward, to_tokens
 
 
-@functools.lru_cache(maxsize=16)
 def sine_positions(size: tuple[int, int], hidden_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """2-D sine positions of shape (S, D), as in Mask2Former; computed once per frame size."""
+    if torch.compiler.is_compiling():  # a graph under construction holds no numbers that could be kept
+        return _make_sine_positions(size, hidden_size, device, dtype)
+    return _kept_sine_positions(size, hidden_size, device, dtype)
+
+
+def _make_sine_positions(size: tuple[int, int], hidden_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Mask2FormerSinePositionEmbedding, normalised; its own is kept where torch.compile can't look."""
+    (height, width), half = size, hidden_size // 2
+    channels = torch.arange(half, dtype=torch.float32, device=device)
+    wavelengths = 10_000 ** (2 * torch.div(channels, 2, rounding_mode="floor") / half)
+    codes = []
+    for length in size:
+        places = torch.arange(1, length + 1, dtype=torch.float32, device=device) / (length + 1e-6) * (2 * math.pi)
+        angles = places[:, None] / wavelengths
+        codes.append(torch.stack([angles[:, 0::2].sin(), angles[:, 1::2].cos()], dim=2).flatten(1))
+    rows, columns = codes[0][:, None].expand(-1, width, -1), codes[1].expand(height, -1, -1)
+    return torch.cat([rows, columns], dim=2).flatten(0, 1).to(dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_sine_positions(size: tuple[int, int], hidden_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
-        embed = Mask2FormerSinePositionEmbedding(num_position_features=hidden_size // 2, normalize=True)
-        positions = embed(torch.Size((1, hidden_size, *size)), device, torch.float32)
-        return positions[0].flatten(1).transpose(0, 1).to(dtype).contiguous()
+        return _make_sine_positions(size, hidden_size, device, dtype)
 
 
 class AusmDeformablePixelEncoder(Mask2FormerPixelDecoder):

@@ -168,9 +168,10 @@ class AusmProcessor(ProcessorMixin):
         An id that is followed already gets its mask replaced in that frame. Points and scribbles without a box then
         correct the mask that the network sees in it: they add to it and take from it. Otherwise a box is filled, a
         point stamped as a disc of a fortieth of the frame's shorter side, a scribble drawn with that radius, negative
-        discs are cut out, and one pass of the network over the frame makes the object's mask of that signal. Where it
-        finds nothing, or nothing under any of the positive points, the signal itself is the mask, with a warning.
-        `model.preview_prompts` shows the masks before the stream moves on.
+        discs are cut out, and one pass of the network over the frame makes the object's mask of that signal; what it
+        finds farther from the box than that radius is left out. Where it finds nothing, or nothing under any of the
+        positive points, the signal itself is the mask, with a warning. `model.preview_prompts` shows the masks before
+        the stream moves on.
 
         All coordinates are (x, y) in pixels of the video, x in 0..width to the right, y in 0..height down. Nested
         shapes are those of SAM 2, with one image: lists (ragged ones too), arrays or tensors. The image level may be
@@ -212,7 +213,7 @@ class AusmProcessor(ProcessorMixin):
         known_size = (session.video_height, session.video_width)
         if original_size is None and None in known_size:
             raise ValueError("original_size must be given, since the session was made without a video")
-        size = known_size if original_size is None else tuple(int(side) for side in original_size)
+        size = known_size if original_size is None else _as_size(original_size)
         if None not in known_size and size != known_size:
             raise ValueError(f"original_size must be that of the video, {known_size} (height, width), got {size}")
         if obj_ids is None:
@@ -283,8 +284,12 @@ def _as_batch(videos: Any, masks: Any) -> tuple[list, list | None]:
         several = isinstance(first, (list, tuple)) or getattr(first, "ndim", 0) == 4
     if not several:
         videos, masks = [videos], None if masks is None else [masks]
+    if strange := [video for video in videos if not hasattr(video, "__len__") or getattr(video, "shape", None) == ()]:
+        raise ValueError(f"videos must be arrays, tensors or lists of frames, got {strange[0]!r:.50}")
     if len(videos) == 0 or any(len(video) == 0 for video in videos):
         raise ValueError("videos must have at least one frame each")
+    if masks is not None and (not hasattr(masks, "__len__") or getattr(masks, "shape", None) == ()):
+        raise ValueError(f"masks must be a tensor, or a list of one tensor per video, got {masks!r:.50}")
     if masks is not None and len(masks) != len(videos):
         raise ValueError(f"masks must be given for each of {len(videos)} videos, got {len(masks)}")
     return list(videos), masks
@@ -312,6 +317,14 @@ def _as_int(value: Any) -> Any:
         return operator.index(value)
     except TypeError:
         return value
+
+
+def _as_size(size: Any) -> tuple[int, int]:
+    """Height and width, of any kind of sequence."""
+    sides = [_as_int(side) for side in size] if isinstance(size, Iterable) else []
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise ValueError(f"original_size must be the height and width of the video, got {size!r}")
+    return sides[0], sides[1]
 
 
 def _as_masks(masks: Any, number: int) -> list[torch.Tensor]:

@@ -147,29 +147,48 @@ class ObjectPrompt:
         signal |= to_positive <= radius
         return signal & ~((to_negative <= radius) & (to_negative <= to_positive))
 
+    def reach(self, size: tuple[int, int]) -> Tensor:
+        """
+        Where the object may be, bool (height, width): with a box in it, with a margin, for boxes are drawn by hand,
+        and where else it is marked; without one anywhere.
+        """
+        if self.box is None:
+            return torch.ones(size, dtype=torch.bool)
+        margin = signal_radius(size)
+        x0, y0, x1, y1 = self.box
+        return fill_box(size, (x0 - margin, y0 - margin, x1 + margin, y1 + margin)) | self.signal(size)
 
-def refine_signals(model, pixel_values: Tensor, signals: list[Tensor]) -> list[Tensor]:
+
+def refine_signals(
+    model, pixel_values: Tensor, signals: list[Tensor], reaches: list[Tensor] | None = None
+) -> list[Tensor]:
     """
-    Objects' masks from their mask signals: one pass over the frame, with a history that holds nothing but the signals.
+    Objects' masks from their mask signals: for each one pass over the frame, with a history that holds nothing but its
+    signal, so that an object's mask is the same whatever else is marked, up to the pixels that two of them claim.
 
     Args:
         model ([`AusmForUniversalSegmentation`]): The network.
         pixel_values (`torch.FloatTensor` of shape `(1, 3, H, W)`): The frame, preprocessed.
         signals (list of `torch.BoolTensor`): One per object, at the frame's size before preprocessing.
+        reaches (list of `torch.BoolTensor`, *optional*): Where each object may be, at the same size; anywhere by
+            default.
 
     Returns:
-        A list of `torch.BoolTensor` of the signals' size, in their order. They don't overlap.
+        A list of `torch.BoolTensor` of the signals' size, in their order. They don't overlap: a pixel belongs to the
+        object of the highest logit.
     """
     if not signals:
         return []
     stride_4 = (pixel_values.shape[-2] // 4, pixel_values.shape[-1] // 4)
-    masks = torch.stack([history_mask(signal.to(pixel_values.device), stride_4) for signal in signals])[None]
-    slots = torch.arange(len(signals), device=pixel_values.device)[None]
-    history = model.init_history(1).replace_objects(
-        slots, torch.ones_like(slots, dtype=torch.bool), masks.to(pixel_values.dtype)
-    )
-    logits = model.step(pixel_values, history).masks_queries_logits[:, : len(signals)].float()
-    logits = F.interpolate(logits, signals[0].shape, mode="bilinear")[0]
+    slots = torch.zeros(1, 1, dtype=torch.int64, device=pixel_values.device)
+    logits = []
+    for signal in signals:
+        mask = history_mask(signal.to(pixel_values.device), stride_4).to(pixel_values.dtype)
+        history = model.init_history(1).replace_objects(slots, slots == 0, mask[None, None])
+        logits.append(model.step(pixel_values, history).masks_queries_logits[:, :1].float())
+    logits = F.interpolate(torch.cat(logits, dim=1), signals[0].shape, mode="bilinear")[0]
+    if reaches is not None:
+        logits = logits.masked_fill(~torch.stack(reaches).to(logits.device), -torch.inf)
     return list((logits > 0) & (logits.argmax(0) == torch.arange(len(logits), device=logits.device)[:, None, None]))
 
 

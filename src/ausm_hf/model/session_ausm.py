@@ -123,7 +123,7 @@ class AusmInferenceSession:
         self.num_frames = num_frames
         self.video_height = video_height
         self.video_width = video_width
-        self.foreground_threshold = foreground_threshold
+        self.foreground_threshold = None if foreground_threshold is None else float(foreground_threshold)
         self.find_new_objects = find_new_objects
         self.label_set = label_set
         # A generator of its own, so that a saved stream goes on as it would have.
@@ -300,7 +300,13 @@ class AusmInferenceSession:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"path must be a saved session, got {str(path)!r}: {error}") from error
-        state = json.loads(state)
+        try:
+            return cls._restore(json.loads(state), tensors)
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"path must be a saved session, got a damaged one, {str(path)!r}: {error!r}") from error
+
+    @classmethod
+    def _restore(cls, state: dict, tensors: dict[str, torch.Tensor]) -> "AusmInferenceSession":
         session = cls(keep_results=state["keep_results"], seed=0)
         for name in _SAVED:
             setattr(session, name, state[name])
@@ -331,6 +337,10 @@ class AusmInferenceSession:
                 states=tuple(tuple(states[layer]) for layer in sorted(states)) or None,
                 **history,
             )
+            if session.history.slots.tolist() != [[followed.slot for followed in session.objects]]:
+                raise ValueError("its objects are not those of its history")
+        if type(session.next_frame_idx) is not int or type(session.next_object_id) is not int:
+            raise ValueError("its frames or objects are not numbered")
         return session
 
 

@@ -62,8 +62,8 @@ def step_sessions(
 ) -> list[AusmVideoSegmentationOutput]:
     """
     Segment the next frame of each of several streams, in one pass of the network (two where some are at their first
-    frame and some are not; one more for each further label set, and for each stream with boxes, points or scribbles
-    in this frame). The results are those of [`step_session`] on each, but for rounding.
+    frame and some are not; one more for each further label set, and for each object that boxes, points or
+    scribbles mark in this frame). The results are those of [`step_session`] on each, but for rounding.
 
     Args:
         model ([`AusmForUniversalSegmentation`]): The network.
@@ -101,13 +101,15 @@ def step_sessions(
         pixel_values = torch.cat([inputs[i] for i in group]) if len(group) > 1 else inputs[group[0]]
         answers |= zip(group, _ask(model, pixel_values, [histories[i] for i in group], label_set))
 
-    outputs = []
+    seen = [_seen(objects[i], answers[i], _threshold(model, session)) for i, session in enumerate(sessions)]
     for i, session in enumerate(sessions):
-        seen = _seen(objects[i], answers[i], _threshold(model, session))
         if i not in masks:
-            masks[i] = _prompt_masks(model, session, inputs[i], seen)
-        outputs.append(_finish(model, session, inputs[i], objects[i], seen, masks[i], answers[i]))
-    return outputs
+            masks[i] = _prompt_masks(model, session, inputs[i], seen[i])
+    # The network has done its part: nothing fails from here on, and the sessions change.
+    return [
+        _finish(model, session, inputs[i], objects[i], seen[i], masks[i], answers[i])
+        for i, session in enumerate(sessions)
+    ]
 
 
 @torch.no_grad()
@@ -238,8 +240,8 @@ def _prompt_masks(
 ) -> dict[int, torch.Tensor]:
     """
     The mask of each object prompted in the next frame, bool and of the video's size: the one given, or what one pass
-    of the network makes of box, points and scribble. Points and scribble without a box correct the mask of an object
-    that is `seen` (object id -> mask logits of this frame).
+    of the network makes of box, points and scribble, which ends where the box ends, nearly. Points and scribble
+    without a box correct the mask of an object that is `seen` (object id -> mask logits of this frame).
 
     Where that pass gives nothing, or nothing at any of the positive points, the signal itself is the mask.
     """
@@ -263,7 +265,8 @@ def _prompt_masks(
                 f"Negative points leave nothing of object {object_id} in frame {session.next_frame_idx}: they are not "
                 "followed. remove_object lets go of an object.",
             )
-    for object_id, mask in zip(signals, refine_signals(model, pixel_values, list(signals.values()))):
+    reaches = [prompts[object_id].reach(size) for object_id in signals]
+    for object_id, mask in zip(signals, refine_signals(model, pixel_values, list(signals.values()), reaches)):
         clicks = prompts[object_id].positive_points
         if not mask.any() or (clicks and not any(mask[int(y), int(x)] for x, y in clicks)):
             mask = signals[object_id]

@@ -1,0 +1,206 @@
+"""What users of transformers expect of a model, where its own suites (`tests/transformers_suite`) don't look."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForUniversalSegmentation
+
+from ausm_hf import AusmConfig, AusmForUniversalSegmentation, AusmModel
+
+
+@pytest.fixture
+def pixels():
+    return torch.rand(2, 2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def eager_model(tiny_model):
+    model = copy.deepcopy(tiny_model)
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "device_map",
+    [
+        "cpu",
+        "auto",
+        pytest.param(
+            "disk",
+            marks=pytest.mark.xfail(
+                strict=True,
+                raises=NotImplementedError,
+                reason="accelerate fetches the weights of a module when it is called; some here are read without",
+            ),
+        ),
+    ],
+)
+def test_device_maps_change_nothing(device_map, saved, tiny_model, pixels, tmp_path):
+    pytest.importorskip("accelerate")
+    off_loaded = device_map == "disk"
+    if off_loaded:
+        parts = [f"model.{name}" for name, _ in tiny_model.model.named_children()] + ["foreground_head", "class_heads"]
+        device_map = dict.fromkeys(parts, "cpu") | {"model.history_encoder": "disk", "model.pixel_decoder": "disk"}
+    model = AusmForUniversalSegmentation.from_pretrained(saved, device_map=device_map, offload_folder=tmp_path)
+    on_disk = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    assert bool(on_disk) == off_loaded
+    with torch.no_grad():
+        wanted, found = tiny_model(pixels), model(pixels)
+        history = model.step(pixels[:, 1], model.step(pixels[:, 0]).history)
+    torch.testing.assert_close(found.masks_queries_logits, wanted.masks_queries_logits)
+    torch.testing.assert_close(history.masks_queries_logits, wanted.masks_queries_logits[:, 1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, saved, tiny_model, pixels):
+    model = AusmForUniversalSegmentation.from_pretrained(saved, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    with torch.no_grad():
+        wanted, found = tiny_model(pixels), model(pixels)
+        step = model.step(pixels[:, 0])
+    assert found.foreground_queries_logits.dtype == step.masks_queries_logits.dtype == dtype
+    scale = wanted.foreground_queries_logits.abs().max()
+    assert (found.foreground_queries_logits.float() - wanted.foreground_queries_logits).abs().max() < 0.1 * scale
+
+
+def test_dtype_auto_is_that_of_the_file(tiny_model, tmp_path):
+    copy.deepcopy(tiny_model).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
+
+
+def test_hidden_states_and_attentions_are_those_of_the_pixel_decoder(eager_model, pixels):
+    config = eager_model.config
+    with torch.no_grad():
+        output = eager_model(pixels, output_hidden_states=True, output_attentions=True)
+        plain = eager_model(pixels)
+    frames, queries, heads = 4, config.num_detection_queries, config.num_attention_heads
+    assert [tuple(x.shape) for x in output.hidden_states] == [(frames, queries, config.hidden_size)] * (
+        config.num_decoder_layers + 1
+    )
+    first = eager_model.model.detection_queries.weight.expand(frames, -1, -1)
+    torch.testing.assert_close(output.hidden_states[0], first)
+    norm = eager_model.model.pixel_decoder.layernorm
+    torch.testing.assert_close(
+        eager_model.foreground_head(norm(output.hidden_states[-1])).flatten(),
+        plain.foreground_queries_logits.flatten(),
+    )
+    assert [tuple(x.shape) for x in output.attentions] == [
+        (frames, heads, queries, queries)
+    ] * config.num_decoder_layers
+    # The first layer reads the stride-32 map.
+    assert tuple(output.cross_attentions[0].shape) == (frames, heads, queries, 2 * 3)
+    for weights in (*output.attentions, *output.cross_attentions):
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:-1]))
+    assert plain.hidden_states is None and plain.attentions is None
+
+
+def test_a_step_gives_hidden_states_when_the_configuration_says_so(eager_model, pixels):
+    eager_model.config.output_hidden_states = True
+    with torch.no_grad():
+        step = eager_model.step(pixels[:, 0])
+        whole = eager_model(pixels[:, :1])
+    assert [x.shape for x in step.hidden_states] == [x.shape for x in whole.hidden_states]
+    torch.testing.assert_close(step.hidden_states[-1], whole.hidden_states[-1])
+
+
+def test_attentions_that_are_never_computed_are_warned_of(tiny_model, pixels, caplog):
+    from transformers.utils import logging
+
+    logging.get_logger("ausm_hf").warning_once.cache_clear()
+    logging.enable_propagation()
+    try:
+        assert tiny_model.config._attn_implementation == "sdpa"
+        with torch.no_grad():
+            output = tiny_model(pixels, output_attentions=True)
+    finally:
+        logging.disable_propagation()
+    assert output.attentions == () and "set_attn_implementation('eager')" in caplog.text
+
+
+def test_plain_tuples(tiny_model, pixels):
+    model = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        wanted = model(pixels)
+        assert isinstance(model(pixels, return_dict=False), tuple)
+        model.config.return_dict = False
+        found = model(pixels)
+        assert isinstance(model.model(pixels), tuple)
+        # A stream goes on all the same.
+        assert model.step(pixels[:, 0]).history is not None
+    assert isinstance(found, tuple)
+    torch.testing.assert_close(found[0], wanted.masks_queries_logits)
+
+
+@pytest.mark.parametrize(
+    "change, labels",
+    [
+        ({"label_sets": {"traffic": ["car", "bus", "tram"]}}, ["car", "bus", "tram"]),
+        ({"num_labels": 3}, ["LABEL_0", "LABEL_1", "LABEL_2"]),
+        ({"id2label": {0: "car", 1: "bus", 2: "tram"}}, ["car", "bus", "tram"]),
+    ],
+)
+def test_other_labels_get_a_fresh_head(change, labels, saved, tiny_model, pixels):
+    model = AutoModelForUniversalSegmentation.from_pretrained(saved, **change, ignore_mismatched_sizes=True)
+    assert model.config.id2label == dict(enumerate(labels)) and model.config.num_labels == 3
+    assert model.config.label_sets[model.config.default_label_set] == labels
+    with torch.no_grad():
+        wanted, found = tiny_model(pixels), model(pixels)
+    assert found.class_queries_logits.shape[-1] == 4
+    assert found.class_queries_logits.isfinite().all()
+    torch.testing.assert_close(found.foreground_queries_logits, wanted.foreground_queries_logits)
+
+
+def test_labels_agree_however_they_are_set():
+    config = AusmConfig(label_sets={"pets": ["cat", "dog"], "cars": ["car"]})
+    assert config.default_label_set == "pets" and config.label2id == {"cat": 0, "dog": 1}
+    config.default_label_set = "cars"
+    assert config.id2label == {0: "car"}
+    config.num_labels = 2
+    assert config.label_sets == {"pets": ["cat", "dog"], "cars": ["LABEL_0", "LABEL_1"]}
+    config.label_sets = {"fish": ["cod"]}
+    assert config.default_label_set == "fish" and config.id2label == {0: "cod"}
+    assert AusmConfig(**config.to_dict()).to_dict() == config.to_dict()
+    with pytest.raises(ValueError, match="`id2label` must number"):
+        config.id2label = {0: "cod", 2: "eel"}
+
+
+def test_backbones_without_the_attention_asked_for(tmp_path):
+    """A ResNet has no attention at all, and transformers refuses to be asked for any particular one."""
+    stages = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 8, 8], "embedding_size": 8}
+    config = AusmConfig.from_preset(
+        "nano",
+        backbone_config={"model_type": "resnet", **stages, "out_features": ["stage1", "stage2", "stage3", "stage4"]},
+    )
+    AusmModel(config).save_pretrained(tmp_path)
+    model = AusmModel.from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_blocks_that_must_stay_whole_are_there(tiny_model):
+    names = {type(module).__name__ for module in tiny_model.modules()}
+    assert set(tiny_model._no_split_modules) <= names
+
+
+def test_it_does_not_generate(tiny_model):
+    assert not tiny_model.can_generate()
+    assert not isinstance(tiny_model.get_output_embeddings(), nn.Module)
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager(tiny_model, pixels):
+    model = copy.deepcopy(tiny_model)
+    compiled = torch.compile(model.model, backend="eager", fullgraph=False)
+    with torch.no_grad():
+        wanted = model.model(pixels, output_hidden_states=True)
+        found = compiled(pixels, output_hidden_states=True)
+    torch.testing.assert_close(found.masks_queries_logits, wanted.masks_queries_logits, atol=1e-5, rtol=1e-5)
+    assert len(found.hidden_states) == len(wanted.hidden_states)

@@ -1,0 +1,365 @@
+"""Prompts that the network makes masks of, many objects over a life, several streams at once, and saved streams."""
+
+import copy
+import logging
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from scripted import FRAME, NOTHING, SIZE, A, B, C, ScriptedModel, Seen
+
+from ausm_hf import AusmImageProcessor, AusmProcessor, read_video
+from ausm_hf.model import session_ausm
+from ausm_hf.model.prompts_ausm import ObjectPrompt
+from ausm_hf.model.session_ausm import AusmInferenceSession
+from ausm_hf.model.streaming_ausm import preview_prompts, step_session, step_sessions
+
+VIDEO_SIZE = (16, 24)
+
+
+class RefiningModel(ScriptedModel):
+    """Makes of the signals of each frame in turn the objects of `refined`; keeps the signals."""
+
+    def __init__(self, script, refined):
+        super().__init__(script)
+        self.refined = refined
+        self.signals = []
+
+    def step(self, pixel_values, history, label_set="a refinement"):
+        if label_set != "a refinement":
+            return super().step(pixel_values, history, label_set)
+        assert history.steps == 0  # a fresh past
+        self.signals.append(history.masks[0])
+        found = self.refined[len(self.signals) - 1]
+        return SimpleNamespace(masks_queries_logits=torch.stack([torch.where(x.mask, 5.0, -5.0) for x in found])[None])
+
+
+def started(script, refined, find_new_objects=True):
+    model = RefiningModel(script, refined)
+    model.session = AusmInferenceSession(seed=0, find_new_objects=find_new_objects)
+    return model, model.session
+
+
+def prompt(session, frame_idx=None, **prompts):
+    """`prompts`: `o3=ObjectPrompt(...)` for object 3."""
+    session.add_prompts(frame_idx, [int(name[1:]) for name in prompts], [*prompts.values()], VIDEO_SIZE)
+
+
+@pytest.fixture
+def warnings(caplog):
+    logging.getLogger("ausm_hf.model.streaming_ausm").propagate = True
+    with caplog.at_level("WARNING"):
+        yield caplog
+
+
+def test_box_becomes_a_mask_before_the_first_frame(warnings):
+    model, session = started([({4: A}, [])], [[C]])
+    prompt(session, o4=ObjectPrompt(box=(8, 0, 24, 12)))
+    output = step_session(model, session, FRAME)
+    assert model.signals[0].equal(Seen((0, 3, 2, 6)).mask[None].float())
+    assert model.histories[0].masks[0].equal(C.mask[None].float())  # M_0
+    assert session.history.masks[0].equal(C.mask[None].float())  # M_1
+    assert output.object_ids == [4] and output.pred_masks.shape == (1, 1, *VIDEO_SIZE)
+    assert (output.pred_masks[0, 0] > 0).float().mean() == pytest.approx(C.mask.float().mean().item(), abs=0.1)
+    assert not session.prompts and not warnings.messages
+
+
+@pytest.mark.parametrize("refined", [NOTHING, B], ids=["nothing", "elsewhere"])
+def test_where_the_network_finds_nothing_the_signal_is_the_mask_and_a_warning_says_so_once(refined, warnings):
+    model, session = started([({4: A}, []), ({4: A}, [])], [[refined]] * 2)
+    for object_id in (4, 5):
+        prompt(session, **{f"o{object_id}": ObjectPrompt(points=((22, 2),), labels=(1,))})
+        output = step_session(model, session, FRAME)
+        marked = (output.pred_masks[output.object_ids.index(object_id), 0] > 0).nonzero()
+        assert marked.tolist() == [[1, 21], [1, 22], [2, 21], [2, 22]]
+    (message,) = warnings.messages
+    assert message.startswith("The network finds no object where object 4 is marked")
+
+
+def test_a_box_needs_no_pixel_at_any_point(warnings):
+    model, session = started([({4: A}, [])], [[B]])
+    prompt(session, o4=ObjectPrompt(box=(0, 7, 8, 16)))
+    step_session(model, session, FRAME)
+    assert session.history.masks[0].equal(B.mask[None].float()) and not warnings.messages
+
+
+def test_what_lies_far_from_the_box_is_not_the_object():
+    model, session = started([({4: A}, [])], [[Seen((0, 4, 0, 4))]])
+    prompt(session, o4=ObjectPrompt(box=(0, 0, 8, 8), points=((14, 14),), labels=(1,)))
+    output = step_session(model, session, FRAME)
+    mask = output.pred_masks[0, 0] > 0
+    assert mask.nonzero().tolist() == [
+        [y, x] for y in range(16) for x in range(24) if (y < 9 and x < 9) or (y in (13, 14) and x in (13, 14))
+    ]
+
+
+def test_points_correct_the_mask_that_the_network_sees():
+    model, session = started([({}, [A]), ({1: A}, []), ({1: B}, []), ({1: NOTHING}, [])], [[C], [C], [B]])
+    step_session(model, session, FRAME)
+    # Discs of 2 x 2 pixels here: four fill a pixel of the network's masks.
+    add, take = [(17, 5), (19, 5), (17, 7), (19, 7)], [(1, 1), (3, 1), (1, 3), (3, 3)]
+    prompt(session, o1=ObjectPrompt(points=(*add, *take), labels=(1,) * 4 + (0,) * 4))
+    output = step_session(model, session, FRAME)
+    assert model.signals[0][0].nonzero().tolist() == [[0, 1], [1, 0], [1, 1], [1, 4]]
+    assert output.object_ids == [1] and output.prompted == [True]
+    assert session.history.masks[0].equal(C.mask[None].float())
+    # With a box it starts anew.
+    prompt(session, o1=ObjectPrompt(box=(16, 0, 24, 8)))
+    step_session(model, session, FRAME)
+    assert model.signals[1][0].equal(C.mask.float())
+    # So it does for an object that is not followed.
+    prompt(session, o9=ObjectPrompt(points=((2, 10),), labels=(1,)))
+    step_session(model, session, FRAME)
+    assert model.signals[2][0].sum() == 1
+
+
+def test_negative_points_that_leave_nothing_are_not_followed(warnings):
+    dot = Seen((0, 1, 0, 1))
+    model, session = started([({}, [dot]), ({1: NOTHING}, []), ({1: A}, [])], [])
+    step_session(model, session, FRAME)
+    prompt(session, o1=ObjectPrompt(points=((2, 2),), labels=(0,)))  # but the object is not there any more
+    assert step_session(model, session, FRAME).object_ids == []
+    assert step_session(model, session, FRAME).object_ids == [1] and not model.signals
+    (message,) = warnings.messages
+    assert message.startswith("Negative points leave nothing of object 1")
+
+
+def test_preview_is_what_the_step_then_gives_and_moves_nothing(tiny_model, moving_square):
+    frames, masks = moving_square
+    processor = AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64}))
+    session = processor.init_video_session(seed=0, find_new_objects=True)
+    pixels = [processor(images=frame)["pixel_values"] for frame in frames]
+    boxes = {0: [8, 12, 26, 30], 2: [16, 12, 34, 30]}
+    for t in range(4):
+        if t in boxes:
+            processor.add_inputs_to_inference_session(session, t, t + 1, input_boxes=boxes[t], original_size=(48, 64))
+        if t == 3:
+            processor.add_inputs_to_inference_session(session, None, 1, input_points=[40, 20])
+        before = copy.deepcopy(session.__dict__)
+        preview = tiny_model.preview_prompts(session, pixels[t])
+        assert set(preview) == set(session.prompts.get(t, {}))
+        unequal = {"generator", "warnings_given"}  # the first is compared below; a warning is given once in all
+        assert str({**before, **dict.fromkeys(unequal)}) == str({**vars(session), **dict.fromkeys(unequal)})
+        assert before["generator"].get_state().equal(session.generator.get_state())
+        output = tiny_model(inference_session=session, frame=pixels[t])
+        for object_id, mask in preview.items():
+            assert mask.any() and mask.shape == (48, 64) and mask.dtype == torch.bool
+            assert mask.equal(output.pred_masks[output.object_ids.index(object_id), 0] > 0)
+    assert preview_prompts(tiny_model, session, pixels[4]) == {}
+
+
+def test_removed_objects_leave_the_history_and_others_stay():
+    model = ScriptedModel([({}, [A, B, C]), ({1: A, 3: C}, []), ({1: A, 3: C}, [B])])
+    model.session = session = AusmInferenceSession(seed=0)
+    step_session(model, session, FRAME)
+    slots = [x.slot for x in session.objects]
+    prompt(session, 1, o2=ObjectPrompt(box=(0, 0, 9, 9)))
+    prompt(session, 5, o2=ObjectPrompt(box=(0, 0, 9, 9)), o8=ObjectPrompt(box=(0, 0, 9, 9)))
+    session.remove_object(2)
+    assert session.obj_ids == [1, 3] and list(session.prompts) == [5] and list(session.prompts[5]) == [8]
+    assert [step_session(model, session, FRAME).object_ids for _ in range(2)] == [[1, 3], [1, 3, 9]]  # a new id
+    assert model.histories[1].slots.tolist() == [[slots[0], slots[2]]] and model.histories[1].taken.tolist() == [
+        [1, 1]
+    ]
+    assert model.histories[1].masks[0].equal(torch.stack([A.mask, C.mask]).float())
+    session.remove_object(8)
+    assert not session.prompts
+    with pytest.raises(ValueError, match=r"one of the objects followed now, \[1, 3, 9\], got 2"):
+        session.remove_object(2)
+    for object_id in (1, 3, 9):
+        session.remove_object(object_id)
+    model.script.append(({}, [A]))
+    assert step_session(model, session, FRAME).object_ids == [10]
+
+
+class Parade:
+    """
+    A stand-in for the network: a world where one object enters and one leaves with every frame, eight at a time.
+    Object `i` (from 1) is there in eight frames, in a cell of its own, and the network knows it by its ID vector.
+    """
+
+    device, dtype = torch.device("cpu"), torch.float32
+    alive = 8
+
+    def __init__(self, num_id_vectors):
+        self.config = SimpleNamespace(
+            num_id_vectors=num_id_vectors,
+            foreground_threshold=0.5,
+            duplicate_overlap=0.5,
+            max_age=5,
+            label_sets={"things": ["thing"]},
+            default_label_set="things",
+        )
+        self.cell_of_slot = {}
+
+    init_history = ScriptedModel.init_history
+
+    def step(self, pixel_values, history, label_set=None):
+        t = history.steps
+        there = {i % 24 for i in range(t + 1, t + 1 + self.alive)}  # cells
+        for column, slot in enumerate(history.slots[0].tolist()):
+            (cells,) = history.masks[0, column].flatten().nonzero(as_tuple=True)
+            if len(cells):
+                self.cell_of_slot[slot] = int(cells[0])
+        tracked = [self.cell_of_slot[slot] for slot in history.slots[0].tolist()]
+        cells = tracked + sorted(there - set(tracked))
+        masks = torch.full((len(cells), 24), -5.0)
+        masks[range(len(cells)), cells] = 5.0
+        return SimpleNamespace(
+            masks_queries_logits=masks.view(1, len(cells), *SIZE),
+            foreground_queries_logits=torch.tensor([[5.0 if cell in there else -5.0 for cell in cells]]),
+            class_queries_logits=torch.zeros(1, len(cells), 2),
+            history=replace(history, steps=t + 1),
+        )
+
+
+def test_a_thousand_objects_in_thirty_two_slots(warnings):
+    """Eight at a time: ids never change or repeat, and a slot rests as long as it can between two objects."""
+    model, session = Parade(32), AusmInferenceSession(seed=0)
+    slot_of, last_held, rests = {}, {}, []
+    for t in range(993):
+        output = step_session(model, session, FRAME)
+        assert output.object_ids == list(range(t + 1, t + 9))
+        cells = (output.pred_masks[:, 0] > 0).flatten(1).nonzero()
+        assert cells[:, 1].tolist() == [object_id % 24 for object_id in output.object_ids]
+        for followed in session.objects:
+            if slot_of.setdefault(followed.object_id, followed.slot) == followed.slot and followed.slot in last_held:
+                if followed.absent_frames == 0 and t - last_held[followed.slot] > 1:
+                    rests.append(t - last_held[followed.slot])
+            assert slot_of[followed.object_id] == followed.slot
+            last_held[followed.slot] = t
+        assert len({x.slot for x in session.objects}) == len(session.objects) <= 13
+    assert len(slot_of) == 1000 and session.next_object_id == 1001 and not warnings.messages
+    # 32 slots, of which 12 or 13 are held, one given back with each frame.
+    assert len(rests) == 1000 - 32 and min(rests) >= 18
+    assert len(str(session.slots_held_until)) < 500  # nothing grows
+
+
+def test_slots_that_nobody_has_held_come_first_and_then_the_longest_unused():
+    session = AusmInferenceSession(seed=0)
+    session.slots_held_until = {0: 7, 1: 3, 4: 9}
+    assert {tuple(sorted(session.draw_slots(2, 5, [])[:2])) for _ in range(9)} == {(2, 3)}
+    assert session.draw_slots(5, 5, [])[2:] == [1, 0, 4]
+
+
+@pytest.fixture(scope="module")
+def clips(shared_data):
+    """The first frames of two real videos, as the network takes them, and their own size."""
+    processor = AusmProcessor(AusmImageProcessor(size={"height": 64, "width": 96}))
+    paths = sorted((shared_data / "clips").glob("*.mp4"))[:2]
+    videos = []
+    for path in paths:
+        source = read_video(path)
+        frames = [frame for frame, _ in zip(source, range(7))]
+        videos.append((source.size, [processor(images=frame)["pixel_values"] for frame in frames]))
+    return processor, videos
+
+
+def same_outputs(a, b, exactly):
+    assert a.object_ids == b.object_ids and a.frame_idx == b.frame_idx and a.prompted == b.prompted
+    assert a.labels == b.labels
+    tolerance = {"rtol": 0, "atol": 0} if exactly else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(a.pred_masks, b.pred_masks, **tolerance)
+    torch.testing.assert_close(a.scores, b.scores, **tolerance)
+
+
+def test_streams_together_are_what_they_are_alone(tiny_model, clips):
+    """Real frames; different numbers of objects, found and prompted ones, one stream a frame later than the others."""
+    processor, videos = clips
+
+    def sessions():
+        made = [processor.init_video_session(seed=i, foreground_threshold=t) for i, t in enumerate((0.99, 0.3, 0.3))]
+        size = videos[0][0]
+        processor.add_inputs_to_inference_session(made[0], 2, 5, input_boxes=[9, 9, 90, 90], original_size=size)
+        return made
+
+    frames = [videos[0][1], videos[1][1], videos[1][1]]
+    together, alone = sessions(), sessions()
+    numbers = set()
+    for t in range(6):
+        several = [0, 1] if t == 0 else [0, 1, 2]
+        outputs = tiny_model.step_sessions([together[i] for i in several], [frames[i][t] for i in several])
+        for i, output in zip(several, outputs, strict=True):
+            same_outputs(output, tiny_model(inference_session=alone[i], frame=frames[i][t]), exactly=False)
+            for name, tensor in together[i].history.tensors().items():
+                torch.testing.assert_close(tensor, alone[i].history.tensors()[name], rtol=1e-4, atol=1e-4)
+        numbers.add(tuple(session.get_obj_num() for session in together))
+    assert any(len(set(number)) > 1 for number in numbers)  # so there was padding
+    assert together[0].obj_ids and 5 in together[0].obj_ids
+
+
+def test_wrong_streams_together(tiny_model):
+    sessions = [AusmInferenceSession(), AusmInferenceSession()]
+    frame = torch.zeros(3, 64, 96)
+    for wrong, frames, message in [
+        ([], [], "one or more"),
+        (sessions, [frame], "2 sessions .* and 1 frames"),
+        ([sessions[0]] * 2, [frame] * 2, r"\(1 different\)"),
+        (sessions, [frame, torch.zeros(3, 96, 64)], r"of one size .*\[\(64, 96\), \(96, 64\)\]"),
+        (sessions, [frame, frame.byte()], "floating point"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            step_sessions(tiny_model, wrong, frames)
+    assert all(session.next_frame_idx == 0 and session.history is None for session in sessions)
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_saved_stream_goes_on_bit_for_bit(tiny_model, clips, tmp_path, after):
+    """With found, prompted and absent objects, slots given back, and prompts of every kind still to come."""
+    processor, videos = clips
+    size, frames = videos[0]
+    session = processor.init_video_session(foreground_threshold=0.3, find_new_objects=True, label_set="pets")
+    mask = np.zeros(size, bool)
+    mask[20:90, 30:80] = True
+    processor.add_inputs_to_inference_session(session, 1, 30, input_masks=mask, original_size=size)
+    for frame in frames[:after]:
+        tiny_model(inference_session=session, frame=frame)
+    processor.add_inputs_to_inference_session(session, 4, 31, input_boxes=[10.3, 10, 50, 1 / 3 + 60])
+    points = {"input_points": [[30, 30.7], [50, 60]], "input_labels": [1, 0], "input_scribbles": [[9, 9], [30, 9]]}
+    processor.add_inputs_to_inference_session(session, 5, 32, **points)
+    session.save(tmp_path / "stream.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["stream.safetensors"]
+    torch.rand(3)  # the stream draws from a generator of its own
+    loaded = AusmInferenceSession.load(str(tmp_path / "stream.safetensors"))
+    assert loaded.obj_ids == session.obj_ids and loaded.next_frame_idx == after and loaded.results is None
+    for frame in frames[after:]:
+        same_outputs(
+            tiny_model(inference_session=loaded, frame=frame),
+            tiny_model(inference_session=session, frame=frame),
+            exactly=True,
+        )
+    assert loaded.generator.get_state().equal(session.generator.get_state())
+    state, expected = vars(loaded), vars(session)
+    for name in expected.keys() - {"generator", "history", "objects"}:
+        assert state[name] == expected[name], name
+    assert str(loaded.objects) == str(session.objects)
+    for name, tensor in session.history.tensors().items():
+        assert loaded.history.tensors()[name].equal(tensor), name
+
+
+def test_files_that_are_no_saved_session(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file .*missing"):
+        AusmInferenceSession.load(tmp_path / "missing")
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(ValueError, match="path must be a saved session"):
+        AusmInferenceSession.load(tmp_path / "text")
+    save_file({"weight": torch.ones(2)}, tmp_path / "weights", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="another kind of safetensors file"):
+        AusmInferenceSession.load(tmp_path / "weights")
+
+
+def test_saving_leaves_a_whole_file_or_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "stream"
+    AusmInferenceSession(label_set="old").save(path)
+
+    def broken(tensors, name, **kwargs):
+        name.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(session_ausm, "save_file", broken)
+    with pytest.raises(OSError, match="disk full"):
+        AusmInferenceSession(label_set="new").save(path)
+    assert AusmInferenceSession.load(path).label_set == "old" and [*tmp_path.iterdir()] == [path]

@@ -1,0 +1,60 @@
+"""`benchmarks/prompts.py` and `benchmarks/slot_reuse.py`, on one sequence of the smallest size."""
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def davis(tmp_path_factory):
+    root = tmp_path_factory.mktemp("davis")
+    for folder in ("JPEGImages/480p/square", "Annotations/480p/square", "ImageSets/2016"):
+        (root / folder).mkdir(parents=True)
+    (root / "ImageSets/2016/dev.txt").write_text("square\n")
+    for t in range(16):
+        mask = np.zeros((48, 64), np.uint8)
+        mask[12:30, 8 + t : 26 + t] = 255
+        Image.fromarray(mask).save(root / f"Annotations/480p/square/{t:05d}.png")
+        Image.fromarray(np.stack([mask // 2] * 3, -1)).save(root / f"JPEGImages/480p/square/{t:05d}.jpg")
+    return root
+
+
+def test_prompts(davis, tiny_checkpoint, tmp_path, capsys):
+    main = runpy.run_path(str(BENCHMARKS / "prompts.py"))["main"]
+    options = ["--root", davis, "--model", tiny_checkpoint, "--frames", 4, "--output", tmp_path / "prompts.json"]
+    main([*map(str, options), "--device", "cpu"])
+    content = json.loads((tmp_path / "prompts.json").read_text())
+    means = content["mean"]
+    assert list(means) == ["mask", "box", "box, filled", "1 click", "3 clicks", "5 clicks"]
+    # The object is a box: the true mask and its filled box are one.
+    assert means["mask"]["first"] == means["box, filled"]["first"] == 1
+    assert means["mask"]["followed"] == means["box, filled"]["followed"] and 0 <= means["box"]["followed"] <= 1
+    assert content["sequences"]["square"] == means
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]) == 2 + 6
+
+
+def test_clicks_go_where_the_mask_is_wrong():
+    next_click = runpy.run_path(str(BENCHMARKS / "prompts.py"))["next_click"]
+    true = np.zeros((30, 40), bool)
+    true[5:16, 10:21] = True
+    assert next_click(np.zeros_like(true), true) == ([15.5, 10.5], 1)
+    too_much = true.copy()
+    too_much[20:29, 30:39] = True
+    too_much[5, 10] = False
+    assert next_click(too_much, true) == ([34.5, 24.5], 0)
+    assert next_click(true, true) is None
+
+
+def test_slot_reuse(davis, tiny_checkpoint, tmp_path):
+    main = runpy.run_path(str(BENCHMARKS / "slot_reuse.py"))["main"]
+    main(["--root", str(davis), "--model", str(tiny_checkpoint), "--output", str(tmp_path / "slots.json")])
+    ways = json.loads((tmp_path / "slots.json").read_text())["sequences"]["square"]
+    assert list(ways) == ["same slot", "another slot", "another slot, no past"]
+    assert all(0 <= value <= 1 for way in ways.values() for value in way.values())
+    assert ways["another slot, no past"]["IoU"] == 1  # with itself
