@@ -1,0 +1,184 @@
+"""
+Time of the streaming step, and of the whole way from video file to video file: `python benchmarks/step.py`.
+
+A synthetic 426 x 240 video with 1, 8 and 20 marked objects goes through the same calls as `ausm segment`, each timed
+by itself; per stage the median over the frames. The floor of the network is its floating point operations (torch's
+counter) over the rate at which this machine multiplies matrices, measured in the same run.
+
+    python benchmarks/step.py --threads 2 --output benchmarks/step.json
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ausm_hf import VideoWriter, load_model, read_video
+from ausm_hf.model.pipeline_ausm import start_session
+from ausm_hf.visualization import draw_overlay, object_labels
+
+SIZE = (240, 426)
+STAGES = ["decode", "preprocess", "network", "session", "post-process", "overlay", "encode"]
+WARM_UP = 5
+
+
+def object_masks(count: int) -> np.ndarray:
+    """Up to 20 squares in four rows: uint8, pixel = object id."""
+    masks = np.zeros(SIZE, np.uint8)
+    for index in range(count):
+        row, column = divmod(index, 5)
+        masks[10 + 56 * row : 50 + 56 * row, 15 + 82 * column : 70 + 82 * column] = index + 1
+    return masks
+
+
+def write_video(path: Path, frames: int):
+    """Twenty coloured squares, trembling, over noise that drifts."""
+    rng = np.random.default_rng(0)
+    ground = rng.integers(0, 160, (SIZE[0] // 6, SIZE[1] // 6 + 40, 3), np.uint8).repeat(6, axis=0).repeat(6, axis=1)
+    colors = rng.integers(100, 256, (21, 3), np.uint8)
+    masks = object_masks(20)
+    with VideoWriter(path, 24, SIZE) as writer:
+        for index in range(frames):
+            frame = ground[: SIZE[0], index : index + SIZE[1]].copy()
+            moved = np.roll(masks, int(6 * np.sin(index / 5)), axis=1)
+            frame[moved > 0] = colors[moved[moved > 0]]
+            writer.write(frame)
+
+
+def run(video: Path, folder: Path, model, processor, count: int) -> dict:
+    """Median milliseconds per frame of each stage, and of all together."""
+    source = read_video(video)
+    session = start_session(processor, source.size, object_masks(count))
+    times: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    in_network = []
+    network_step = model.step
+
+    def timed_step(*args, **kwargs):
+        start = time.perf_counter()
+        output = network_step(*args, **kwargs)
+        in_network.append(time.perf_counter() - start)
+        return output
+
+    frames = iter(source)
+    model.step = timed_step
+    try:
+        with VideoWriter(folder / "overlay.mp4", source.fps, SIZE) as writer:
+            while True:
+                clock = [time.perf_counter()]
+                frame = next(frames, None)
+                if frame is None:
+                    break
+                clock.append(time.perf_counter())
+                pixel_values = processor(images=frame)["pixel_values"]
+                clock.append(time.perf_counter())
+                output = model(inference_session=session, frame=pixel_values)
+                clock.append(time.perf_counter())
+                result = processor.post_process_instance_segmentation(output, target_sizes=[SIZE])[0]
+                masks = result["segmentation"].numpy()
+                clock.append(time.perf_counter())
+                drawn = draw_overlay(frame, masks, object_labels(result["segments_info"]))
+                clock.append(time.perf_counter())
+                writer.write(drawn)
+                clock.append(time.perf_counter())
+                decode, preprocess, step, post_process, overlay, encode = np.diff(clock)
+                network = in_network[-1]
+                row = [decode, preprocess, network, step - network, post_process, overlay, encode]
+                for stage, seconds in zip(STAGES, row):
+                    times[stage].append(1000 * seconds)
+    finally:
+        del model.step
+    totals = [sum(row) for row in zip(*times.values())][WARM_UP:]
+    return {
+        "objects": count,
+        "followed": len(session.objects),
+        "frames": len(totals),
+        **{stage: statistics.median(values[WARM_UP:]) for stage, values in times.items()},
+        "total": statistics.median(totals),
+        "frames_per_second": 1000 * len(totals) / sum(totals),
+    }
+
+
+def step_flops(model, processor, count: int) -> int:
+    """Floating point operations of one step in mid-stream."""
+    session = start_session(processor, SIZE, object_masks(count))
+    pixel_values = processor(images=np.zeros((*SIZE, 3), np.uint8))["pixel_values"]
+    model(inference_session=session, frame=pixel_values)
+    # Written out, attention is matrix products, which the counter knows on every device.
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model.step(pixel_values, session.history)
+    model.set_attn_implementation(before)
+    return counter.get_total_flops()
+
+
+def matmul_rate() -> float:
+    """Floating point operations per second of a large float32 matrix product, the best of several."""
+    a = torch.randn(1024, 1024)
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
+
+
+def machine() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="checkpoint (default: the ausm-nano of the package)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
+    parser.add_argument("--frames", type=int, default=60, help=f"of the video; {WARM_UP} are not counted")
+    parser.add_argument("--objects", type=int, nargs="+", default=[1, 8, 20], help="how many are marked, at most 20")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    if args.frames <= WARM_UP or not all(1 <= count <= 20 for count in args.objects):
+        parser.error(f"more than {WARM_UP} frames and 1 to 20 objects are wanted")
+
+    torch.set_num_threads(args.threads)
+    model, processor = load_model(args.model, "cpu", "float32")
+    rate = matmul_rate()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        video = Path(folder) / "video.mp4"
+        write_video(video, args.frames)
+        for count in args.objects:
+            row = run(video, Path(folder), model, processor, count)
+            row["network_gflop"] = step_flops(model, processor, count) / 1e9
+            row["network_floor"] = 1e12 * row["network_gflop"] / rate
+            rows.append(row)
+
+    columns = ["objects", *STAGES, "total", "network_floor", "frames_per_second"]
+    print(f"{machine()}, {args.threads} threads, {rate / 1e9:.0f} GFLOP/s in matrix products; ms per frame")
+    print("| " + " | ".join(column.replace("_", " ") for column in columns) + " |")
+    print("|" + " --- |" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(str(row["objects"]) if c == "objects" else f"{row[c]:.1f}" for c in columns) + " |")
+    if args.output:
+        result = {
+            "machine": machine(),
+            "threads": args.threads,
+            "torch": torch.__version__,
+            "frame_size": SIZE,
+            "matmul_gflops": rate / 1e9,
+            "milliseconds_per_frame": rows,
+        }
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
