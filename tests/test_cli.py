@@ -1,8 +1,17 @@
 """`ausm`: what it writes, and how it refuses."""
 
+import io
 import json
+import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +20,7 @@ from pycocotools import mask as rle_tools
 
 import ausm_hf
 from ausm_hf import VideoWriter, read_video
-from ausm_hf.cli import main
+from ausm_hf.cli import _until_interrupted, main, parse_prompts
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +91,7 @@ def bad(clip, tiny_checkpoint, moving_square, tmp_path_factory):
     frames, masks = moving_square
     (folder / "broken.mp4").write_bytes(b"this is no video")
     cut = clip[0].read_bytes()
-    (folder / "cut.mp4").write_bytes(cut[: len(cut) // 4])
+    (folder / "header.mp4").write_bytes(cut[:400])
     (folder / "empty").mkdir()
     (folder / "growing").mkdir()
     for i in range(3):
@@ -108,10 +117,10 @@ def bad(clip, tiny_checkpoint, moving_square, tmp_path_factory):
 BAD = {
     "missing video": (["missing.mp4"], "no such file or folder"),
     "broken video": (["broken.mp4"], "can't be opened"),
-    "cut video": (["cut.mp4"], "can't be"),
+    "cut video": (["header.mp4"], "has no frames that can be decoded"),
     "folder without images": (["empty"], "has no images"),
     "frame changes its size": (["growing"], "frame 2 of 'growing'"),
-    "broken frame": (["half"], "can't be decoded"),
+    "broken frame": (["half", "--strict"], "frame 2 of 'half' can't be decoded"),
     "mask of another size": (["CLIP", "--masks", "turned.png"], "wanted is the size of the video"),
     "empty mask": (["CLIP", "--masks", "nothing.png"], "masks is empty"),
     "too many objects": (["CLIP", "--masks", "crowded.png"], "at most 4, the number of ID vectors"),
@@ -129,6 +138,25 @@ BAD = {
     "device": (["CLIP", "--device", "abacus"], "can't be used"),
     "dtype": (["CLIP", "--dtype", "int8"], "wanted is auto, float32, bfloat16 or float16"),
     "unknown option": (["CLIP", "--colour"], "unrecognized arguments"),
+    "box of three numbers": (["CLIP", "--boxes", "1:2,3,4"], "--boxes holds '1:2,3,4'; wanted is ID:X0,Y0,X1,Y1 for"),
+    "box without id": (["CLIP", "--boxes", "1,2,3,4"], "as in '1:10,20,110,220 2:200,40,260,90'"),
+    "box twice": (["CLIP", "--boxes", "1:2,2,9,9", "--boxes", "1:2,2,8,8"], "--boxes holds object 1 more than once"),
+    "box of no area": (["CLIP", "--boxes", "1:9,9,2,2"], "x0 < x1"),
+    "no box": (["CLIP", "--boxes", ""], "--boxes holds ''; wanted is ID:X0"),
+    "point of one number": (
+        ["CLIP", "--points", "1:2,3;4"],
+        "holds '1:2,3;4'; wanted is ID:X,Y;X,Y for each",
+    ),
+    "point outside": (["CLIP", "--points", "1:2,3;64,4"], "input_points must lie within the frame"),
+    "only negative points": (["CLIP", "--points", "1:-2,3"], "negative points alone"),
+    "box of a marked object": (["CLIP", "--masks", "MASK", "--boxes", "3:2,2,9,9"], "which masks has too"),
+    "prompted frame beyond": (["CLIP", "--boxes", "1:2,2,9,9", "--prompt-frame", "6"], "the video has 6 frames"),
+    "backward without prompts": (["CLIP", "--backward"], "without masks or prompts"),
+    "size of a file": (["CLIP", "--raw-size", "64x48"], "it is for raw frames on standard input"),
+    "size of one number": (["-", "--raw-size", "64"], "--raw-size is '64'; wanted is WIDTHxHEIGHT, as in 640x360"),
+    "prompts for several": (["CLIP", "CLIP", "--boxes", "1:2,2,9,9"], "--boxes is for one video; INPUT names several"),
+    "one of several missing": (["CLIP", "gone.mp4"], "'gone.mp4': no such file or folder"),
+    "pattern without matches": (["*.avi"], "matches no file"),
 }
 
 
@@ -138,7 +166,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 ):
     monkeypatch.chdir(bad)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    arguments = [str(clip[0]) if x == "CLIP" else x for x in arguments]
+    arguments = [{"CLIP": str(clip[0]), "MASK": str(clip[1])}.get(x, x) for x in arguments]
     if "--model" not in arguments:
         arguments += ["--model", str(tiny_checkpoint)]
     before = sorted(bad.rglob("*"))
@@ -234,3 +262,266 @@ def test_help(capsys):
             ausm(*arguments)
         assert stopped.value.code == 0
     assert "RECIPE" in capsys.readouterr().out
+
+
+def test_prompts_on_the_command_line():
+    assert parse_prompts(["1:10,20,30.5,40 2:0,.5,7,8", "12:1,2,3,4"], ["1:5,6;-7,8.25", " 3:0,0  4:-1,1;2,2 "]) == {
+        "boxes": {1: [10, 20, 30.5, 40], 2: [0, 0.5, 7, 8], 12: [1, 2, 3, 4]},
+        "points": {1: [[5, 6], [7, 8.25]], 3: [[0, 0]], 4: [[1, 1], [2, 2]]},
+        "labels": {1: [1, 0], 3: [1], 4: [0, 1]},
+    }
+    for wrong in ("1:5", "1:5,6;", "x:5,6", "1:5,6,7", "1:+5,6", "1:5,--6", "1:nan,6", "1 :5,6", "1:5, 6"):
+        with pytest.raises(ValueError, match="--points holds .*; wanted is ID:X,Y;X,Y for each object, with - before"):
+            parse_prompts([], [wrong])
+
+
+def test_boxes_and_points_reach_the_network(clip, tiny_checkpoint, tmp_path):
+    ausm(
+        "segment", clip[0], "--boxes", "4:24,12,42,30", "--points", "4:30,20;-2,2 6:50,40", "--prompt-frame", 4,
+        "--backward", "--model", tiny_checkpoint, "--output", tmp_path, "--formats", "png,jsonl",
+    )  # fmt: skip
+    model, processor = ausm_hf.load_model(tiny_checkpoint)
+    prompts = {
+        "boxes": {4: [24, 12, 42, 30]},
+        "points": {4: [[30, 20], [2, 2]], 6: [[50, 40]]},
+        "labels": {4: [1, 0], 6: [1]},
+    }
+    results = ausm_hf.segment_video(clip[0], model, processor, prompts=prompts, prompt_frame=4, backward=True)
+    lines = (tmp_path / "frames.jsonl").read_text().splitlines()
+    assert {x["id"] for line in lines for x in json.loads(line)["objects"]} <= {4, 6}
+    for result in results:
+        written = np.array(Image.open(tmp_path / "masks" / f"{result.index:05d}.png"))
+        assert (written == result.masks).all()
+
+
+def stdin_of(monkeypatch, data: bytes):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data))))
+
+
+def test_raw_frames_on_stdin(clip, moving_square, tiny_checkpoint, tmp_path, monkeypatch):
+    stdin_of(monkeypatch, moving_square[0].tobytes())
+    options = ["--masks", clip[1], "--model", tiny_checkpoint, "--formats", "png,mp4"]
+    ausm("segment", "-", "--raw-size", "64x48", *options, "--output", tmp_path / "raw")
+    (tmp_path / "frames").mkdir()
+    for i, frame in enumerate(moving_square[0]):
+        Image.fromarray(frame).save(tmp_path / "frames" / f"{i}.png")
+    ausm("segment", tmp_path / "frames", *options, "--output", tmp_path / "files")
+    assert_same(tmp_path / "raw", tmp_path / "files")
+
+
+def test_frames_that_cannot_be_decoded_are_told(bad, tiny_checkpoint, tmp_path):
+    with pytest.warns(UserWarning, match="frame 2 of 'half' can't be decoded") as told:
+        ausm("segment", bad / "half", "--model", tiny_checkpoint, "--output", tmp_path, "--formats", "png")
+    line = warnings.formatwarning(told[0].message, UserWarning, "file", 1)
+    assert line.startswith("ausm: warning: frame 2 of 'half'") and line.count("\n") == 1
+    assert sorted(p.name for p in (tmp_path / "masks").iterdir()) == ["00000.png", "00001.png"]
+
+
+def assert_same(one: Path, other: Path):
+    """All that isn't hidden is the same, to the byte."""
+    one, other = (
+        {p.relative_to(x): p.read_bytes() for p in x.rglob("*") if p.is_file() and ".ausm" not in p.parts}
+        for x in (one, other)
+    )
+    assert one == other and one
+
+
+@pytest.fixture(scope="module")
+def videos(moving_square, tmp_path_factory):
+    """Five videos in two folders, one of them broken."""
+    folder = tmp_path_factory.mktemp("archive")
+    (folder / "deep").mkdir()
+    for number, name in enumerate(["a.mp4", "b.mkv", "deep/a.mp4", "deep/c.mov"]):
+        with VideoWriter(folder / name, fps=10, size=(48, 64)) as writer:
+            for frame in np.roll(moving_square[0], 5 * number, axis=2):
+                writer.write(frame)
+    (folder / "deep" / "broken.mp4").write_bytes(b"this is no video")
+    return folder
+
+
+def test_many_videos(videos, tiny_checkpoint, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--model", tiny_checkpoint, "--threshold", 0]
+    for _ in range(2):  # the second time there is nothing left to do
+        with pytest.raises(SystemExit) as stopped:
+            ausm("segment", videos / "**" / "*.m*", "--output", out, *options)
+        assert stopped.value.code == 1
+        told = capsys.readouterr()
+        assert told.out == f"{out}/manifest.jsonl\n"
+        assert "ausm: 1 of 5 videos failed" in told.err and "broken.mp4: video 'broken' can't be opened" in told.err
+    lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    assert [(line["name"], line["status"]) for line in lines] == [
+        ("a", "done"), ("b", "done"), ("deep/a", "done"), ("deep/broken", "failed"), ("deep/c", "done"),
+    ]  # fmt: skip
+    ausm("segment", videos / "deep" / "c.mov", "--output", tmp_path / "alone", *options)
+    (out / "deep" / "c" / "video.json").unlink()
+    assert_same(out / "deep" / "c", tmp_path / "alone")
+    assert not (out / "deep" / "broken").exists()
+    with pytest.raises(SystemExit):
+        ausm("segment", videos / "*.m*", "--output", out, "--formats", "png", *options)
+    assert "holds results made with formats" in capsys.readouterr().err
+
+
+@contextmanager
+def disk_that_holds(num_bytes: int):
+    """No file of this process can grow beyond."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("formats", ["mp4", "json", "jsonl", "coco,youtube_vis", "png,mp4,json"])
+def test_disk_full(clip, tiny_checkpoint, tmp_path, capsys, formats):
+    options = ["--model", tiny_checkpoint, "--threshold", 0, "--formats", formats, "--output", tmp_path / "out"]
+    with disk_that_holds(200), pytest.raises(SystemExit) as stopped:
+        ausm("segment", clip[0], *options)
+    assert stopped.value.code == 2 and "ausm: error: [Errno 27] File too large" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_disk_full_among_many(videos, tiny_checkpoint, tmp_path, capsys):
+    options = ["--model", tiny_checkpoint, "--output", tmp_path / "out", "--formats", "mp4,png"]
+    with disk_that_holds(600), pytest.raises(SystemExit) as stopped:
+        ausm("segment", videos / "*.m*", *options)
+    assert stopped.value.code == 2 and "[Errno 27] File too large" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [".ausm"]  # no video is blamed
+    ausm("segment", videos / "*.m*", *options)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".ausm", "a", "b", "manifest.jsonl"]
+
+
+def test_output_that_cannot_be_written_to(clip, tiny_checkpoint, capsys):
+    if not Path("/proc/self").is_dir():
+        pytest.skip("there is no /proc, which nobody can write to")
+    for inputs in ([clip[0]], clip):
+        with pytest.raises(SystemExit) as stopped:
+            ausm("segment", *inputs, "--model", tiny_checkpoint, "--output", "/proc/ausm")
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert stopped.value.code == 2 and error.startswith("ausm: error: [Errno ") and "/proc/ausm" in error, error
+
+
+def test_interrupt_ends_a_live_stream_and_a_second_one_everything():
+    def live():
+        yield 0
+        os.kill(os.getpid(), signal.SIGINT)
+        yield 1
+        yield 2
+
+    before = signal.getsignal(signal.SIGINT)
+    assert list(_until_interrupted(live())) == [0, 1]
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt):
+        for number in _until_interrupted(live()):
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+
+
+def in_child(*arguments) -> int:
+    """Starts the command in a child of this process, which has everything imported already; returns its id."""
+    import tqdm  # noqa: F401
+
+    import ausm_hf.segment  # noqa: F401
+
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.dup2(2, 1)
+        ausm(*arguments)
+    except SystemExit as stopped:
+        os._exit(stopped.code or 0)
+    finally:
+        os._exit(99)
+
+
+def ended(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def seconds_of(*arguments) -> float:
+    started = time.monotonic()
+    ended(in_child(*arguments))
+    return time.monotonic() - started
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_leaves_only_whole_files(clip, tiny_checkpoint, tmp_path):
+    options = ["--model", tiny_checkpoint, "--threshold", 0, "--formats", "mp4,png,json,jsonl,coco,youtube_vis"]
+    command = ["segment", clip[0], *options, "--output"]
+    most = max(seconds_of(*command, tmp_path / "whole") for _ in range(2))
+    names = {"overlay.mp4", "masks", "objects.json", "frames.jsonl", "coco.json", "youtube_vis.json"}
+    rng, found = random.Random(0), []
+    for number in range(50):
+        out = tmp_path / str(number)
+        child = in_child(*command, out)
+        time.sleep(rng.uniform(0, 1.1 * most))
+        os.kill(child, signal.SIGKILL)
+        ended(child)
+        seen = [p for p in (out.iterdir() if out.exists() else []) if not p.name.startswith(".")]
+        found.append(len(seen))
+        for path in seen:
+            assert path.name in names
+            if path.is_dir():
+                assert_same(path, tmp_path / "whole" / path.name)
+            else:
+                assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
+    assert 0 in found  # some were killed midway
+
+
+@pytest.mark.slow
+def test_terminated_leaves_nothing(clip, tiny_checkpoint, tmp_path):
+    command = ["segment", clip[0], "--model", tiny_checkpoint, "--threshold", 0, "--output"]
+    most = seconds_of(*command, tmp_path / "whole")
+    codes = []
+    for number in range(10):
+        child = in_child(*command, tmp_path / "out")
+        time.sleep(most * (number + 0.5) / 10)
+        os.kill(child, signal.SIGTERM)
+        codes.append(ended(child))
+        if codes[-1] == 143:
+            assert not (tmp_path / "out").exists()
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert set(codes) <= {143, 0, -signal.SIGTERM} and 143 in codes
+
+
+def start(*arguments, launcher=("-m", "ausm_hf.cli")):
+    return subprocess.Popen([sys.executable, *launcher, *map(str, arguments)], stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_processes_share_many_videos_and_one_is_killed(videos, tiny_checkpoint, tmp_path):
+    source = tmp_path / "in"
+    for number in range(6):
+        shutil.copytree(videos, source / str(number))
+    command = ["segment", source / "**" / "*.m*", "--model", tiny_checkpoint, "--threshold", 0, "--output"]
+    assert start(*command, tmp_path / "alone").wait() == 1  # the broken ones
+
+    out = tmp_path / "out"
+    first, second = start(*command, out), start(*command, out)
+    while not list(out.rglob("video.json")):
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    assert first.returncode == -signal.SIGKILL and len(list(out.rglob("video.json"))) < 24
+    first = start(*command, out)
+    assert (first.wait(), second.wait()) == (1, 1)
+    assert_same(out, tmp_path / "alone")
+    assert len(list(out.rglob("video.json"))) == 24
+
+
+@pytest.mark.slow
+def test_many_videos_under_torchrun(videos, tiny_checkpoint, tmp_path):
+    (videos / "deep" / "broken.mp4").rename(videos / "deep" / "broken.txt")
+    try:
+        command = ["segment", videos / "**" / "*.m*", "--model", tiny_checkpoint, "--output"]
+        assert start(*command, tmp_path / "alone").wait() == 0
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ausm_hf.cli"]
+        assert start(*command, tmp_path / "out", launcher=launcher).wait() == 0
+    finally:
+        (videos / "deep" / "broken.txt").rename(videos / "deep" / "broken.mp4")
+    assert_same(tmp_path / "out", tmp_path / "alone")

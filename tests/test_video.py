@@ -1,11 +1,17 @@
+import functools
+import http.server
+import io
+import itertools
 import os
 import re
 import struct
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
+import weakref
 from contextlib import suppress
 from fractions import Fraction
 
@@ -341,11 +347,15 @@ def test_video_cut_short(tmp_path):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                seen.extend(read_video(path))
+                seen.extend(read_video(path, strict=True))
             except ValueError as error:
-                assert re.search(r"frame \d+ of 'cut' can't be decoded", str(error))
+                assert re.search(r"frame \d+ (of|on) 'cut' can't be (decoded|read)", str(error))
             else:
                 assert f"should have 60 frames, {len(seen)} could be read" in str(caught[0].message)
+            num_good = len(seen)
+            source = read_video(path)
+            assert len(list(source)) >= num_good > 10 and 0 <= source.num_skipped <= 1
+            assert caught  # one way or the other it was said
     path.write_bytes(whole[: len(whole) // 20])  # within the header
     with pytest.raises(ValueError, match="can't be opened"):
         read_video(path)
@@ -427,3 +437,248 @@ def test_writer_refuses(tmp_path):
         writer.write(np.zeros((4, 6, 3), np.uint8), time=0.0)
         writer.write(np.zeros((4, 6, 3), np.uint8))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def with_bad_frame(tmp_path):
+    """Eight PNG images in a QuickTime file, the fourth (index 3) spoilt; and the eight frames."""
+    frames = smooth_frames(8)
+    with av.open(str(tmp_path / "spoilt.mov"), "w") as container:
+        stream = container.add_stream("png", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "rgb24"
+        for i, frame in enumerate(frames):
+            (packet,) = stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24"))
+            if i == 3:
+                spoilt = av.Packet(b"spoilt" * 50)
+                spoilt.pts, spoilt.dts, spoilt.time_base = packet.pts, packet.dts, packet.time_base
+                spoilt.stream, packet = packet.stream, spoilt
+            container.mux(packet)
+    return tmp_path / "spoilt.mov", frames
+
+
+def test_frame_that_cannot_be_decoded_is_reported_and_left_out(with_bad_frame):
+    path, frames = with_bad_frame
+    source = read_video(path)
+    with pytest.warns(UserWarning, match="frame 3 of 'spoilt' can't be decoded: Invalid data") as caught:
+        read = list(source.read())
+    assert len(caught) == 1 and source.num_skipped == 1
+    assert [index for index, _, _ in read] == [0, 1, 2, 4, 5, 6, 7]
+    assert [time for _, time, _ in read] == pytest.approx([0, 0.1, 0.2, 0.4, 0.5, 0.6, 0.7], abs=1e-3)
+    assert all(np.array_equal(frame, frames[index]) for index, _, frame in read)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once, also when it is read again
+        assert [index for index, _, _ in source.read(2, 6)] == [2, 4, 5] and source.num_skipped == 1
+    with pytest.raises(ValueError, match="frame 3 of 'spoilt' can't be decoded"):
+        list(read_video(path, strict=True))
+
+
+def test_bad_images_at_both_ends_of_a_folder(tmp_path):
+    for i in range(5):
+        Image.new("RGB", (6, 4), (i, i, i)).save(tmp_path / f"{i}.png")
+    for i in (0, 4):
+        (tmp_path / f"{i}.png").write_text("I am not an image")
+    with pytest.warns(UserWarning, match="can't be decoded") as caught:
+        source = read_video(tmp_path)
+        assert [(index, frame[0, 0, 0]) for index, _, frame in source.read()] == [(1, 1), (2, 2), (3, 3)]
+    assert source.size == (4, 6) and source.num_frames == 5 and source.num_skipped == len(caught) == 2
+    with pytest.raises(ValueError, match="frame 0 of .* can't be decoded"):
+        read_video(tmp_path, strict=True)
+    for i in (1, 2, 3):
+        (tmp_path / f"{i}.png").write_text("nor am I")
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match="no frames that can be decoded: .*cannot identify"),
+    ):
+        read_video(tmp_path)
+
+
+def test_damaged_h264_goes_on(tmp_path):
+    """What a stream looks like after a bad cable: pieces of it overwritten, the rest intact."""
+    with av.open(str(tmp_path / "cable.ts"), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"g": "10"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for frame in smooth_frames(60):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    data = bytearray((tmp_path / "cable.ts").read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 4000] = np.random.default_rng(0).bytes(4000)
+    (tmp_path / "cable.ts").write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # FFmpeg mends some of it without a word
+        read = list(read_video(tmp_path / "cable.ts").read())
+    assert 40 < len(read) < 60
+    assert psnr(read[-1][2], smooth_frames(60)[-1]) > 30  # after the next key frame all is well again
+
+
+def test_backward(tmp_path, monkeypatch, with_bad_frame):
+    frames = smooth_frames(11)
+    sources = [read_video(write(tmp_path / "a.mp4", frames, times=[i * i / 100 for i in range(11)]))]
+    (tmp_path / "folder").mkdir()
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / "folder" / f"{i}.png")
+    sources += [read_video(tmp_path / "folder"), read_video(frames), read_video(with_bad_frame[0])]
+    for held in (1, 3, 100):
+        monkeypatch.setattr("ausm_hf.video.HELD_BYTES", held * 48 * 64 * 3)
+        for source in sources:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                forward = list(source.read())[:7]
+                backward = list(source.backward(forward[-1][0]))
+            assert [x[:2] for x in backward] == [x[:2] for x in forward[::-1]]
+            assert all(np.array_equal(a[2], b[2]) for a, b in zip(backward, forward[::-1]))
+    with pytest.raises(ValueError, match="only once, so not backwards"):
+        next(read_video(iter(frames)).backward(3))
+
+
+def test_backward_holds_one_piece_at_a_time(monkeypatch):
+    monkeypatch.setattr("ausm_hf.video.HELD_BYTES", 3 * 48)
+    alive = set()
+
+    class Frames:
+        def __len__(self):
+            return 20
+
+        def __iter__(self):
+            for i in range(20):
+                frame = np.full((4, 4, 3), i, np.uint8)
+                alive.add(i)
+                weakref.finalize(frame, alive.discard, i)
+                yield frame
+                del frame
+
+    most = 0
+    for _, _, frame in read_video(Frames()).backward(19):
+        del frame
+        most = max(most, len(alive))
+    assert most <= 5  # three that are held, and those at hand
+
+
+READER = """
+import sys, warnings
+from ausm_hf.video import read_video
+source = read_video("-", raw_size=eval(sys.argv[1]), strict="strict" in sys.argv)
+print(source.name, source.size, source.fps, source.num_frames, source.once, flush=True)
+for index, time, frame in source.read():
+    print(index, time, frame.tobytes().hex(), flush=True)
+"""
+
+
+def piped(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", READER, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+def as_jpeg(frame) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def test_mjpeg_on_stdin_comes_out_as_it_comes_in():
+    frames = smooth_frames(12)
+    with piped("None") as process:
+        for frame in frames[:6]:
+            process.stdin.write(as_jpeg(frame))
+        process.stdin.flush()
+        assert process.stdout.readline().decode() == "stdin (48, 64) None None True\n"
+        lines = [process.stdout.readline().decode() for _ in range(4)]  # while the pipe is still open
+        process.stdin.write(b"".join(as_jpeg(frame) for frame in frames[6:]))
+        process.stdin.close()
+        lines += process.stdout.read().decode().splitlines()
+        errors = process.stderr.read()
+    assert len(lines) == 12 and not errors
+    for i, line in enumerate(lines):
+        index, time, data = line.split()
+        assert (index, time) == (str(i), "None")  # no clock: neither JPEG nor pipe says when
+        theirs = np.asarray(Image.open(io.BytesIO(as_jpeg(frames[i]))))
+        assert psnr(np.frombuffer(bytes.fromhex(data), np.uint8).reshape(48, 64, 3), theirs) > 33
+
+
+def test_raw_frames_on_stdin():
+    frames = np.random.default_rng(0).integers(0, 256, (3, 48, 64, 3), dtype=np.uint8)
+    with piped("(48, 64)") as process:
+        process.stdin.write(frames[:2].tobytes())
+        process.stdin.flush()
+        lines = [process.stdout.readline().decode() for _ in range(3)]
+        process.stdin.write(frames[2].tobytes() + b"half a frame")
+        process.stdin.close()
+        lines += process.stdout.read().decode().splitlines()
+        errors = process.stderr.read()
+    assert lines[0] == "stdin (48, 64) None None True\n" and len(lines) == 4
+    assert [bytes.fromhex(line.split()[2]) for line in lines[1:]] == [frame.tobytes() for frame in frames]
+    assert b"frame 3 of 'stdin' can't be decoded: it has 12 bytes, wanted are 9216" in errors
+    with piped("(48, 64)", "strict") as process:
+        _, errors = process.communicate(frames.tobytes() + b"half a frame")
+    assert process.returncode == 1 and errors.rstrip().endswith(b"it has 12 bytes, wanted are 9216")
+
+
+def test_other_stdin():
+    with piped("None") as process:
+        assert b"ValueError: video 'stdin' can't be opened" in process.communicate(b"I am not a video\n" * 500)[1]
+    with piped("None") as process:
+        assert b"ValueError: video 'stdin' can't be opened" in process.communicate(b"")[1]
+    with piped("(48, 64)") as process:
+        assert b"ValueError: video 'stdin' has no frames" in process.communicate(b"")[1]
+    with pytest.raises(ValueError, match="raw_size is given; it is for raw frames on standard input"):
+        read_video("video.mp4", raw_size=(48, 64))
+    with pytest.raises(ValueError, match="raw_size is"):
+        read_video("-", raw_size=(0, 64))
+
+
+def test_matroska_on_stdin_keeps_its_clock(tmp_path):
+    times = [0, 0.1, 0.15, 0.5, 0.6]
+    path = write(tmp_path / "vfr.mkv", smooth_frames(5), times=times)
+    with piped("None") as process:
+        lines = process.communicate(path.read_bytes())[0].decode().splitlines()
+    assert [float(line.split()[1]) for line in lines[1:]] == pytest.approx(times, abs=1e-3)
+
+
+@pytest.fixture
+def web(tmp_path):
+    """A web server on this machine: files of `tmp_path`; and, as network cameras send it, JPEGs without end."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            if not self.path.startswith("/camera"):
+                return super().do_GET()
+            self.send_response(200)
+            self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=next")
+            self.end_headers()
+            with suppress(OSError):  # the viewer has left
+                for frame in itertools.cycle(smooth_frames(30)):
+                    data = as_jpeg(frame)
+                    head = f"--next\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}\r\n\r\n"
+                    self.wfile.write(head.encode() + data + b"\r\n")
+
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Handler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_file_over_http(web, tmp_path):
+    times = [0, 0.1, 0.15, 0.5, 0.6]
+    path = write(tmp_path / "vfr.mp4", smooth_frames(5), times=times)
+    source = read_video(f"{web}/vfr.mp4?token=secret")
+    assert (source.name, source.size, source.once) == ("vfr.mp4", (48, 64), True)
+    seen = list(source.with_times())
+    assert [time for time, _ in seen] == pytest.approx(times, abs=1e-4)
+    assert all(np.array_equal(a, b) for (_, a), b in zip(seen, read_video(path), strict=True))
+    with pytest.raises(ValueError, match="'missing.mp4' can't be opened"):
+        read_video(f"{web}/missing.mp4")
+
+
+def test_network_camera(web):
+    source = read_video(f"{web}/camera")
+    seen = [frame for _, frame in zip(range(40), source)]
+    assert source.size == (48, 64) and psnr(seen[0], smooth_frames(1)[0]) > 33

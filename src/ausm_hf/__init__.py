@@ -23,7 +23,8 @@ _MODULE_OF = {
         "model.pipeline_ausm": ["VideoSegmentationPipeline"],
         "checkpoint": ["write_checkpoint"],
         "mask2former": ["from_mask2former"],
-        "segment": ["FrameSegments", "load_model", "save_segments", "segment_video"],
+        "segment": ["FrameSegments", "load_model", "save_segments", "segment_video", "segment_videos"],
+        "export": ["to_coco", "to_supervision", "to_youtube_vis", "to_youtube_vis_data"],
         "video": ["VideoSource", "VideoWriter", "read_video"],
     }.items()
     for name in names

@@ -1,29 +1,168 @@
 """The command `ausm`. Each command is one call into the library, which is imported only when the command runs."""
 
 import argparse
+import re
+import signal
 import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+
+BOXES = "ID:X0,Y0,X1,Y1 for each object, as in '1:10,20,110,220 2:200,40,260,90'"
+POINTS = "ID:X,Y;X,Y for each object, with - before a point that is not on it, as in '1:120,80;-30,40 2:60,60'"
 
 
 def segment(args: argparse.Namespace):
+    from .archive import are_many
+    from .video import read_video
+
+    prompts = parse_prompts(args.boxes, args.points)
+    if are_many(args.input):
+        return _segment_many(args)
+    source = read_video(args.input[0], args.strict, args.raw_size and parse_raw_size(args.raw_size))
+
+    # What takes seconds to import only now: most mistakes are found by then.
     from tqdm import tqdm
 
     from .segment import check_formats, load_model, read_mask, save_segments, segment_video
-    from .video import read_video
 
     formats = check_formats(args.formats.split(","))
-    source = read_video(args.input)
     masks = None if args.masks is None else read_mask(args.masks)
     model, processor = load_model(args.model, args.device, args.dtype)
-    results = segment_video(source, model, processor, masks, args.threshold)
-    results = tqdm(results, total=source.num_frames, unit="frame", desc=source.name)
-    for path in save_segments(results, args.output, formats, source.fps, source.name):
+    results = segment_video(
+        source,
+        model,
+        processor,
+        masks,
+        args.threshold,
+        prompts=prompts,
+        prompt_frame=args.prompt_frame,
+        find_new_objects=args.find_new_objects or None,
+        backward=args.backward,
+    )
+    if source.once:
+        results = _until_interrupted(results)
+    with tqdm(results, total=source.num_frames, unit="frame", desc=source.name) as results:
+        paths = save_segments(results, args.output, formats, source.fps, source.name)
+    for path in paths:
         print(path)
+
+
+def _segment_many(args: argparse.Namespace):
+    of_one = ["boxes", "points", "masks", "prompt_frame", "find_new_objects", "backward", "raw_size"]
+    if given := [f"--{name.replace('_', '-')}" for name in of_one if getattr(args, name)]:
+        raise ValueError(f"{given[0]} is for one video; INPUT names several")
+
+    from tqdm import tqdm
+
+    from .segment import check_formats, load_model, segment_videos
+
+    formats = check_formats(args.formats.split(","))
+    model, processor = load_model(args.model, args.device, args.dtype)
+    lines = segment_videos(args.input, args.output, model, processor, formats, args.threshold, strict=args.strict)
+    num_videos, failed = 0, []
+    for num_videos, line in enumerate(tqdm(lines, unit="video"), 1):  # noqa: B007
+        if line["status"] == "failed":
+            failed.append(line["video"])
+            print(f"ausm: failed: {line['video']}: {line['error']}", file=sys.stderr)
+    print(f"{args.output}/manifest.jsonl")
+    if failed:
+        print(f"ausm: {len(failed)} of {num_videos} videos failed", file=sys.stderr)
+        sys.exit(1)
+
+
+def _until_interrupted(results: Iterable) -> Iterator:
+    """A live stream has no end: Ctrl-C is its end, and the files are completed. A second one stops everything."""
+    stopped = False
+
+    def stop(*_):
+        nonlocal stopped
+        stopped = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        for result in results:
+            yield result
+            if stopped:
+                return
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def parse_prompts(boxes: list[str], points: list[str]) -> dict[str, dict[int, list]]:
+    """What `--boxes` and `--points` say, as prompts for [`~ausm_hf.segment.segment_video`]."""
+    number = r"(?:\d+(?:\.\d*)?|\.\d+)"
+    point = rf"-?{number},{number}"
+    prompts: dict[str, dict[int, list]] = {"boxes": {}, "points": {}, "labels": {}}
+    for text in _objects("--boxes", boxes):
+        if not re.fullmatch(rf"\d+:{number}(,{number}){{3}}", text):
+            raise ValueError(f"--boxes holds {text!r}; wanted is {BOXES}")
+        object_id, box = text.split(":")
+        prompts["boxes"][int(object_id)] = [float(x) for x in box.split(",")]
+    for text in _objects("--points", points):
+        if not re.fullmatch(rf"\d+:{point}(;{point})*", text):
+            raise ValueError(f"--points holds {text!r}; wanted is {POINTS}")
+        object_id, of_object = text.split(":")
+        of_object = of_object.split(";")
+        prompts["points"][int(object_id)] = [[float(x) for x in one.lstrip("-").split(",")] for one in of_object]
+        prompts["labels"][int(object_id)] = [int(not one.startswith("-")) for one in of_object]
+    return prompts
+
+
+def _objects(option: str, values: list[str]) -> list[str]:
+    objects = [text for value in values for text in value.split() or [""]]
+    ids = [text.split(":")[0] for text in objects]
+    if twice := [object_id for object_id in ids if ids.count(object_id) > 1]:
+        raise ValueError(f"{option} holds object {twice[0]} more than once")
+    return objects
+
+
+def parse_raw_size(text: str) -> tuple[int, int]:
+    """`WIDTHxHEIGHT` as (height, width)."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise ValueError(f"--raw-size is {text!r}; wanted is WIDTHxHEIGHT, as in 640x360")
+    width, height = text.split("x")
+    return int(height), int(width)
+
+
+def demo(args: argparse.Namespace):
+    from .demo.launch import launch
+
+    try:
+        launch(args.model, args.device, args.dtype)
+    except ModuleNotFoundError as error:
+        if error.name not in ("gradio", "skimage"):
+            raise
+        raise ValueError(
+            f"the demo needs {error.name}, which is not installed: pip install 'ausm-hf[demo]'"
+        ) from error
 
 
 def init(args: argparse.Namespace):
     from .checkpoint import write_checkpoint
 
     print(write_checkpoint(args.folder, args.preset, args.mask2former))
+
+
+def export_onnx(args: argparse.Namespace):
+    from .onnx_export import export_onnx
+    from .segment import load_model
+    from .video import read_video
+
+    model, processor = load_model(args.model, "cpu", "float32")
+    height, width = args.size or read_video(args.like).size
+    if args.like:
+        height, width = processor.image_processor.target_size(height, width)
+    try:
+        export_onnx(model, processor, args.output, height, width, args.num_slots)
+    except ModuleNotFoundError as error:
+        if error.name not in ("onnx", "onnxscript"):
+            raise
+        raise ValueError(
+            f"the export needs {error.name}, which is not installed: pip install 'ausm-hf[onnx]'"
+        ) from error
+    print(args.output)
 
 
 def train(args: argparse.Namespace):
@@ -33,8 +172,8 @@ def train(args: argparse.Namespace):
 
 
 def evaluate(args: argparse.Namespace):
-    from .evaluation.benchmarks import evaluate
     from .evaluation.report import format_results
+    from .evaluation.run import evaluate
 
     results = evaluate(**{key: value for key, value in vars(args).items() if key != "function"})
     if results is not None:
@@ -55,17 +194,43 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(function, description: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(function.__name__, help=description, description=description)
+        name = function.__name__.replace("_", "-")
+        added = commands.add_parser(name, help=description, description=description)
         added.set_defaults(function=function)
         return added
 
-    added = command(segment, "Follow what is marked in a video's first frame, or find, name and follow everything.")
-    added.add_argument("input", metavar="INPUT", help="video file, folder of frames, glob pattern, URL or camera:0")
+    added = command(segment, "Follow what is marked in a video, or find, name and follow everything; in many videos.")
+    added.add_argument(
+        "input",
+        metavar="INPUT",
+        nargs="+",
+        help="video file, folder of frames, glob pattern of images, URL, camera:0, or - for standard input; "
+        "of several, or of a glob pattern of videos, each becomes a folder within --output, also when several "
+        "processes share the work",
+    )
     added.add_argument("--model", metavar="ID_OR_PATH", help="checkpoint (default: the ausm-nano of the package)")
-    added.add_argument("--masks", metavar="FIRST_FRAME.png", help="indexed image: pixel = object id, 0 = background")
+    added.add_argument("--masks", metavar="FRAME.png", help="indexed image: pixel = object id, 0 = background")
+    added.add_argument("--boxes", metavar="BOXES", action="append", default=[], help=BOXES)
+    added.add_argument("--points", metavar="POINTS", action="append", default=[], help=POINTS)
+    added.add_argument("--prompt-frame", metavar="N", type=int, default=0, help="frame that they mark (default: 0)")
+    added.add_argument("--backward", action="store_true", help="follow what is marked back to the first frame too")
+    added.add_argument("--find-new-objects", action="store_true", help="look for objects beside what is marked")
     added.add_argument("--threshold", type=float, help="foreground probability of an object (default: the model's)")
+    added.add_argument(
+        "--strict", action="store_true", help="stop at a frame that can't be decoded; else leave it out"
+    )
+    added.add_argument("--raw-size", metavar="WxH", help="standard input is raw RGB frames of this size")
     added.add_argument("--output", metavar="DIR", default="ausm-output", help="where to write (default: %(default)s)")
-    added.add_argument("--formats", default="mp4,png,json", help="which files to write (default: %(default)s)")
+    added.add_argument(
+        "--formats",
+        default="mp4,png,json",
+        help="which files to write: mp4, png, json, jsonl, coco, youtube_vis (default: %(default)s)",
+    )
+    added.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes an accelerator if any")
+    added.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
+
+    added = command(demo, "Open a page in the browser: mark objects in your videos, or let them be found.")
+    added.add_argument("--model", metavar="ID_OR_PATH", help="checkpoint (default: the ausm-nano of the package)")
     added.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes an accelerator if any")
     added.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
 
@@ -73,6 +238,14 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("folder", metavar="DIR", help="folder to make")
     added.add_argument("--preset", default="nano", help="nano (trained), tiny or base (the paper's sizes)")
     added.add_argument("--from", dest="mask2former", metavar="ID_OR_PATH", help="Mask2Former that gives the weights")
+
+    added = command(export_onnx, "Write the step from frame to frame to an ONNX file, for frames of one size.")
+    added.add_argument("output", metavar="FILE.onnx", help="file to write")
+    size = added.add_mutually_exclusive_group(required=True)
+    size.add_argument("--size", metavar=("HEIGHT", "WIDTH"), nargs=2, type=int, help="of frames, multiples of 32")
+    size.add_argument("--like", metavar="VIDEO", help="the size that frames of this video are resized to")
+    added.add_argument("--model", metavar="ID_OR_PATH", help="checkpoint (default: the ausm-nano of the package)")
+    added.add_argument("--num-slots", metavar="N", type=int, help="objects at once (default: all ID vectors)")
 
     added = command(train, "Train by a recipe; goes on where an earlier run of it stopped.")
     added.add_argument("recipe", metavar="RECIPE", help="YAML file")
@@ -104,6 +277,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None):
     """Runs the command line. What the user can mend becomes one line on stderr and exit code 2."""
+    warnings.formatwarning = lambda message, *_, **__: f"ausm: warning: {' '.join(str(message).split())}\n"
+    with suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that nothing unfinished is left
     try:
         args = build_parser().parse_args(arguments)
         args.function(args)

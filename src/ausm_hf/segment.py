@@ -1,6 +1,7 @@
-"""Segment a video from end to end: frames in, masks with ids out, files written. Constant memory."""
+"""Segment videos from end to end: frames in, masks with ids out, files written. Constant memory."""
 
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,18 +12,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from ._register import BUNDLED_CHECKPOINT
-from .export import ObjectsJsonWriter, OverlayVideoWriter, PngMaskWriter
+from .archive import find_videos, work_through
+from .export import (
+    CocoWriter,
+    JsonlWriter,
+    ObjectsJsonWriter,
+    OverlayVideoWriter,
+    PngMaskWriter,
+    YoutubeVisWriter,
+)
 from .model.modeling_ausm import AusmForUniversalSegmentation
 from .model.pipeline_ausm import start_session
 from .model.processing_ausm import AusmProcessor
 from .model.session_ausm import AusmInferenceSession
 from .video import read_video
 
-FORMATS = ("mp4", "png", "json")
+FORMATS = ("mp4", "png", "json", "jsonl", "coco", "youtube_vis")
+USUAL_FORMATS = ("mp4", "png", "json")
 
 
 @dataclass
@@ -31,11 +43,12 @@ class FrameSegments:
     What was found in one frame.
 
     Attributes:
-        index (`int`): Number of the frame, from 0.
+        index (`int`): Number of the frame in the video, from 0. Those of frames that can't be decoded are left out.
         time (`float` or `None`): Seconds since the first frame, where the source has a clock.
         frame (`np.ndarray`): uint8 RGB `(H, W, 3)`.
         masks (`np.ndarray`): int32 `(H, W)`: the id of the pixel's object, 0 is background.
-        objects (`list[dict]`): `{"id": int, "label": str or None, "score": float}` of each object in `masks`.
+        objects (`list[dict]`): `{"id": int, "label": str or None, "label_id": int, "score": float}` of each object in
+            `masks`; `label_id` is the label's index in the model's label set, -1 for `None`.
     """
 
     index: int
@@ -53,25 +66,40 @@ def load_model(
 
     Args:
         model: Folder of a checkpoint or its id on the Hub; the checkpoint that comes with the package by default.
-        device: A device of torch; `"auto"` is the accelerator if there is one, else the CPU.
+        device: A device of torch; `"auto"` is the accelerator if there is one, else the CPU. Among several, a process
+            that `torchrun` or `accelerate launch` started takes the one of its number.
         dtype: `"float32"`, `"bfloat16"`, `"float16"`; `"auto"` is what the checkpoint says.
 
     Raises:
-        ValueError: if there is no such checkpoint, device or dtype, or the checkpoint is of another model type.
+        ValueError: if there is no such checkpoint, device or dtype, or the checkpoint is of another model type, lacks
+            weights, or holds some that are not finite or of another shape. Weights are read from safetensors alone:
+            nothing is unpickled.
     """
     name = str(BUNDLED_CHECKPOINT if model is None else model)
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator()
         device = "cpu" if accelerator is None else accelerator.type
+        # `torchrun` and `accelerate launch` number the processes of a machine: each takes a device of its own.
+        if accelerator is not None and "LOCAL_RANK" in os.environ and torch.accelerator.device_count() > 1:
+            device = f"{device}:{int(os.environ['LOCAL_RANK']) % torch.accelerator.device_count()}"
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {dtype!r}; wanted is auto, float32, bfloat16 or float16")
     try:
         config = AutoConfig.from_pretrained(name)
         if config.model_type != "ausm":
             raise ValueError(f"it is of type {config.model_type!r}; wanted is 'ausm'")
-        loaded = AusmForUniversalSegmentation.from_pretrained(name, config=config, dtype=dtype)
+        loaded, about = AusmForUniversalSegmentation.from_pretrained(
+            name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        if about["missing_keys"]:
+            raise ValueError(f"it lacks {len(about['missing_keys'])} weights, such as {min(about['missing_keys'])}")
+        for key, weights in loaded.state_dict().items():
+            if weights.is_floating_point() and not weights.isfinite().all():
+                raise ValueError(f"its weights {key} are not finite")
         processor = AusmProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    # RuntimeError: weights of another shape; SafetensorError: a file that was cut; StrictDataclassError: sizes in the
+    # configuration that can't be.
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"model {name!r} can't be loaded: {error}") from error
     try:
         loaded = loaded.to(device)
@@ -88,6 +116,10 @@ def segment_video(
     threshold: float | None = None,
     session: AusmInferenceSession | None = None,
     max_objects: int | None = None,
+    prompts: dict[str, dict[int, Any]] | None = None,
+    prompt_frame: int = 0,
+    find_new_objects: bool | None = None,
+    backward: bool = False,
 ) -> Iterator[FrameSegments]:
     """
     Segments a video frame by frame.
@@ -95,47 +127,109 @@ def segment_video(
     Args:
         source: Anything that [`~ausm_hf.video.read_video`] takes.
         model, processor: As [`load_model`] returns them.
-        masks: The objects of the first frame, integers `(H, W)` or an indexed image, pixel = object id, 0 =
-            background. Without it the model finds objects by itself.
+        masks: Objects of the prompted frame, integers `(H, W)` or an indexed image, pixel = object id, 0 =
+            background. Without it and `prompts` the model finds objects by itself.
         threshold: Foreground probability above which something is an object; the model's own by default.
-        session: A stream made ready by the caller (prompts in later frames, a label set) instead of one made from
-            `masks` and `threshold`, which are then not given.
+        session: A stream made ready by the caller instead of one made here; then none of the other arguments that
+            say what to look for is given.
         max_objects: How many objects of a frame to show at most: those with the best scores (prompted ones always).
             The model follows the others all the same.
+        prompts: Further objects of the prompted frame: `{"boxes": {id: (x0, y0, x1, y1)}, "points": {id: [(x, y),
+            ...]}, "labels": {id: [1 on the object or 0 not on it, ...]}, "scribbles": {id: [(x, y), ...]}}`, each as
+            far as wanted, in pixels.
+        prompt_frame: Index of the frame that `masks` and `prompts` belong to. Nothing is looked for in the frames
+            before it, unless `find_new_objects` or `backward`.
+        find_new_objects: Whether the model looks for objects by itself; only without prompts, by default.
+        backward: Follow the prompted objects from the prompted frame back to the first one too. That part is worked
+            on first, reading the video piece by piece from its end (see [`~ausm_hf.video.VideoSource.backward`]), and
+            its masks are kept, compressed, until their frames are due. Not for sources that can be read only once,
+            nor with `find_new_objects`.
 
     Yields:
-        [`FrameSegments`]
+        [`FrameSegments`] of each frame, in the order of the video.
 
     Raises:
-        ValueError: at once if the video can't be read or masks or threshold don't fit; later, if a frame can't be
-            decoded or changes its size.
+        ValueError: at once if the video can't be read, prompts don't fit it or arguments don't fit together; later,
+            if a frame changes its size, or the prompted one is not there.
     """
-    if session is not None and (masks is not None or threshold is not None):
-        raise ValueError("masks and threshold are given beside session; wanted is a session that has them already")
     if max_objects is not None and max_objects < 1:
         raise ValueError(f"max_objects is {max_objects}; wanted is at least 1")
+    if unknown := set(prompts or {}) - {"boxes", "points", "labels", "scribbles"}:
+        raise ValueError(f"prompts has {sorted(unknown)}; wanted are boxes, points, labels or scribbles")
+    prompted = masks is not None or any((prompts or {}).values())
+    if session is not None and (prompted or threshold is not None or find_new_objects is not None):
+        raise ValueError(
+            "masks, prompts, threshold or find_new_objects are given beside session; wanted is a session that has them"
+        )
+    if (prompt_frame != 0 or backward) and not prompted:
+        raise ValueError("prompt_frame or backward are given without masks or prompts")
+    if backward and find_new_objects:
+        raise ValueError("backward and find_new_objects are given; backwards only what is prompted can be followed")
     source = read_video(source)
-    if session is None:
-        session = start_session(processor, source.size, masks, threshold)
+    if backward and source.once:
+        raise ValueError(f"backward is given; video {source.name!r} can be read only once")
+    if prompt_frame < 0:
+        raise ValueError(f"prompt_frame is {prompt_frame}; wanted is at least 0")
+    if source.num_frames is not None and prompt_frame >= source.num_frames:
+        raise ValueError(f"prompt_frame is {prompt_frame}; the video has {source.num_frames} frames, counted from 0")
 
-    def results():
-        for index, (time, frame) in enumerate(source.with_times()):
-            pixel_values = processor(images=frame)["pixel_values"]
-            output = model(inference_session=session, frame=pixel_values)
+    # A session starts with its first prompts, unless there is something to find before them.
+    start = prompt_frame if prompted and not find_new_objects else 0
+
+    def new_session():
+        return start_session(
+            processor,
+            source.size,
+            masks,
+            threshold,
+            **(prompts or {}),
+            frame_idx=prompt_frame - start,
+            find_new_objects=find_new_objects,
+        )
+
+    def follow(session, frames, first):
+        """Segments `frames`, of which the session's next one has the index `first`."""
+        offset = session.next_frame_idx - first
+        for index, time, frame in frames:
+            session.next_frame_idx = offset + abs(index - first) + first  # frames may be missing
+            if lost := [frame_idx for frame_idx in session.prompts if frame_idx < session.next_frame_idx]:
+                raise ValueError(f"frame {min(lost) - offset} of {source.name!r} has prompts and can't be decoded")
+            output = model(inference_session=session, frame=processor(images=frame)["pixel_values"])
             least = 0.0
             if max_objects is not None and len(output.scores) > max_objects:
                 least = float(output.scores.topk(max_objects).values[-1])
             result = processor.post_process_instance_segmentation(output, least, target_sizes=[source.size])[0]
-            objects = [{key: info[key] for key in ("id", "label", "score")} for info in result["segments_info"]]
-            yield FrameSegments(index, time, frame, result["segmentation"].cpu().numpy(), objects)
+            yield FrameSegments(
+                index, time, frame, result["segmentation"].cpu().numpy(), [dict(x) for x in result["segments_info"]]
+            )
 
-    return results()
+    def results(session):
+        earlier = {}
+        if backward:
+            for result in follow(new_session(), source.backward(prompt_frame), prompt_frame):
+                # Compressed, a map is about as small as its run-lengths: a few kB.
+                earlier[result.index] = zlib.compress(result.masks.tobytes(), 1), result.objects
+        frames = source.read()
+        index = -1
+        for index, time, frame in frames:
+            if index >= start:
+                break
+            stored, objects = earlier.pop(index, (None, []))
+            shown = np.zeros(source.size, np.int32)
+            if stored is not None:
+                shown = np.frombuffer(zlib.decompress(stored), np.int32).reshape(source.size)
+            yield FrameSegments(index, time, frame, shown, objects)
+        if index < start:
+            raise ValueError(f"prompt_frame is {prompt_frame}; the video has {index + 1} frames, counted from 0")
+        yield from follow(session, chain([(index, time, frame)], frames), start)
+
+    return results(new_session() if session is None else session)
 
 
 def save_segments(
     results: Iterable[FrameSegments],
     output: str | os.PathLike,
-    formats: Iterable[str] = FORMATS,
+    formats: Iterable[str] = USUAL_FORMATS,
     fps: float | Fraction | None = None,
     name: str | None = None,
 ) -> list[Path]:
@@ -145,8 +239,13 @@ def save_segments(
     Args:
         results: As [`segment_video`] yields them.
         output: Folder to write into; made if it doesn't exist.
-        formats: Which of `"mp4"` (`overlay.mp4`), `"png"` (`masks/00000.png` ..., indexed, of the frames' size) and
-            `"json"` (`objects.json`, per object id, label, score, first and last frame and run-length masks).
+        formats: Which of
+            - `"mp4"`: `overlay.mp4`, the video with its objects drawn on it;
+            - `"png"`: `masks/00000.png` ..., indexed, of the frames' size;
+            - `"json"`: `objects.json`, per object id, label, score, first and last frame and run-length masks;
+            - `"jsonl"`: `frames.jsonl`, a line per frame with the same;
+            - `"coco"`: `coco.json`, an image per frame; `"youtube_vis"`: `youtube_vis.json`. Annotations as in the
+              data sets of these names, for the tools that read them.
         fps, name: Of the video, to be noted in the files.
 
     Returns:
@@ -165,13 +264,77 @@ def save_segments(
         "mp4": lambda: OverlayVideoWriter(output / "overlay.mp4", fps, first.masks.shape),
         "png": lambda: PngMaskWriter(output / "masks"),
         "json": lambda: ObjectsJsonWriter(output / "objects.json", name, fps),
+        "jsonl": lambda: JsonlWriter(output / "frames.jsonl"),
+        "coco": lambda: CocoWriter(output / "coco.json", name, fps),
+        "youtube_vis": lambda: YoutubeVisWriter(output / "youtube_vis.json", name, fps),
     }
     with ExitStack() as stack:
         opened = [stack.enter_context(writers[key]()) for key in formats]
         for result in chain([first], results):
             for writer in opened:
                 writer.write(result.index, result.frame, result.masks, result.objects, result.time)
+        for writer in opened:
+            writer.finish()
     return [writer.path for writer in opened]
+
+
+def segment_videos(
+    inputs: Iterable[str | os.PathLike],
+    output: str | os.PathLike,
+    model: AusmForUniversalSegmentation,
+    processor: AusmProcessor,
+    formats: Iterable[str] = USUAL_FORMATS,
+    threshold: float | None = None,
+    max_objects: int | None = None,
+    strict: bool = False,
+) -> Iterator[dict]:
+    """
+    Finds and follows objects in many videos, each once, in this process and in any others, on this machine and on any
+    others, that were started in the same way and share the folder `output`. A process may be killed and started again
+    at any time. How they agree is told at the top of [`ausm_hf.archive`].
+
+    Args:
+        inputs: See [`~ausm_hf.archive.find_videos`].
+        output: Folder to write into. The results of a video come to lie in `output/<its path without suffix>/`, all
+            at once; beside them `video.json`, the video's line of the manifest.
+        model, processor: As [`load_model`] returns them.
+        formats: See [`save_segments`].
+        threshold, max_objects: See [`segment_video`].
+        strict: Whether a video fails if one of its frames can't be decoded.
+
+    Yields:
+        for each video, when it is finished by whichever process, its line of `output/manifest.jsonl`: `{"name",
+        "video": path, "status": "done" or "failed", "error": str or None}`, and of one that is done also `"frames"`
+        and `"skipped"`: how many frames it has, and how many more could not be decoded.
+
+    Raises:
+        ValueError: if there are no such videos or formats, or `output` holds results made with other settings.
+    """
+    formats = check_formats(formats)
+    videos = find_videos(inputs)
+
+    def work(path: str, folder: Path) -> dict:
+        source = read_video(path, strict=strict)
+        num_frames = 0
+
+        def counted(results):
+            nonlocal num_frames
+            for num_frames, result in enumerate(results, 1):  # noqa: B007
+                yield result
+
+        results = counted(segment_video(source, model, processor, threshold=threshold, max_objects=max_objects))
+        save_segments(results, folder, formats, source.fps, source.name)
+        return {"frames": num_frames, "skipped": source.num_skipped}
+
+    settings = {
+        "model": model.name_or_path,
+        "dtype": str(model.dtype),
+        "formats": formats,
+        "threshold": threshold,
+        "max_objects": max_objects,
+        "strict": strict,
+    }
+    return work_through(videos, output, work, settings)
 
 
 def read_mask(path: str | os.PathLike) -> Image.Image:
@@ -192,4 +355,4 @@ def check_formats(formats: Iterable[str]) -> list[str]:
     return formats
 
 
-__all__ = ["FrameSegments", "load_model", "save_segments", "segment_video"]
+__all__ = ["FrameSegments", "load_model", "save_segments", "segment_video", "segment_videos"]

@@ -1,7 +1,7 @@
-"""Frames in and frames out, one at a time: video files, folders of frames, cameras, streams, iterables; MP4 writing.
+"""Frames in and frames out, one at a time: files, folders of frames, cameras, streams, stdin, iterables; MP4 writing.
 
 A frame is everywhere a numpy uint8 RGB array of shape (height, width, 3). Nothing here holds more of a video in memory
-than the frame at hand and what the decoder looks ahead.
+than the frame at hand and what the decoder looks ahead; only [`VideoSource.backward`] holds a piece of it.
 """
 
 import glob
@@ -13,7 +13,9 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -21,8 +23,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-STREAM_SCHEMES = ("http://", "https://", "rtsp://", "rtsps://", "rtmp://", "rtmps://")
+STREAM_SCHEMES = tuple(f"{x}://" for x in ("http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "srt", "tcp", "udp"))
 FPS_WHEN_UNKNOWN = 24
+HELD_BYTES = 256 * 2**20  # of frames, for reading backwards
 
 
 def as_rgb_frame(frame) -> np.ndarray:
@@ -79,77 +82,134 @@ def as_rgb_frame(frame) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
+@dataclass
+class _BadFrame:
+    """Stands where a frame would be that can't be decoded."""
+
+    reason: str
+    is_end: bool = False  # nothing after it can be read either
+
+
 class VideoSource:
     """A video to be read frame by frame: iterate over it. Made by [`read_video`].
 
     The first frame is decoded when the source is made, so that a broken video is found out before any work starts.
-    Files and folders can be iterated over again; cameras, network streams and one-shot iterators only once.
+    Files and folders can be iterated over again; cameras, streams, stdin and one-shot iterators only once.
 
     Attributes:
-        name (`str`): file stem, folder name, `"camera0"`, last part of a URL, or `"frames"`.
-        fps (`Fraction` or `None`): average frames per second; `None` for images.
+        name (`str`): file stem, folder name, `"camera0"`, `"stdin"`, last part of a URL, or `"frames"`.
+        fps (`Fraction` or `None`): average frames per second; `None` where nobody knows (images, raw frames).
         size (`tuple[int, int]`): (height, width) of every frame, in pixels, after rotation.
         num_frames (`int` or `None`): how many frames the source says it has: exact for images and lists, what the
             file's header says for videos (good for a progress bar), `None` where nobody knows.
+        num_skipped (`int`): how many frames, up to now, could not be decoded and were left out.
+        once (`bool`): whether it can be read only once.
     """
 
     def __init__(
         self,
         name: str,
-        open_frames: Callable[[], Iterator[tuple[float | None, object]]],
+        open_frames: Callable[[int], Iterator[tuple[float | None, object]]],  # from the frame of this index on
         fps: Fraction | None = None,
         num_frames: int | None = None,
         once: bool = False,
+        strict: bool = False,
     ):
-        self.name, self.fps, self.num_frames = name, fps, num_frames
-        self._open_frames, self._once = open_frames, once
-        opened = open_frames()
-        try:
-            time, frame = next(opened)
-        except StopIteration:
-            raise ValueError(f"video {name!r} has no frames") from None
-        first = self._checked(0, frame)
-        self.size = first.shape[:2]
-        self._opened = (time, first, opened)  # goes to whoever iterates first
+        self.name, self.fps, self.num_frames, self.once = name, fps, num_frames, once
+        self.num_skipped = 0
+        self._open_frames, self._strict = open_frames, strict
+        self._last_bad = (-1, "")  # what was reported last: reading again doesn't report it again
+        opened = self._good_frames(0)
+        first = next(opened, None)
+        if first is None:
+            reason = f" that can be decoded: {self._last_bad[1]}" if self.num_skipped else ""
+            raise ValueError(f"video {name!r} has no frames{reason}")
+        self.size = first[2].shape[:2]
+        self._opened = (first, opened)  # goes to whoever reads first
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for _, frame in self.with_times():
+        for _, _, frame in self.read():
             yield frame
 
     def with_times(self) -> Iterator[tuple[float | None, np.ndarray]]:
-        """Iterates over (time, frame): time in seconds since the first frame, `None` where the source has no clock.
+        """Iterates over (time, frame); see `read`."""
+        for _, time, frame in self.read():
+            yield time, frame
+
+    def read(self, first: int = 0, stop: int | None = None) -> Iterator[tuple[int, float | None, np.ndarray]]:
+        """Iterates over (index, time, frame).
+
+        - index: 0, 1, 2, ...; a frame that can't be decoded is reported by a warning and its index left out.
+        - time: seconds since the video's first frame, `None` where the source has no clock.
+
+        Args:
+            first: index of the first frame to read.
+            stop: index of the frame to stop before; the end of the video by default.
 
         Raises:
-            ValueError: naming the frame, when a frame can't be decoded or is of another size than the first one.
+            ValueError: naming the frame, when it is of another size than the first one, or it can't be decoded and
+                the source is strict.
         """
-        if self._opened is not None:
-            time, first, opened = self._opened
+        if self._opened is not None and (first == 0 or self.once):
+            item, opened = self._opened
             self._opened = None
-            yield time, first
-            del first  # keep only one frame alive
-            start = 1
-        elif self._once:
+        elif self.once:
             raise ValueError(f"video {self.name!r} can be read only once")
         else:
-            opened, start = self._open_frames(), 0
-        for index, (time, frame) in enumerate(opened, start):
-            frame = self._checked(index, frame)
+            item, opened = None, self._good_frames(first)
+        while (item := item or next(opened, None)) is not None:
+            index, _, frame = item
+            if stop is not None and index >= stop:
+                return
             if frame.shape[:2] != self.size:
                 (height, width), (new_height, new_width) = self.size, frame.shape[:2]
                 raise ValueError(
                     f"frame {index} of {self.name!r} is {new_width} x {new_height} pixels (width x height), "
                     f"the frames before it {width} x {height}; all frames must be of one size"
                 )
-            yield time, frame
+            if index >= first:
+                yield item
+            item = frame = None  # keep only one frame alive
 
-    def _checked(self, index: int, frame) -> np.ndarray:
-        try:
-            return as_rgb_frame(frame)
-        except ValueError as error:
-            raise ValueError(f"frame {index} of {self.name!r}: {error}") from None
+    def backward(self, last: int) -> Iterator[tuple[int, float | None, np.ndarray]]:
+        """Iterates over (index, time, frame) from frame `last` back to the first.
+
+        A video can be decoded only forwards, so it is read several times, a piece of at most 256 MB of frames at a
+        time, from its end to its beginning: memory is bounded, whatever the length. (Of a short clip, one piece
+        is all.)
+
+        Raises:
+            ValueError: for a source that can be read only once, and as `read`.
+        """
+        if self.once:
+            raise ValueError(f"video {self.name!r} can be read only once, so not backwards")
+        held = max(1, HELD_BYTES // (3 * self.size[0] * self.size[1]))
+        while last >= 0:
+            first = max(0, last + 1 - held)
+            piece = list(self.read(first, last + 1))
+            while piece:
+                yield piece.pop()
+            last = first - 1
+
+    def _good_frames(self, first: int) -> Iterator[tuple[int, float | None, np.ndarray]]:
+        for index, (time, frame) in enumerate(self._open_frames(first), first):
+            if not isinstance(frame, _BadFrame):
+                try:
+                    yield index, time, as_rgb_frame(frame)
+                except ValueError as error:
+                    raise ValueError(f"frame {index} of {self.name!r}: {error}") from None
+                continue
+            which = "from frame {} on {!r} can't be read" if frame.is_end else "frame {} of {!r} can't be decoded"
+            message = f"{which.format(index, self.name)}: {frame.reason}"
+            if self._strict:
+                raise ValueError(message)
+            if index > self._last_bad[0]:
+                self._last_bad = (index, message)
+                self.num_skipped += 1
+                warnings.warn(message, stacklevel=2)
 
 
-def read_video(source) -> VideoSource:
+def read_video(source, strict: bool = False, raw_size: tuple[int, int] | None = None) -> VideoSource:
     """Opens anything that shows frames one after another.
 
     Args:
@@ -158,92 +218,108 @@ def read_video(source) -> VideoSource:
               in natural order of their names: `2.png` before `10.png`);
             - a glob pattern of images, or of one video, as `"shots/*_left.png"`;
             - `"camera:0"`: the camera at `/dev/video0` (Linux);
-            - an `http`, `https`, `rtsp` or `rtmp` URL;
+            - the URL of a network stream: `http`, `https`, `rtsp`, `rtmp`, `srt`, `tcp` or `udp`;
+            - `"-"`: standard input: JPEG images one after another (MJPEG), or what else FFmpeg can read from a pipe
+              (MPEG-TS, Matroska), or raw frames if `raw_size` is given;
             - an iterable of frames, each as [`as_rgb_frame`] takes them; so also arrays (T, H, W, 3) and tensors
               (T, 3, H, W);
             - one image (`PIL.Image`, array or tensor of two or three dimensions): a video of one frame;
             - a `VideoSource`, which is returned as it is.
             How a phone was held (rotation of videos, EXIF orientation of photographs) is undone.
+        strict: a frame that can't be decoded is an error. By default it is reported by a warning and left out; a
+            stream that breaks off has then ended.
+        raw_size: (height, width) of raw frames on standard input: bytes R, G, B of each pixel, row by row, frame by
+            frame, with nothing between them.
 
     Returns:
         [`VideoSource`]: an iterable of uint8 RGB arrays (H, W, 3).
 
     Raises:
-        ValueError: if nothing is there, it can't be decoded, or it has no frames. Later, while iterating, if a frame
-            can't be decoded or changes its size.
+        ValueError: if nothing is there, or it has no frame that can be decoded. Later, while iterating, if a frame
+            changes its size, or can't be decoded and `strict`.
     """
+    if raw_size is not None and (len(raw_size) != 2 or min(raw_size) < 1):
+        raise ValueError(f"raw_size is {raw_size}; wanted is (height, width), both positive")
+    if raw_size is not None and source != "-":
+        raise ValueError("raw_size is given; it is for raw frames on standard input, source '-'")
     if isinstance(source, VideoSource):
         return source
     if isinstance(source, (str, os.PathLike)):
-        return _read_location(os.fspath(source))
+        return _read_stdin(strict, raw_size) if source == "-" else _read_location(os.fspath(source), strict)
     if isinstance(source, Image.Image) or ((_is_tensor(source) or isinstance(source, np.ndarray)) and source.ndim < 4):
         source = [source]
     if isinstance(source, Iterable) and not isinstance(source, (bytes, dict)):
         return VideoSource(
             "frames",
-            lambda: ((None, frame) for frame in source),
+            lambda first: ((None, frame) for frame in islice(source, first, None)),
             num_frames=len(source) if hasattr(source, "__len__") else None,
             once=isinstance(source, Iterator),
         )
     raise ValueError(f"source is a {type(source).__name__}; wanted is a path, URL, 'camera:0' or iterable of frames")
 
 
-def _read_location(location: str) -> VideoSource:
+def _read_location(location: str, strict: bool) -> VideoSource:
     if location.startswith("camera:"):
         device = f"/dev/video{location.removeprefix('camera:')}"
         if not os.path.exists(device):
             raise ValueError(f"source {location!r}: there is no camera at {device}")
-        return _read_container(device, location.replace(":", ""), live=True, format="v4l2")
+        return _read_container(device, location.replace(":", ""), strict, live=True, format="v4l2")
     if location.startswith(STREAM_SCHEMES):
         # A URL may carry a password or a token, so only its last part is ever shown.
         name = location.split("?")[0].rstrip("/").split("/")[-1].split("@")[-1]
-        return _read_container(location, name, live=True, timeout=(10, 30))
+        return _read_container(location, name, strict, live=True, timeout=(10, 30))
 
     path = Path(location)
     if path.is_dir():
         images = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
         if not images:
             raise ValueError(f"folder {location!r} has no images ({', '.join(IMAGE_SUFFIXES)})")
-        return _read_images(path.resolve().name, images)
+        return _read_images(path.resolve().name, images, strict)
     if path.is_file():
-        return _read_file(path)
-    if any(letter in location for letter in "*?["):
+        return _read_file(path, strict)
+    if is_pattern(location):
         paths = [Path(p) for p in glob.glob(location, recursive=True) if os.path.isfile(p)]
         if not paths:
             raise ValueError(f"pattern {location!r} matches no file")
         if len(paths) == 1:
-            return _read_file(paths[0])
+            return _read_file(paths[0], strict)
         for p in paths:
             if p.suffix.lower() not in IMAGE_SUFFIXES:
                 raise ValueError(
                     f"pattern {location!r} matches {len(paths)} files and {p.name!r} is no image; "
                     "wanted are images (the frames of one video) or one video"
                 )
-        return _read_images(paths[0].resolve().parent.name, paths)
+        return _read_images(paths[0].resolve().parent.name, paths, strict)
     raise ValueError(f"source {location!r}: no such file or folder")
 
 
-def _read_file(path: Path) -> VideoSource:
+def is_pattern(location: str) -> bool:
+    """Whether it is a glob pattern rather than the name of something that exists."""
+    is_stream = location.startswith((*STREAM_SCHEMES, "camera:"))
+    return any(letter in location for letter in "*?[") and not is_stream and not os.path.exists(location)
+
+
+def _read_file(path: Path, strict: bool) -> VideoSource:
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        return _read_images(path.stem, [path])
+        return _read_images(path.stem, [path], strict)
     # An absolute path is never taken for a protocol by FFmpeg, whatever the file is called.
-    return _read_container(os.path.abspath(path), path.stem)
+    return _read_container(os.path.abspath(path), path.stem, strict)
 
 
-def _read_images(name: str, paths: list[Path]) -> VideoSource:
+def _read_images(name: str, paths: list[Path], strict: bool) -> VideoSource:
     paths = sorted(paths, key=_natural)
 
-    def frames():
-        for path in paths:
+    def frames(first):
+        for path in paths[first:]:
             try:
                 with Image.open(path) as image:
                     frame = ImageOps.exif_transpose(image)
                     frame.load()
             except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
-                raise ValueError(f"image {str(path)!r} can't be decoded: {error}") from error
+                frame = _BadFrame(f"{path.name!r}: {error}")
             yield None, frame
 
-    return VideoSource(name, frames, num_frames=len(paths))
+    return VideoSource(name, frames, num_frames=len(paths), strict=strict)
 
 
 def _natural(path: Path) -> list:
@@ -251,12 +327,41 @@ def _natural(path: Path) -> list:
     return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", str(path))]
 
 
-def _read_container(location: str, name: str, live: bool = False, **options) -> VideoSource:
+class _Stdin:
+    """Standard input as PyAV takes it: what is there is handed on at once, so that no frame waits for later ones."""
+
+    def read(self, num_bytes: int) -> bytes:
+        return sys.stdin.buffer.read1(num_bytes)
+
+
+def _read_stdin(strict: bool, raw_size: tuple[int, int] | None) -> VideoSource:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise ValueError("source '-': standard input is no pipe or file")
+    if raw_size is None:
+        options = {}
+        if sys.stdin.buffer.peek(2)[:2] == b"\xff\xd8":
+            # The first image says all; by default FFmpeg would wait for a hundred of them.
+            options = {"format": "mjpeg", "options": {"probesize": "32", "fpsprobesize": "0"}}
+        return _read_container(_Stdin(), "stdin", strict, live=True, has_clock=not options, **options)
+
+    def frames(first):
+        while data := sys.stdin.buffer.read(3 * raw_size[0] * raw_size[1]):
+            if len(data) < 3 * raw_size[0] * raw_size[1]:
+                yield None, _BadFrame(f"it has {len(data)} bytes, wanted are {3 * raw_size[0] * raw_size[1]}")
+                return
+            yield None, np.frombuffer(data, np.uint8).reshape(*raw_size, 3)
+
+    return VideoSource("stdin", frames, once=True, strict=strict)
+
+
+def _read_container(
+    location: str | _Stdin, name: str, strict: bool, live: bool = False, has_clock: bool = True, **options
+) -> VideoSource:
     """A video that FFmpeg reads. `live`: no second reading, and no frames held back by the decoder's threads."""
 
     def open_stream():
         try:
-            container = av.open(location, **options)
+            container = av.open(location, metadata_errors="replace", **options)
         except (av.FFmpegError, OSError) as error:
             # `from None`: the original names the whole URL, with the password that may be in it.
             raise ValueError(f"video {name!r} can't be opened: {error.strerror or 'unknown reason'}") from None
@@ -267,29 +372,31 @@ def _read_container(location: str, name: str, live: bool = False, **options) -> 
         stream.thread_type = "SLICE" if live else "AUTO"
         return container, stream
 
-    def frames():
+    def frames(first):
         container, stream = opened.pop() if opened else open_stream()
-        start = None
+        index, start = 0, None
         with container:
-            decoded = container.decode(stream)
-            index = 0
+            packets = container.demux(stream)
             while True:
                 try:
-                    frame = next(decoded)
-                except StopIteration:
-                    break
+                    packet = next(packets, None)
                 except (av.FFmpegError, OSError) as error:
-                    raise ValueError(
-                        f"frame {index} of {name!r} can't be decoded: {error.strerror or error}"
-                    ) from error
-                if start is None:
-                    start = frame.time
-                # Frames are too small for more threads of the colour conversion to pay.
-                array = frame.to_ndarray(format="rgb24", threads=1)
-                if frame.rotation % 360:
-                    array = np.rot90(array, round(frame.rotation / 90))
-                yield (None if frame.time is None or start is None else frame.time - start), array
-                index += 1
+                    yield None, _BadFrame(error.strerror or str(error), is_end=True)
+                    return
+                if packet is None:
+                    break
+                try:
+                    decoded = packet.decode()
+                except (av.FFmpegError, OSError) as error:
+                    decoded = [_BadFrame(error.strerror or str(error))]
+                for frame in decoded:
+                    time = None
+                    if has_clock and not isinstance(frame, _BadFrame):
+                        start = frame.time if start is None else start
+                        time = None if frame.time is None else frame.time - start
+                    if index >= first:
+                        yield time, frame if isinstance(frame, _BadFrame) else _as_array(frame)
+                    index += 1
         if index < num_frames:
             # Not an error: a video trimmed without coding it anew hides frames that its header still counts.
             message = f"video {name!r} should have {num_frames} frames, {index} could be read; it may be cut short"
@@ -297,8 +404,14 @@ def _read_container(location: str, name: str, live: bool = False, **options) -> 
 
     container, stream = open_stream()
     opened = [(container, stream)]  # for the first reading; later ones open the file anew
-    fps, num_frames = stream.average_rate or stream.guessed_rate, stream.frames
-    return VideoSource(name, frames, fps=fps or None, num_frames=num_frames or None, once=live)
+    fps, num_frames = (stream.average_rate or stream.guessed_rate) if has_clock else None, stream.frames
+    return VideoSource(name, frames, fps=fps or None, num_frames=num_frames or None, once=live, strict=strict)
+
+
+def _as_array(frame: av.VideoFrame) -> np.ndarray:
+    # Frames are too small for more threads of the colour conversion to pay.
+    array = frame.to_ndarray(format="rgb24", threads=1)
+    return np.rot90(array, round(frame.rotation / 90)) if frame.rotation % 360 else array
 
 
 def _is_tensor(x) -> bool:
@@ -311,7 +424,8 @@ class WholeOrNothing:
 
     Work goes to a hidden sibling `.NAME.partial-xxxxxxxx.SUFFIX`. When the block ends well it takes the place of
     `path` and of what may have been there; when it ends in an exception it is removed, and `path` is as it was.
-    Missing parent folders are made, and on an exception removed again.
+    Missing parent folders are made, and on an exception removed again. Of several outputs that belong together, call
+    `finish` on each before the blocks end: what can go wrong has then happened before the first of them appears.
 
     Subclasses fill in `_start` (open `self.partial`), `_finish` (complete it) and `_release` (close it, however the
     block ended; may be called after `_finish`).
@@ -327,6 +441,7 @@ class WholeOrNothing:
             raise ValueError(f"path {str(path)!r} is a {is_one}; wanted is a {wanted} to write")
 
     def __enter__(self):
+        self._finished = False
         self._made = [parent for parent in self.path.absolute().parents if not parent.exists()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.partial = self.path.with_name(f".{self.path.stem}.partial-{uuid.uuid4().hex[:8]}{self.path.suffix}")
@@ -340,10 +455,16 @@ class WholeOrNothing:
     def __exit__(self, exception_type, exception, traceback):
         try:
             if exception_type is None:
-                self._finish()
+                self.finish()
                 self._publish()
         finally:
             self._clean_up()
+
+    def finish(self) -> None:
+        """Completes the output, still under its hidden name; nothing more can be written."""
+        if not self._finished:
+            self._finish()
+            self._finished = True
 
     def _publish(self):
         os.replace(self.partial, self.path)
@@ -360,8 +481,8 @@ class WholeOrNothing:
                 parent.rmdir()
 
     def _check_open(self):
-        if self.partial is None:
-            raise ValueError(f"{type(self).__name__} writes only inside its `with` block")
+        if self.partial is None or self._finished:
+            raise ValueError(f"{type(self).__name__} writes only inside its `with` block and before it is finished")
 
     def _start(self):
         raise NotImplementedError

@@ -1,0 +1,59 @@
+"""Segment many videos with Ray Data: `python examples/segment_with_ray.py OUT 'archive/**/*.mp4' [MODEL]`.
+
+Each actor holds the model once and takes one video at a time; on a cluster with GPUs give each an accelerator with
+`num_gpus=1`. The results are Parquet files of a row per object and frame, its mask as COCO's run lengths:
+
+    import pyarrow.parquet, pycocotools.mask
+    for row in pyarrow.parquet.read_table("OUT").to_pylist():
+        mask = pycocotools.mask.decode({"size": [row["height"], row["width"]], "counts": row["counts"]})
+"""
+
+import sys
+
+import numpy as np
+import ray
+from pycocotools import mask as rle_tools
+
+
+class Segment:
+    def __init__(self, model_name: str | None):
+        import ausm_hf
+
+        self.model, self.processor = ausm_hf.load_model(model_name)
+        self.segment_video = ausm_hf.segment_video
+
+    def __call__(self, row: dict):
+        """The rows of one video; of one that can't be read, a row that says why."""
+        empty = dict.fromkeys(["frame", "id", "label", "score", "height", "width", "counts"])
+        try:
+            for result in self.segment_video(row["path"], self.model, self.processor):
+                height, width = result.masks.shape
+                for item in result.objects:
+                    rle = rle_tools.encode(np.asfortranarray(result.masks == item["id"]).view(np.uint8))
+                    yield {
+                        **row,
+                        "frame": result.index,
+                        **{key: item[key] for key in ("id", "label", "score")},
+                        "height": height,
+                        "width": width,
+                        "counts": rle["counts"].decode(),
+                        "error": None,
+                    }
+        except ValueError as error:
+            yield {**row, **empty, "error": str(error)}
+
+
+def main(output: str, pattern: str, model_name: str | None = None, num_actors: int = 1):
+    from ausm_hf.archive import find_videos
+
+    videos = ray.data.from_items([{"video": name, "path": path} for name, path in find_videos([pattern]).items()])
+    rows = videos.flat_map(
+        Segment,
+        fn_constructor_args=[model_name],
+        compute=ray.data.ActorPoolStrategy(size=num_actors),
+    )
+    rows.write_parquet(output)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,333 @@
+"""Thousands of videos: each segmented once, by any number of processes on any number of machines that share a folder.
+
+The processes need not know of each other, nor start or end together. They agree through files in the output folder:
+
+    OUT/<video>/                      the results of one video, and `video.json`, its line of the manifest
+    OUT/manifest.jsonl                a line for each video that is done or failed
+    OUT/.ausm/settings.json           what the results are made with
+    OUT/.ausm/failed/<video>.json     a failed video's line of the manifest
+    OUT/.ausm/claims/<video>.<n>      who works on it; n counts how often it was taken over
+    OUT/.ausm/work/<video>.<n>/       results that are being written
+
+**Once.** A process claims a video by making its claim file, which only one can do (`O_EXCL`), and then touches it
+every few seconds. A claim is dead when it has not been touched for `LEASE` seconds (by the file server's clock, so
+that those of the machines may differ), or at once when its process ran on this machine and is gone. The next process
+then takes the video over by making claim n + 1, which again only one can do. Should the dead wake up, it finds that
+there is a newer claim, and drops its work.
+
+**Whole.** Results are written under `.ausm/work` and renamed into place with all that belongs to them. That the folder
+is there *is* what says that the video is done, so no crash can leave the two apart. The manifest is only gathered from
+these folders and from `.ausm/failed`.
+"""
+
+import json
+import os
+import shutil
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path, PurePosixPath
+
+from .video import IMAGE_SUFFIXES, is_pattern
+
+LEASE = 60.0  # seconds after which a claim that nobody touches is dead
+MANIFEST_EVERY = 10.0  # seconds between two writings of the manifest
+
+
+def are_many(inputs: list[str]) -> bool:
+    """Whether `inputs` name videos, rather than one: several, or a pattern, but not one of the images of one video."""
+    if len(inputs) != 1 or not is_pattern(inputs[0]):
+        return len(inputs) > 1
+    return not all(path.lower().endswith(IMAGE_SUFFIXES) for path in glob(inputs[0], recursive=True))
+
+
+def find_videos(inputs: Iterable[str | os.PathLike]) -> dict[str, str]:
+    """The videos that `inputs` name.
+
+    Args:
+        inputs: paths of videos or of folders of frames, and glob patterns (`**` for folders within folders): the
+            files that a pattern matches or, if there are none, the folders.
+
+    Returns:
+        dict from name to path, in the order of the names. A name is the path without its suffix, relative to the
+        folder that all inputs have in common; with the suffix if another video has the same name, or one within it.
+
+    Raises:
+        ValueError: if there are no inputs or nothing is there, or two videos can't be told apart by name.
+    """
+    paths, roots = [], []
+    for location in map(os.fspath, inputs):
+        if is_pattern(location):
+            matches = sorted(glob(location, recursive=True))
+            files = [path for path in matches if os.path.isfile(path)]
+            if not matches:
+                raise ValueError(f"pattern {location!r} matches no file")
+            paths += files or matches
+            parts = Path(location).parts  # the root is the folders before the first wildcard
+            wild = next(i for i, part in enumerate(parts) if any(letter in part for letter in "*?["))
+            roots.append(os.path.abspath(os.path.join(".", *parts[:wild])))
+        elif os.path.exists(location):
+            paths.append(location)
+            roots.append(os.path.dirname(os.path.abspath(location)))
+        else:
+            raise ValueError(f"source {location!r}: no such file or folder")
+    if not paths:
+        raise ValueError("inputs is empty; wanted is at least one video")
+    root = os.path.commonpath(roots)
+    paths = list({os.path.abspath(path): path for path in paths}.values())
+    full = [PurePosixPath(Path(os.path.relpath(os.path.abspath(path), root)).as_posix()) for path in paths]
+    stems = [name if os.path.isdir(path) else name.with_suffix("") for name, path in zip(full, paths)]
+    times = Counter(stems)
+    folders = {PurePosixPath("manifest.jsonl"), *(parent for stem in stems for parent in stem.parents)}
+    names = [name if times[stem] > 1 or stem in folders else stem for name, stem in zip(full, stems)]
+    videos = {str(name): path for name, path in zip(names, paths)}
+    if len(videos) < len(names) or folders & set(names):
+        clash = next(name for name in names if names.count(name) > 1 or name in folders)
+        raise ValueError(
+            f"the results of {str(clash)!r} would lie among those of another video; rename one of the two"
+        )
+    return dict(sorted(videos.items()))
+
+
+def work_through(
+    videos: dict[str, str],
+    output: str | os.PathLike,
+    work: Callable[[str, Path], dict],
+    settings: dict,
+) -> Iterator[dict]:
+    """Has each video worked on once, by this process or another one; see the top of this module.
+
+    Args:
+        videos: name to path, as from [`find_videos`].
+        output: the folder that all processes share; made if it doesn't exist.
+        work: takes a video's path and a folder that doesn't exist yet, makes the folder with the results in it, and
+            returns what is to be noted in the manifest. It raises ValueError for a video that can't be worked on.
+            Any other exception ends this process's part; the video is then free for others.
+        settings: what results depend on besides the video. Results made with other settings are not added to.
+
+    Yields:
+        for each of `videos`, when it is finished by whomever, its line of the manifest: `{"name", "video", "status":
+        "done" or "failed", "error": str or None}` and what `work` returned. What an earlier run finished comes too;
+        what failed in it is tried again if the video has changed since.
+
+    Raises:
+        ValueError: if `output` holds results made with other settings, or something else in a video's place.
+    """
+    archive = _Archive(Path(output), videos)
+    for name in videos:
+        if archive.folder(name).exists() and archive.finished(name) is None:
+            raise ValueError(f"output {str(archive.folder(name))!r} exists already, but is no result of this command")
+    archive.check_settings(settings)
+    lines, waiting, written = {}, list(videos), time.monotonic()
+    try:
+        while waiting:
+            still_waiting = []
+            for name in waiting:
+                line = archive.finished(name) or archive.try_to_work(name, work)
+                if line is None:  # another process is at it; should it die, a later round takes over
+                    still_waiting.append(name)
+                    continue
+                lines[name] = line
+                yield line
+                if time.monotonic() > written + MANIFEST_EVERY:
+                    archive.write_manifest(lines)
+                    written = time.monotonic()
+            if len(still_waiting) == len(waiting):
+                time.sleep(min(1.0, LEASE / 4))
+            waiting = still_waiting
+    finally:
+        archive.write_manifest(lines)
+
+
+@dataclass
+class _Claim:
+    name: str
+    number: int
+    path: Path
+
+
+class _Archive:
+    """The files in the output folder."""
+
+    def __init__(self, output: Path, videos: dict[str, str]):
+        self.output, self.videos = output, videos
+        self.hidden = output / ".ausm"
+
+    def folder(self, name: str) -> Path:
+        return self.output / name
+
+    def _failure(self, name: str) -> Path:
+        return self.hidden / "failed" / f"{name}.json"
+
+    def check_settings(self, settings: dict):
+        path = self.hidden / "settings.json"
+        if not path.exists():
+            self._write(path, settings)
+        found = json.loads(path.read_text(encoding="utf-8"))
+        wanted = json.loads(json.dumps(settings))
+        for key in {**found, **wanted}:
+            if found.get(key) != wanted.get(key):
+                raise ValueError(
+                    f"output {str(self.output)!r} holds results made with {key} {found.get(key)!r}, not "
+                    f"{wanted.get(key)!r}; wanted are the same settings, or another folder"
+                )
+
+    def finished(self, name: str) -> dict | None:
+        """The video's line of the manifest, if it is done or has failed."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return json.loads((self.folder(name) / "video.json").read_text(encoding="utf-8"))
+        with suppress(FileNotFoundError):
+            failed = json.loads(self._failure(name).read_text(encoding="utf-8"))
+            if failed["version"] == self._version(name):
+                return failed["line"]
+        return None
+
+    def _version(self, name: str) -> list:
+        """Tells whether a video has changed."""
+        with suppress(OSError):
+            stat = os.stat(self.videos[name])
+            return [stat.st_size, stat.st_mtime_ns]
+        return []
+
+    def try_to_work(self, name: str, work: Callable[[str, Path], dict]) -> dict | None:
+        """Claims the video and works on it; None if another process has it."""
+        claim = self._claim(name)
+        if claim is None:
+            return None
+        line = self.finished(name)  # perhaps in the moment before
+        if line is not None:
+            self._forget(claim)
+            return line
+        *dead_places, place = (self.hidden / "work" / f"{name}.{number}" for number in range(claim.number + 1))
+        for dead in dead_places:
+            shutil.rmtree(dead, ignore_errors=True)
+        line = {"name": name, "video": self.videos[name], "status": "done", "error": None}
+        try:
+            with _kept_alive(claim):
+                try:
+                    line |= work(self.videos[name], place)
+                except ValueError as error:
+                    line |= {"status": "failed", "error": " ".join(str(error).split())}
+                if line["status"] == "done":
+                    self._write(place / "video.json", line)
+                    self.folder(name).parent.mkdir(parents=True, exist_ok=True)
+                    if not self._lost(claim):
+                        os.rename(place, self.folder(name))
+                        self._failure(name).unlink(missing_ok=True)
+                elif not self._lost(claim):
+                    self._write(self._failure(name), {"version": self._version(name), "line": line})
+        except OSError:
+            if not self._lost(claim):
+                raise
+            # Who took over has removed what this process was writing.
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+            if self.finished(name) is None:
+                with suppress(OSError):
+                    os.utime(claim.path, (0, 0))  # dead: free for others. Removed, two could make the same claim.
+            else:
+                self._forget(claim)
+        return self.finished(name)
+
+    def _claim(self, name: str) -> _Claim | None:
+        newest = -1
+        while self._claim_path(name, newest + 1).exists():
+            newest += 1
+        if newest >= 0 and not self._is_dead(self._claim_path(name, newest)):
+            return None
+        path = self._claim_path(name, newest + 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                json.dump({"machine": socket.gethostname(), "place": _place(), "process": os.getpid()}, file)
+        except FileExistsError:
+            return None
+        return _Claim(name, newest + 1, path)
+
+    def _claim_path(self, name: str, number: int) -> Path:
+        return self.hidden / "claims" / f"{name}.{number}"
+
+    def _is_dead(self, path: Path) -> bool:
+        try:
+            touched = path.stat().st_mtime
+            owner = json.loads(path.read_text(encoding="utf-8") or "{}")  # empty in the moment of its making
+        except FileNotFoundError:
+            return False  # no claim any more: the video has just been finished
+        if owner.get("place") == _place() is not None and not _is_running(owner["process"]):
+            return True
+        with tempfile.TemporaryFile(dir=self.hidden) as now:
+            return os.fstat(now.fileno()).st_mtime > touched + LEASE
+
+    def _lost(self, claim: _Claim) -> bool:
+        """Whether another process, which thought this one dead, has the video now."""
+        return self._claim_path(claim.name, claim.number + 1).exists() or not claim.path.exists()
+
+    def _forget(self, claim: _Claim):
+        """Removes the claims of a finished video."""
+        for number in range(claim.number + 1):
+            self._claim_path(claim.name, number).unlink(missing_ok=True)
+
+    def write_manifest(self, lines: dict[str, dict]):
+        """Adds `lines` to the manifest. Those of videos that are no longer there stay."""
+        path = self.output / "manifest.jsonl"
+        with suppress(FileNotFoundError):
+            old = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            lines = {line["name"]: line for line in old} | lines
+        if lines:
+            self._write(path, *(lines[name] for name in sorted(lines)))
+
+    def _write(self, path: Path, *lines: dict):
+        """Writes a file whole or not at all."""
+        partial = self.hidden / f"{uuid.uuid4().hex}.partial"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _kept_alive(claim: _Claim):
+    """Touches the claim every now and then while the block runs."""
+    ended = threading.Event()
+
+    def touch():
+        while not ended.wait(LEASE / 6):
+            with suppress(OSError):  # taken over
+                os.utime(claim.path)
+
+    thread = threading.Thread(target=touch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _place() -> str | None:
+    """Names the running system within which process ids mean something: host names repeat among containers."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    return None
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+__all__ = ["are_many", "find_videos", "work_through"]

@@ -1,0 +1,226 @@
+"""Videos from end to end with a tiny network: prompts in any frame, both directions, every format, all or nothing."""
+
+import builtins
+import json
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as rle_tools
+
+from ausm_hf import AusmImageProcessor, AusmProcessor, segment_video
+from ausm_hf.export import to_supervision
+from ausm_hf.segment import FORMATS, FrameSegments, load_model, save_segments, segment_videos
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64}))
+
+
+@pytest.fixture
+def run(tiny_model, processor):
+    return lambda source, **arguments: list(segment_video(source, tiny_model, processor, **arguments))
+
+
+def same(one, other):
+    assert [(a.index, a.objects) for a in one] == [(b.index, b.objects) for b in other]
+    assert all(np.array_equal(a.masks, b.masks) and np.array_equal(a.frame, b.frame) for a, b in zip(one, other))
+
+
+def renumbered(results, index):
+    return [FrameSegments(index(r.index), r.time, r.frame, r.masks, r.objects) for r in results]
+
+
+def test_prompt_in_a_later_frame(run, moving_square):
+    frames, masks = moving_square
+    results = run(frames, masks=masks[2] * 3, prompt_frame=2)
+    assert [r.index for r in results] == list(range(6))
+    assert not any(r.masks.any() or r.objects for r in results[:2])
+    assert np.array_equal(results[2].masks, masks[2] * 3)
+    same(results[2:], renumbered(run(frames[2:], masks=masks[2] * 3), lambda i: i + 2))
+    assert {item["id"] for r in results for item in r.objects} == {3}
+
+
+def test_backward_is_the_video_played_backwards(run, moving_square):
+    frames, masks = moving_square
+    results = run(frames, masks=masks[3], prompt_frame=3, backward=True)
+    played_back = run(frames[3::-1], masks=masks[3])
+    assert played_back[1].masks.any()
+    same(results[:3], renumbered(played_back, lambda i: 3 - i)[:0:-1])
+    same(results[3:], renumbered(run(frames[3:], masks=masks[3]), lambda i: i + 3))
+    same(run(frames, masks=masks[0], backward=True), run(frames, masks=masks[0]))
+
+
+def test_boxes_and_points(run, tiny_model, processor, moving_square):
+    """They arrive at the network as its processor takes them, beside masks of other objects."""
+    frames, masks = moving_square
+    prompts = {"boxes": {2: [8, 12, 26, 30]}, "points": {5: [[40, 40], [2, 2]]}, "labels": {5: [1, 0]}}
+    results = run(frames, masks=masks[0] * 7, prompts=prompts)
+    assert {item["id"] for item in results[0].objects} <= {2, 5, 7} and np.array_equal(results[0].masks == 7, masks[0])
+    for wrong, message in [
+        ({"boxes": {2: [8, 12, 8, 30]}}, "input_boxes"),
+        ({"points": {2: [[400, 400]]}}, "input_points"),
+        ({"circles": {2: [1, 1, 1]}}, r"prompts has \['circles'\]"),
+        ({"boxes": {7: [8, 12, 26, 30]}}, "which masks has too"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            segment_video(frames, tiny_model, processor, masks=masks[0] * 7, prompts=wrong)
+
+
+def test_new_objects_beside_prompts(run, moving_square):
+    frames, masks = moving_square
+    results = run(frames, masks=masks[2] * 3, prompt_frame=2, find_new_objects=True, threshold=0.0)
+    ids = [{item["id"] for item in r.objects} for r in results]
+    assert ids[0] and 3 not in ids[0] | ids[1] and 3 in ids[2]  # found before the prompt; then the prompt
+    assert np.array_equal(results[2].masks == 3, masks[2])
+
+
+def test_frames_that_cannot_be_decoded(run, moving_square, tmp_path):
+    frames, masks = moving_square
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_text("not an image")
+    with pytest.warns(UserWarning, match="frame 2 of"):
+        results = run(tmp_path, masks=masks[0])
+    left = [0, 1, 3, 4, 5]
+    assert [r.index for r in results] == left
+    same(results, renumbered(run(frames[left], masks=masks[0]), lambda i: left[i]))
+    for find_new_objects in (None, True):
+        with (
+            pytest.raises(ValueError, match="frame 2 of .* has prompts and can't be decoded"),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            run(tmp_path, masks=masks[2], prompt_frame=2, find_new_objects=find_new_objects)
+    with pytest.warns(UserWarning, match="frame 2 of"):
+        results = run(tmp_path, masks=masks[3], prompt_frame=3, backward=True)
+    assert [r.index for r in results] == left
+    same(results[:2], renumbered(run(frames[[3, 1, 0]], masks=masks[3])[:0:-1], lambda i: 2 - i))
+
+
+def test_arguments_that_do_not_fit(tiny_model, processor, moving_square):
+    frames, masks = moving_square
+    for arguments, message in [
+        ({"prompt_frame": 1}, "given without masks or prompts"),
+        ({"backward": True}, "given without masks or prompts"),
+        ({"masks": masks[0], "prompt_frame": 6}, "prompt_frame is 6; the video has 6 frames"),
+        ({"masks": masks[0], "prompt_frame": -1}, "prompt_frame is -1"),
+        ({"masks": masks[0], "backward": True, "find_new_objects": True}, "backward and find_new_objects"),
+        ({"masks": masks[0], "session": processor.init_video_session()}, "beside session"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            segment_video(frames, tiny_model, processor, **arguments)
+    with pytest.raises(ValueError, match="can be read only once"):
+        segment_video(iter(frames), tiny_model, processor, masks=masks[0], backward=True)
+    with pytest.raises(ValueError, match="prompt_frame is 6; the video has 6 frames"):
+        list(segment_video(iter(frames), tiny_model, processor, masks=masks[0], prompt_frame=6))
+
+
+def test_every_format(run, moving_square, tmp_path):
+    frames, masks = moving_square
+    results = run(frames, masks=masks[0] * 3)
+    paths = save_segments(results, tmp_path / "out", FORMATS, fps=10, name="square")
+    assert [p.name for p in paths] == [
+        "overlay.mp4", "masks", "objects.json", "frames.jsonl", "coco.json", "youtube_vis.json",
+    ]  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in paths)
+    lines = [json.loads(line) for line in (tmp_path / "out/frames.jsonl").read_text().splitlines()]
+    coco = json.loads((tmp_path / "out/coco.json").read_text())
+    vis = json.loads((tmp_path / "out/youtube_vis.json").read_text())
+    for r, line in zip(results, lines, strict=True):
+        written = np.array(Image.open(tmp_path / f"out/masks/{r.index:05d}.png"))
+        assert np.array_equal(written, r.masks)
+        of_frame = [a["segmentation"] for a in coco["annotations"] if a["image_id"] == r.index + 1]
+        of_frame += [x["segmentation"] for x in line["objects"]]
+        of_frame += [a["segmentations"][r.index] for a in vis["annotations"] if a["segmentations"][r.index]]
+        assert len(of_frame) == 3 * len(r.objects)
+        assert all(np.array_equal(rle_tools.decode(rle), r.masks == 3) for rle in of_frame)
+
+
+@pytest.mark.parametrize("bad", ["write_text", "mux"])
+def test_if_one_file_cannot_be_finished_none_appears(run, moving_square, tmp_path, monkeypatch, bad):
+    """The disk is full just when the last file is completed."""
+    results = run(moving_square[0], masks=moving_square[1][0])
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    if bad == "mux":
+        monkeypatch.setattr("ausm_hf.export.OverlayVideoWriter._finish", full)
+    else:
+        monkeypatch.setattr("ausm_hf.export.ObjectsJsonWriter._write_out", full)
+    for formats in (["mp4", "png", "jsonl", "json"], ["json", "png", "jsonl", "mp4"]):
+        with pytest.raises(OSError, match="No space"):
+            save_segments(results, tmp_path / "out", formats)
+        assert not (tmp_path / "out").exists()
+
+
+def test_supervision(moving_square):
+    sv = pytest.importorskip("supervision")
+    masks = np.zeros((48, 64), np.int32)
+    masks[10:20, 5:9], masks[30:33, 40:64] = 4, 9
+    objects = [
+        {"id": 9, "label": "dog", "label_id": 1, "score": 0.75},
+        {"id": 4, "label": None, "label_id": -1, "score": 1.0},
+    ]
+    detections = to_supervision(FrameSegments(0, None, moving_square[0][0], masks, objects))
+    assert detections.tracker_id.tolist() == [9, 4] and detections.class_id.tolist() == [1, -1]
+    assert detections.xyxy.tolist() == [[40, 30, 63, 32], [5, 10, 8, 19]]
+    assert detections.confidence.tolist() == [0.75, 1.0]
+    assert detections["class_name"].tolist() == ["dog", "object"]
+    assert np.array_equal(detections.mask, [masks == 9, masks == 4])
+    # Its own tools take them: an annotator draws on the objects and nowhere else.
+    frame = np.zeros((48, 64, 3), np.uint8)
+    drawn = sv.MaskAnnotator(opacity=1.0).annotate(frame.copy(), detections)
+    assert np.array_equal(drawn.any(-1), masks != 0)
+    assert len(detections[detections.confidence > 0.9]) == 1
+    assert len(to_supervision(FrameSegments(0, None, frame, masks * 0, []))) == 0
+
+
+def test_supervision_from_a_video(run, moving_square):
+    pytest.importorskip("supervision")
+    results = run(moving_square[0], threshold=0.0)
+    assert any(r.objects for r in results)
+    for r in results:
+        ids = to_supervision(r).tracker_id
+        assert set([] if ids is None else ids.tolist()) == set(np.unique(r.masks)) - {0}
+
+
+def test_supervision_is_missing(monkeypatch, moving_square):
+    def absent(name, *args, **kwargs):
+        if name == "supervision":
+            raise ImportError(name)
+        return imported(name, *args, **kwargs)
+
+    imported = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(ImportError, match="`pip install supervision`"):
+        to_supervision(FrameSegments(0, None, moving_square[0][0], moving_square[1][0], []))
+
+
+def test_many_videos(tiny_model, processor, moving_square, tmp_path, run):
+    for name in ("a", "b"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for i, frame in enumerate(moving_square[0]):
+            Image.fromarray(frame[:, :: -1 if name == "b" else 1]).save(tmp_path / "in" / name / f"{i}.png")
+    (tmp_path / "in/b/3.png").write_text("not an image")
+    with pytest.warns(UserWarning, match="frame 3 of"):
+        lines = list(
+            segment_videos([tmp_path / "in/*"], tmp_path / "out", tiny_model, processor, ["png"], threshold=0)
+        )
+    assert [(line["name"], line["frames"], line["skipped"]) for line in lines] == [("a", 6, 0), ("b", 5, 1)]
+    for r in run(tmp_path / "in/a", threshold=0):
+        assert np.array_equal(np.array(Image.open(tmp_path / f"out/a/masks/{r.index:05d}.png")), r.masks)
+
+
+def test_each_process_takes_the_device_of_its_number(monkeypatch, tiny_checkpoint):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert load_model(tiny_checkpoint)[0].device.type in ("cpu", "cuda", "mps")  # one device: that one
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: __import__("torch").device("meta"))
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+    seen = []
+    monkeypatch.setattr("torch.nn.Module.to", lambda self, device, *_, **__: seen.append(device) or self)
+    load_model(tiny_checkpoint)
+    assert seen[-1] == "meta:1"
