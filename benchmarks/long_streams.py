@@ -1,6 +1,6 @@
 """Does the model lose what it follows on streams much longer than those it was trained on?
 
-    python benchmarks/long_streams.py --root DAVIS [--split dev] [--model ID_OR_PATH] [--output DIR]
+    python benchmarks/long_streams.py --root DAVIS [--split dev] [--model ID_OR_PATH] [--output DIR] [--processes 2]
 
 Two studies on DAVIS 2016, whose sequences have one object each:
 
@@ -16,22 +16,28 @@ Writes `long_streams.json`, `there_and_back.png`, `needle.png` and `tables.md`.
 """
 
 import argparse
+import copy
+import functools
 import json
+import multiprocessing
 import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 from ausm_hf.data.clips import load_frames, load_masks
 from ausm_hf.data.davis import davis
 from ausm_hf.evaluation.metrics.jf import region_similarity
+from ausm_hf.model.pipeline_ausm import start_session
 from ausm_hf.segment import load_model, segment_video
 
 SHOWN = 10  # frames of the needle before it leaves, and after it is back
 FOUND = 0.5  # least IoU
 OUTCOMES = ("kept", "new id", "lost")
+STUDIES = ("there and back", "prompted", "unprompted")  # the needle, in two modes
 
 
 def there_and_back(length: int, k: int) -> int:
@@ -92,20 +98,56 @@ def id_at(masks: np.ndarray, needle: np.ndarray) -> int | None:
     return best if best is not None and scores[best] >= FOUND else None
 
 
-def run_needle(row: dict, other: dict, model, processor, gap: int, prompted: bool) -> dict:
-    """One needle: `{"outcome": one of OUTCOMES or None where it wasn't found at first, "claimed": float}`."""
-    frames = Frames(lambda k: needle_frame(row, other, k, gap)[0], 2 * SHOWN + gap)
-    first = needle_frame(row, other, 0, gap)[1].astype(np.uint8) if prompted else None
-    claimed = 0
-    for result in segment_video(frames, model, processor, first):
+def run_needles(row: dict, other: dict, model, processor, gaps: list[int], prompted: bool) -> list[dict]:
+    """
+    The needle of a clip, away for each number of frames in `gaps`.
+
+    The stream is played once, until the longest gap is over; at the end of each gap a copy of it goes on with the
+    needle back again.
+
+    Returns:
+        For each gap `{"gap": int, "outcome": one of OUTCOMES, or None where it wasn't found at first, "claimed": part
+        of the frames}`.
+    """
+    first, mask = needle_frame(row, other, 0, 0)
+    session = start_session(processor, first.shape[:2], mask.astype(np.uint8) if prompted else None)
+    longest = max(gaps)
+    frames = Frames(lambda k: needle_frame(row, other, k, longest)[0], SHOWN + longest)
+    needles, claimed, before = [], 0, None
+    for result in segment_video(frames, model, processor, session=session):
+        if result.index < SHOWN - 1:
+            continue
         if result.index == SHOWN - 1:
-            before = id_at(result.masks, needle_frame(row, other, result.index, gap)[1])
+            before = id_at(result.masks, needle_frame(row, other, result.index, longest)[1])
             if before is None:
-                return {"outcome": None, "claimed": 0.0}
-        elif SHOWN <= result.index < SHOWN + gap:
-            claimed += bool((result.masks == before).any())
-    after = id_at(result.masks, needle_frame(row, other, result.index, gap)[1])
-    return {"outcome": "lost" if after is None else "kept" if after == before else "new id", "claimed": claimed / gap}
+                return [{"gap": gap, "outcome": None, "claimed": 0.0} for gap in gaps]
+            continue
+        claimed += bool((result.masks == before).any())
+        gap = result.index - SHOWN + 1
+        if gap in gaps:
+            back = Frames(lambda k, gap=gap: needle_frame(row, other, SHOWN + gap + k, gap)[0], SHOWN)
+            *_, last = segment_video(back, model, processor, session=copy.deepcopy(session))
+            after = id_at(last.masks, needle_frame(row, other, 2 * SHOWN + gap - 1, gap)[1])
+            outcome = "lost" if after is None else "kept" if after == before else "new id"
+            needles.append({"gap": gap, "outcome": outcome, "claimed": claimed / gap})
+    return needles
+
+
+loaded_model = functools.cache(load_model)
+
+
+class Work:
+    """Plays the stream of a task (clip, other clip, study); the model is loaded once per process."""
+
+    def __init__(self, model: str | None, times: int, gaps: list[int]):
+        self.model, self.times, self.gaps = model, times, gaps
+
+    def __call__(self, task: tuple[dict, dict, str]) -> list:
+        row, other, study = task
+        model, processor = loaded_model(self.model)
+        if study == STUDIES[0]:
+            return run_there_and_back(row, model, processor, self.times)
+        return run_needles(row, other, model, processor, self.gaps, prompted=study == "prompted")
 
 
 def summarize_there_and_back(scores: dict[str, list[float]], times: int) -> list[float]:
@@ -177,23 +219,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("long-streams"))
     parser.add_argument("--times", type=int, default=10, help="length of the long stream, in lengths of the clip")
     parser.add_argument("--longest-gap", type=int, default=256, help="gaps are 1, 2, 4, ... up to this")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="streams played at the same time")
     args = parser.parse_args(arguments)
 
     rows = list(davis(args.root, 2016, args.split))
     if len(rows) < 2:
         parser.error(f"split {args.split!r} has {len(rows)} sequences; the needle needs at least 2")
     gaps = [2**n for n in range(args.longest_gap.bit_length())]
-    model, processor = load_model(args.model)
-    scores = {
-        row["video_id"]: run_there_and_back(row, model, processor, args.times) for row in tqdm(rows, "there and back")
-    }
-    needles = []
-    for index, row in enumerate(tqdm(rows, "needle")):
-        other = rows[(index + 1) % len(rows)]
-        for gap in gaps:
-            for mode in ("prompted", "unprompted"):
-                result = run_needle(row, other, model, processor, gap, mode == "prompted")
-                needles.append({"sequence": row["video_id"], "mode": mode, "gap": gap, **result})
+    others = [*rows[1:], rows[0]]
+    tasks = [(row, other, study) for study in STUDIES for row, other in zip(rows, others)]
+    work = Work(args.model, args.times, gaps)
+    if args.processes == 1:
+        done = [work(task) for task in tqdm(tasks, "streams")]
+    else:
+        # Frames follow one another: a second core is of more use to a second stream than to the same one.
+        with multiprocessing.get_context("spawn").Pool(args.processes, torch.set_num_threads, (1,)) as pool:
+            done = list(tqdm(pool.imap(work, tasks), "streams", len(tasks)))
+    scores, needles = {}, []
+    for (row, _, study), result in zip(tasks, done):
+        if study == STUDIES[0]:
+            scores[row["video_id"]] = result
+        else:
+            needles += [{"sequence": row["video_id"], "mode": study, **needle} for needle in result]
 
     turns, summary = summarize_there_and_back(scores, args.times), summarize_needles(needles, gaps)
     args.output.mkdir(parents=True, exist_ok=True)

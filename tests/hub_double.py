@@ -11,8 +11,8 @@ import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from pathlib import Path, PurePosixPath
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class HubDouble(ThreadingHTTPServer):
@@ -172,11 +172,19 @@ class _Handler(BaseHTTPRequestHandler):
         if files is None:
             return
         prefix = f"{folder.strip('/')}/" if folder and folder.strip("/") else ""
+        inside = sorted(path for path in files if path.startswith(prefix))
+        folders = sorted({str(parent) for path in inside for parent in PurePosixPath(path).parents[:-1]})
         entries = [
-            {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-            for path, data in sorted(files.items())
+            {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
+            for path in folders
             if path.startswith(prefix)
         ]
+        entries += [
+            {"type": "file", "path": path, "size": len(files[path]), "oid": hashlib.sha1(files[path]).hexdigest()}
+            for path in inside
+        ]
+        if parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() != "true":
+            entries = [entry for entry in entries if "/" not in entry["path"].removeprefix(prefix)]
         if prefix and not entries:
             return self.refuse(404, "EntryNotFound", X_Repo_Commit=head_of(files))
         self.answer(entries)

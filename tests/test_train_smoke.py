@@ -233,3 +233,23 @@ print(type(model).__module__, *sorted(model.class_heads))
     printed = finish(python("-c", load, package=False)).splitlines()[-1].split()
     assert printed[0].startswith("transformers_modules.")
     assert printed[1:] == ["coco", "ovis", "youtube_vis_2019", "youtube_vis_2021"]
+
+
+def test_the_recipes_of_the_larger_network(python, tmp_path):
+    """Swin-B's three stages, two steps each; every stage starts from what the one before it left."""
+    write_data(tmp_path / "data")
+    network = json.dumps({"preset": "base", "overrides": NETWORK, "label_sets": {"coco": None}})
+    for stage, *overrides in (
+        ("stage1_coco_pseudo_swin_b", f"model={network}"),
+        ("stage2_short_clips_swin_b",),
+        ("stage3_long_clips_swin_b",),
+    ):
+        recipe = ROOT / "examples" / "recipes" / f"{stage}.yaml"
+        finish(python("-m", "ausm_hf.cli", "train", recipe, *TINY, "optim.max_steps=2", *overrides))
+    weights = [load_file(tmp_path / f"runs/stage{n}_swin_b/final/model.safetensors") for n in (1, 2, 3)]
+    for before, after in zip(weights, weights[1:]):
+        shared = [name for name in before if not name.startswith("class_heads.")]
+        assert any(not torch.equal(before[name], after[name]) for name in shared)
+    # The paper's stage 3 freezes the backbone.
+    backbone = [name for name in weights[1] if ".backbone." in name]
+    assert backbone and all(torch.equal(weights[1][name], weights[2][name]) for name in backbone)

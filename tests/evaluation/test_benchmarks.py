@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,11 @@ from vos_benchmark.benchmark import benchmark as vos_benchmark
 from ausm_hf import AusmForUniversalSegmentation, AusmImageProcessor, AusmProcessor
 from ausm_hf.cli import main
 from ausm_hf.data.labels import LABEL_SETS
-from ausm_hf.evaluation import benchmarks, runner
-from ausm_hf.evaluation.benchmarks import evaluate, load_benchmark
+from ausm_hf.evaluation import benchmarks, run, runner
+from ausm_hf.evaluation.benchmarks import load_benchmark
 from ausm_hf.evaluation.metrics.jf import SequenceScorer, summarize
 from ausm_hf.evaluation.report import format_results, j_over_time
+from ausm_hf.evaluation.run import evaluate
 from ausm_hf.evaluation.runner import Inference, first_prompts
 from ausm_hf.evaluation.score import read_mask
 from ausm_hf.segment import segment_video
@@ -165,7 +167,7 @@ def test_unprompted_davis2016_reports_best_track_and_union(tiny, tmp_path):
 
 def test_unprompted_davis2017_keeps_as_many_tracks_as_the_official_tool_takes(davis2017, tiny, tmp_path, monkeypatch):
     def run(name, max_tracks):
-        protocol = benchmarks.replace(benchmarks.PROTOCOLS["davis2017"], max_tracks=max_tracks)
+        protocol = replace(benchmarks.PROTOCOLS["davis2017"], max_tracks=max_tracks)
         monkeypatch.setitem(benchmarks.PROTOCOLS, "davis2017", protocol)
         evaluate("davis2017", davis2017, mode="unprompted", model=tiny, output=tmp_path / name, threshold=0.0)
         return [read_mask(p) for p in sorted((tmp_path / name / "masks" / "swan").iterdir())]
@@ -223,7 +225,7 @@ def test_resume_trusts_only_finished_sequences(davis2017, tiny, tmp_path, monkey
     assert files(out) == files(whole)
     # done already: nothing is computed again, and the results are the same
     with monkeypatch.context() as patch:
-        patch.setattr(benchmarks, "write_masks", None)
+        patch.setattr(run, "write_masks", None)
         evaluate("davis2017", davis2017, model=tiny, output=out, resume=True)
     assert files(out) == files(whole)
 
@@ -263,7 +265,7 @@ def test_several_processes_have_the_result_of_one(davis2017, tiny, tmp_path):
 
 def test_videos_are_shared_evenly():
     rows = [{"video_id": name, "frames": [None] * n} for name, n in {"a": 3, "b": 9, "c": 4, "d": 5}.items()]
-    shares = [[row["video_id"] for row in share] for share in benchmarks._deal(rows, 2)]
+    shares = [[row["video_id"] for row in share] for share in run._deal(rows, 2)]
     assert shares == [["b", "a"], ["d", "c"]]  # 12 frames and 9
 
 
@@ -468,7 +470,7 @@ def test_top_k_leaves_the_best_objects_of_each_frame(save_tiny, tmp_path):
 
 
 def test_a_session_of_ones_own_has_its_prompts_already(tiny, moving_square):
-    network, processor = benchmarks.load_model(tiny, "cpu")
+    network, processor = run.load_model(tiny, "cpu")
     session = processor.init_video_session()
     for options in ({"masks": moving_square[1][0]}, {"threshold": 0.5}):
         with pytest.raises(ValueError, match="given beside session"):
@@ -561,7 +563,7 @@ def test_passes_keep_the_last_predictions_and_the_ids(passes, save_tiny, tmp_pat
     write_vis(tmp_path / "data", "ovis", "ovis", annotated=False)
     out = tmp_path / "out"
     evaluate("ovis", tmp_path / "data", model=model, output=out, threshold=0.0, passes=passes, top_k=3)
-    network, processor = benchmarks.load_model(model, "cpu")
+    network, processor = run.load_model(model, "cpu")
     session = processor.init_video_session(
         foreground_threshold=0.0, find_new_objects=True, label_set="ovis", seed=runner.zlib.crc32(b"2")
     )
@@ -570,7 +572,7 @@ def test_passes_keep_the_last_predictions_and_the_ids(passes, save_tiny, tmp_pat
     for t in order:
         with Image.open(tmp_path / "data" / "valid" / "v2" / f"{t:05d}.jpg") as image:
             output = network(inference_session=session, frame=processor(images=image)["pixel_values"])
-        least = float(output.scores.topk(3).values[-1])
+        least = float(output.scores.topk(min(3, len(output.scores))).values[-1])
         (result,) = processor.post_process_instance_segmentation(output, least, target_sizes=[(HEIGHT, WIDTH)])
         wanted[t] = result["segmentation"].numpy()
     content = json.loads((out / "tracks" / "2.json").read_text())
@@ -716,6 +718,7 @@ def long_streams():
 def test_long_streams_writes_everything(long_streams, tiny, tmp_path, capsys):
     root = write_davis(tmp_path / "data", 2016, {"bear": 4, "swan": 5})
     options = {"--root": root, "--model": tiny, "--output": tmp_path / "out", "--times": 3, "--longest-gap": 2}
+    options["--processes"] = 1
     long_streams.main([str(x) for pair in options.items() for x in pair])
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "long_streams.json",
@@ -755,20 +758,26 @@ def test_long_streams_plays_there_and_back_and_scores_what_it_shows(long_streams
 def test_long_streams_tells_what_became_of_a_needle(before, after, outcome, long_streams, tmp_path, monkeypatch):
     root = write_davis(tmp_path, 2016, {"bear": 30, "swan": 3})
     bear, swan = load_benchmark("davis2016", root).rows
-    gap, seen = 4, []
+    seen = []
 
-    def model_of_a_needle(frames, model, processor, masks=None):
+    def model_of_a_needle(frames, model, processor, session):
         for index, frame in enumerate(frames):
-            needle = long_streams.needle_frame(bear, swan, index, gap)[1]
+            k = session["frames"]
+            session["frames"] += 1
+            # A copy of the stream goes on with the needle, from the frame at which it was made.
+            gap = 4 if session is sessions[0] else session.setdefault("gap", k - 10)
+            needle = long_streams.needle_frame(bear, swan, k, gap)[1]
             seen.append(bool(needle.any()))
-            found = np.where(needle, before if index < 10 else after, 0)
-            if index == 12:
+            found = np.where(needle, before if k < 10 else after, 0)
+            if k == 10:
                 found[0, 0] = before
             yield runner.FrameSegments(index, None, frame, found, [])
 
+    sessions = [{"frames": 0}]
+    monkeypatch.setattr(long_streams, "start_session", lambda *arguments: sessions[0])
     monkeypatch.setattr(long_streams, "segment_video", model_of_a_needle)
-    result = long_streams.run_needle(bear, swan, None, None, gap, prompted=False)
-    assert result["outcome"] == outcome
+    results = long_streams.run_needles(bear, swan, None, None, [1, 4], prompted=False)
+    assert [(result["gap"], result["outcome"]) for result in results] == [(1, outcome), (4, outcome)]
     if outcome is not None:
-        assert seen == [True] * 10 + [False] * 4 + [True] * 10
-        assert result["claimed"] == 0.25
+        assert seen == [True] * 10 + [False] + [True] * 10 + [False] * 3 + [True] * 10
+        assert [result["claimed"] for result in results] == [1, 0.25]

@@ -11,7 +11,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ausm_hf.evaluation.metrics.video_ap import IOU_THRESHOLDS, VideoAP, _rle_length
+from ausm_hf.evaluation.metrics.video_ap import IOU_THRESHOLDS, VideoAP, _rle_lengths
 from ausm_hf.evaluation.vis import score_tracks
 
 
@@ -113,16 +113,44 @@ def test_masks_as_arrays_and_rles_are_the_same():
 
 
 def test_length_of_compressed_rles():
+    """All in one go, and each as it would be alone; a broken one takes no other with it."""
     rng = np.random.default_rng(0)
+    counts, wanted = [b""], [0]
     for shape in ((1, 1), (1, 7), (40, 30), (300, 700), (2000, 3000)):
         for share in (0, 1e-5, 0.01, 0.5, 1):
             encoded = mask_utils.encode(np.asfortranarray(rng.random(shape) < share, dtype=np.uint8))
-            assert _rle_length(encoded["counts"]) == _rle_length(encoded["counts"].decode()) == shape[0] * shape[1]
-            with contextlib.suppress(ValueError):  # cut off in the middle of a number
-                assert _rle_length(encoded["counts"][:-1]) < shape[0] * shape[1]
-    for broken in ("o" * 20, "0o", "J", "\n"):
-        with pytest.raises(ValueError, match="not valid"):
-            _rle_length(broken)
+            counts.append(encoded["counts"])
+            wanted.append(shape[0] * shape[1])
+            cut = _rle_lengths([encoded["counts"][:-1]])[0]  # perhaps in the middle of a number
+            assert cut is None or cut < shape[0] * shape[1]
+    assert _rle_lengths(counts) == wanted and _rle_lengths([]) == []
+    assert [_rle_lengths([c])[0] for c in counts] == wanted
+    for broken in (b"o" * 20, b"0o", b"J", b"\n"):
+        assert _rle_lengths([broken]) == [None]
+        assert _rle_lengths([*counts[:3], broken, *counts[3:]]) == [*wanted[:3], None, *wanted[3:]]
+
+
+def test_tracks_of_fixed_category_score_the_same():
+    rng = np.random.default_rng(1)
+
+    def random_tracks(number, score):
+        masks = rng.random((number, 3, 12, 10)) < 0.4
+        kinds = rng.integers(1, 4, number)
+        return [
+            [{"id": n, "category_id": int(kinds[n]), "mask": m.astype(np.uint8), **score(n)} for m in masks[n]]
+            for n in range(number)
+        ]
+
+    predictions = random_tracks(9, lambda n: {"score": n / 10})
+    references = random_tracks(5, lambda n: {})
+    results = []
+    for fixed in (False, True):
+        scorer = VideoAP()
+        for t in range(3):
+            frame = [[track[t] for track in tracks] for tracks in (predictions, references)]
+            scorer.add(1, *frame, fixed_categories=fixed)
+        results.append(scorer.result())
+    assert results[0] == results[1]
 
 
 # --------------------------------------------------------------------------------------------------- bad input

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ausm_hf import AusmConfig, AusmForUniversalSegmentation
-from ausm_hf.training.checkpoint import load_training_state, save_checkpoint
+from ausm_hf.training.checkpoint import gather_optimizer_state, load_training_state, save_checkpoint
 
 
 def swin_network(seed, **changes):
@@ -32,7 +32,7 @@ def swin_network(seed, **changes):
 def test_a_swin_network_comes_back(tmp_path):
     saved, loaded, average = (swin_network(seed) for seed in (0, 1, 2))
     optimizers = [torch.optim.AdamW(network.parameters()) for network in (saved, loaded)]
-    save_checkpoint(tmp_path, 7, saved, optimizers[0], [], ema=average)
+    save_checkpoint(tmp_path, 7, saved, gather_optimizer_state(saved, optimizers[0]), [], ema=average)
     wanted = {name: value.clone() for name, value in saved.state_dict().items()}
     other = swin_network(3)
     assert load_training_state(tmp_path / "step-00000007", loaded, optimizers[1], ema=other) == 7
@@ -45,7 +45,8 @@ def test_a_swin_network_comes_back(tmp_path):
 
 def test_a_network_of_other_sizes_is_refused(tmp_path):
     saved = swin_network(0)
-    save_checkpoint(tmp_path, 7, saved, torch.optim.AdamW(saved.parameters()), [])
+    state = gather_optimizer_state(saved, torch.optim.AdamW(saved.parameters()))
+    save_checkpoint(tmp_path, 7, saved, state, [])
     other = swin_network(0, mask_feature_size=8)
     with pytest.raises(ValueError, match="^model: .*mismatched.*; use another output_dir"):
         load_training_state(tmp_path / "step-00000007", other, torch.optim.AdamW(other.parameters()))

@@ -14,25 +14,27 @@ LENGTH, SIZE, STEPS = 3, 64, 100
 
 @pytest.fixture
 def clip():
-    """A red square that is given in the first frame, and a blue one that is to be found anew in every frame."""
+    """Two clips of the same pictures: two squares that are alike, one of them given and the other to be found anew.
+
+    Which one is given differs between the clips, and nothing but the history tells.
+    """
     frames = 0.2 * torch.rand(1, LENGTH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     masks = torch.zeros(2, LENGTH, SIZE, SIZE)
     for t in range(LENGTH):  # in steps of 4 pixels: at stride 4 the masks are exact, so the loss can vanish
         masks[0, t, 8:32, 8 + 4 * t : 32 + 4 * t] = 1
-        masks[1, t, 36 + 4 * t : 56 + 4 * t, 36 - 4 * t : 60 - 4 * t] = 1
-    frames[0, :, 0] += masks[0]
-    frames[0, :, 2] += masks[1]
+        masks[1, t, 36:60, 36 - 4 * t : 60 - 4 * t] = 1
+    frames[0, :, 0] += masks.amax(0)
     return {
-        "pixel_values_videos": frames,
-        "mask_labels": [masks],
-        "class_labels": [torch.tensor([0, 1])],
-        "switch_frames": [torch.tensor([0, LENGTH])],
-        "id_slots": [torch.tensor([0, 2])],
-        "label_sets": ["pets"],
-        "exhaustive": [True],
-        "detect": [True],
-        "annotated_frames": torch.ones(1, LENGTH, dtype=torch.bool),
-        "ignore_masks": torch.zeros(1, LENGTH, SIZE, SIZE, dtype=torch.bool),
+        "pixel_values_videos": frames.repeat(2, 1, 1, 1, 1),
+        "mask_labels": [masks, masks.flip(0)],
+        "class_labels": [torch.tensor([0, 1])] * 2,
+        "switch_frames": [torch.tensor([0, LENGTH])] * 2,
+        "id_slots": [torch.tensor([0, 2])] * 2,
+        "label_sets": ["pets"] * 2,
+        "exhaustive": [True] * 2,
+        "detect": [True] * 2,
+        "annotated_frames": torch.ones(2, LENGTH, dtype=torch.bool),
+        "ignore_masks": torch.zeros(2, LENGTH, SIZE, SIZE, dtype=torch.bool),
     }
 
 
@@ -53,12 +55,13 @@ def test_the_loss_on_one_clip_falls_to_near_zero(tiny_config, clip, mode):
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    assert losses[0] > 20 and losses[-1] < 0.3, losses[::10]
+    # Without the history it stays above 6. On its own masks it takes longer to be sure which square is the given one.
+    assert losses[0] > 20 and losses[-1] < {"parallel": 0.3, "iterative": 2.5}[mode], losses[::10]
     assert output["loss_dict"]["mask"] + output["loss_dict"]["dice"] < 0.1
 
     # What it learned holds frame by frame too, on its own masks.
     network.eval()
-    masks = clip["mask_labels"][0].bool()
-    with torch.no_grad():
-        predicted = follow(network, clip["pixel_values_videos"], masks[:1, 0])
-    assert iou(predicted, masks[:1]).min() > 0.9
+    for frames, masks in zip(clip["pixel_values_videos"], clip["mask_labels"]):
+        with torch.no_grad():
+            predicted = follow(network, frames[None], masks[:1, 0].bool())
+        assert iou(predicted, masks[:1].bool()).min() > 0.9

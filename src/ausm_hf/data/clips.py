@@ -14,8 +14,10 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import av
 import numpy as np
@@ -164,15 +166,28 @@ def resolve_row(row: dict) -> dict:
     return row if row["annotation_file"] is None else _read_annotation_file(row)
 
 
+@contextmanager
+def reading(source: Path) -> Iterator[None]:
+    """Whatever is wrong with the content of an annotation file is a ValueError too, that names the file."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{source} can't be read: it lacks {error}, or what it refers to isn't there") from error
+    except (TypeError, IndexError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{source} can't be read: {error}") from error
+
+
 def _read_annotation_file(row: dict) -> dict:
     """Fill a train row of SA-V from its JSON: which frames there are, and the run lengths of each object in them."""
-    annotation = json.loads(Path(row["annotation_file"]).read_text())
-    size = int(annotation["video_height"]), int(annotation["video_width"])
-    masklets = annotation["masklet"]  # per annotated frame, per object
-    objects = [
-        clip_object(object_id, segmentations=[encode_rle(frame[n], *size) for frame in masklets])
-        for n, object_id in enumerate(annotation["masklet_id"])
-    ]
+    source = Path(row["annotation_file"])
+    with reading(source):
+        annotation = json.loads(source.read_text())
+        size = int(annotation["video_height"]), int(annotation["video_width"])
+        masklets = annotation["masklet"]  # per annotated frame, per object
+        objects = [
+            clip_object(object_id, segmentations=[encode_rle(frame[n], *size) for frame in masklets])
+            for n, object_id in enumerate(annotation["masklet_id"])
+        ]
     return row | {
         "video_frames": [ANNOTATED_EVERY * n for n in range(len(masklets))],
         "annotated": [True] * len(masklets),
@@ -254,6 +269,11 @@ def load_masks(row: dict, t: int, height: int, width: int) -> tuple[dict[int, np
         masks = {i: index == i for i in np.flatnonzero(np.bincount(index.ravel())).tolist() if i != 0}
     for obj in row["objects"]:
         if obj["segmentations"] and obj["segmentations"][t] is not None:
+            stored = tuple(obj["segmentations"][t]["size"])
+            if stored != (height, width):  # before so much memory is taken
+                raise ValueError(
+                    f"frame {t} of {row['video_id']}, or a mask of it, is {stored}, want {(height, width)} (H, W)"
+                )
             masks[obj["id"]] = decode_rle(obj["segmentations"][t])
         elif obj["masks"] and obj["masks"][t] is not None:
             masks[obj["id"]] = _read_mask(obj["masks"][t]) > 0
@@ -267,10 +287,45 @@ def load_masks(row: dict, t: int, height: int, width: int) -> tuple[dict[int, np
 
 
 def decode_rle(segmentation: dict) -> np.ndarray:
-    """COCO run lengths (`{"size": [H, W], "counts": str}`) to a bool mask `(H, W)`."""
+    """COCO run lengths (`{"size": [H, W], "counts": str}`) to a bool mask `(H, W)`.
+
+    Raises:
+        ValueError: The run lengths are broken, or don't cover the mask.
+    """
     from pycocotools import mask as coco_mask
 
+    height, width = segmentation["size"]
+    covered = _pixels_covered(segmentation["counts"])
+    if covered != height * width:
+        wrong = "are broken" if covered is None else f"cover {covered} pixels"
+        raise ValueError(f"run lengths of a mask of {height} x {width} {wrong}: {segmentation['counts']!r:.50}")
     return coco_mask.decode({"size": segmentation["size"], "counts": segmentation["counts"].encode()}).astype(bool)
+
+
+def _pixels_covered(counts: str) -> int | None:
+    """How many pixels compressed run lengths cover; None if they are broken. pycocotools would draw anything.
+
+    A number is in groups of 5 bits, low ones first; a sixth bit says that more follow, and the highest of the last
+    group is the sign. From the fourth on, numbers are differences to the last but one.
+    """
+    lengths, value, shift = [], 0, 0
+    for character in counts:
+        group = ord(character) - 48
+        if not 0 <= group < 64 or shift > 30:
+            return None
+        value |= (group & 31) << shift
+        shift += 5
+        if group & 32:
+            continue
+        if group & 16:
+            value -= 1 << shift
+        if len(lengths) > 2:
+            value += lengths[-2]
+        if value < 0:
+            return None
+        lengths.append(value)
+        value = shift = 0
+    return None if shift else sum(lengths)
 
 
 def encode_rle(segmentation: dict | list | None, height: int, width: int) -> dict | None:
@@ -279,17 +334,45 @@ def encode_rle(segmentation: dict | list | None, height: int, width: int) -> dic
     Args:
         segmentation: Run lengths (compressed or as a list of counts), a list of polygons, or None: the object is
             absent.
+
+    Raises:
+        ValueError: It is none of these, or of another size.
     """
     from pycocotools import mask as coco_mask
 
     if not segmentation:
         return None
+    _check_segmentation(segmentation, height, width)
     if isinstance(segmentation, list):
         segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation["counts"], list):
         segmentation = coco_mask.frPyObjects(segmentation, *segmentation["size"])
     counts = segmentation["counts"]
     return {"size": list(segmentation["size"]), "counts": counts if isinstance(counts, str) else counts.decode()}
+
+
+def _check_segmentation(segmentation: dict | list, height: int, width: int) -> None:
+    """pycocotools believes whatever it is given: wrong lengths and places far off cost memory, or the process."""
+    if not all(type(side) is int and 0 < side < 2**16 for side in (height, width)):
+        raise ValueError(f"a mask is {height} x {width}, want a height and a width")
+    if isinstance(segmentation, list):
+        for polygon in segmentation:
+            if not isinstance(polygon, list) or len(polygon) < 4 or len(polygon) % 2:
+                raise ValueError(f"a polygon is {polygon!r:.50}, want x and y of each of its points")
+            for number in polygon:
+                if type(number) not in (int, float) or not -(2**16) < number < 2**16:
+                    raise ValueError(f"a polygon has a point at {number!r:.50} in a frame of {height} x {width}")
+        return
+    if not isinstance(segmentation, dict) or not {"size", "counts"} <= set(segmentation):
+        raise ValueError(f"a segmentation is {segmentation!r:.50}, want polygons, or run lengths (size, counts)")
+    size, counts = segmentation["size"], segmentation["counts"]
+    if size != [height, width]:
+        raise ValueError(f"run lengths are for a mask of {size}, want {[height, width]} (H, W)")
+    if isinstance(counts, list):
+        if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != height * width:
+            raise ValueError(f"run lengths are {counts!r:.50}, want numbers that sum to {height} x {width}")
+    elif not isinstance(counts, str):
+        raise ValueError(f"run lengths are {counts!r:.50}, want a list or a string")
 
 
 def _source(stored: dict):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from .clips import clip_object, clip_row, clips_from_rows, encode_rle, file
+from .clips import clip_object, clip_row, clips_from_rows, encode_rle, file, reading
 from .mask_folders import need
 from .vis_json import category_names
 
@@ -26,27 +26,28 @@ def coco(root: str, split: str = "train2017", annotations: str | None = None, la
         ValueError: A file is missing, or a category isn't in the label set.
     """
     source = need(Path(annotations or Path(root) / "annotations" / f"instances_{split}.json"), "annotations of COCO")
-    content = json.loads(source.read_text())
-    labels = category_names(content["categories"], label_set, source)
-    by_image = defaultdict(list)
-    for annotation in content["annotations"]:
-        by_image[annotation["image_id"]].append(annotation)
+    with reading(source):
+        content = json.loads(source.read_text())
+        labels = category_names(content["categories"], label_set, source)
+        by_image = defaultdict(list)
+        for annotation in content["annotations"]:
+            by_image[annotation["image_id"]].append(annotation)
 
-    def rows():
-        for image in content["images"]:
-            objects = []
-            # Ids of COCO outgrow pixel values and repeat nothing here, so objects are numbered in their image.
-            for number, annotation in enumerate(by_image.pop(image["id"], []), start=1):
-                segmentation = encode_rle(annotation["segmentation"], image["height"], image["width"])
-                label = labels[annotation["category_id"]]
-                objects.append(clip_object(number, label, bool(annotation["iscrowd"]), [segmentation]))
-            if objects:
-                yield clip_row(
-                    f"{split}/{image['id']:012d}",
-                    [file(Path(root) / split / image["file_name"])],
-                    objects,
-                    label_set=label_set,
-                    size=(image["height"], image["width"]),
-                )
+        def rows():
+            for image in content["images"]:
+                objects = []
+                # Ids of COCO outgrow pixel values and repeat nothing here, so objects are numbered in their image.
+                for number, annotation in enumerate(by_image.pop(image["id"], []), start=1):
+                    segmentation = encode_rle(annotation["segmentation"], image["height"], image["width"])
+                    label = labels[annotation["category_id"]]
+                    objects.append(clip_object(number, label, bool(annotation["iscrowd"]), [segmentation]))
+                if objects:
+                    yield clip_row(
+                        f"{split}/{image['id']:012d}",
+                        [file(Path(root) / split / image["file_name"])],
+                        objects,
+                        label_set=label_set,
+                        size=(image["height"], image["width"]),
+                    )
 
-    return clips_from_rows(rows())
+        return clips_from_rows(rows())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from .clips import clip_object, clip_row, clips_from_rows, file
+from .clips import clip_object, clip_row, clips_from_rows, file, reading
 from .mask_folders import VIDEO_SUFFIXES, folder_row, need
 
 
@@ -36,7 +36,12 @@ def video_folder(
     folder = need(Path(root), "root")
     videos = need(folder / "videos", "root")
     masks = need(folder / "masks", "root")
-    labels = json.loads((folder / "labels.json").read_text()) if (folder / "labels.json").is_file() else {}
+    source = folder / "labels.json"
+    labels = {}
+    if source.is_file():
+        with reading(source):
+            labels = json.loads(source.read_text())
+            labels = {name: {int(i): label for i, label in objects.items()} for name, objects in labels.items()}
     entries = [p for p in sorted(videos.iterdir()) if p.is_dir() or p.suffix.lower() in VIDEO_SUFFIXES]
     unknown = sorted(set(labels) - {p.stem if p.is_file() else p.name for p in entries})
     if unknown:
@@ -49,7 +54,7 @@ def video_folder(
     rows = []
     for entry in entries:
         name = entry.name if entry.is_dir() else entry.stem
-        objects = [clip_object(int(i), label) for i, label in labels.get(name, {}).items()]
+        objects = [clip_object(i, label) for i, label in labels.get(name, {}).items()]
         if entry.is_dir():
             rows.append(folder_row(name, entry, masks / name, objects, **flags))
             continue

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from .clips import clip_object, clip_row, clips_from_rows, encode_rle, file
+from .clips import clip_object, clip_row, clips_from_rows, encode_rle, file, reading
 from .labels import LABEL_SETS
 from .mask_folders import need
 
@@ -38,44 +38,47 @@ def vis_json(
             unknown video or has more or fewer segmentations than its video has frames.
     """
     source = need(Path(annotations), "annotations")
-    content = json.loads(source.read_text())
-    for key in ("videos", "categories"):
-        if key not in content:
-            raise ValueError(f"annotations: {source} has no key {key!r}, want the JSON of YouTube-VIS")
-    labels = category_names(content["categories"], label_set, source)
-    videos = {video["id"]: video for video in content["videos"]}
-    objects = defaultdict(list)
-    for annotation in content.get("annotations") or []:  # the JSONs of validation splits have none
-        video = videos.get(annotation["video_id"])
-        if video is None:
-            raise ValueError(f"annotation {annotation['id']} of {source} is of unknown video {annotation['video_id']}")
-        segmentations = annotation["segmentations"]
-        if len(segmentations) != len(video["file_names"]):
-            raise ValueError(
-                f"annotation {annotation['id']} of {source} has {len(segmentations)} segmentations, its video "
-                f"{video['id']} has {len(video['file_names'])} frames"
+    with reading(source):
+        content = json.loads(source.read_text())
+        for key in ("videos", "categories"):
+            if key not in content:
+                raise ValueError(f"annotations: {source} has no key {key!r}, want the JSON of YouTube-VIS")
+        labels = category_names(content["categories"], label_set, source)
+        videos = {video["id"]: video for video in content["videos"]}
+        objects = defaultdict(list)
+        for annotation in content.get("annotations") or []:  # the JSONs of validation splits have none
+            video = videos.get(annotation["video_id"])
+            if video is None:
+                raise ValueError(
+                    f"annotation {annotation['id']} of {source} is of unknown video {annotation['video_id']}"
+                )
+            segmentations = annotation["segmentations"]
+            if len(segmentations) != len(video["file_names"]):
+                raise ValueError(
+                    f"annotation {annotation['id']} of {source} has {len(segmentations)} segmentations, its video "
+                    f"{video['id']} has {len(video['file_names'])} frames"
+                )
+            objects[video["id"]].append(
+                clip_object(
+                    annotation["id"],
+                    labels[annotation["category_id"]],
+                    bool(annotation.get("iscrowd", 0)),
+                    [encode_rle(s, video["height"], video["width"]) for s in segmentations],
+                )
             )
-        objects[video["id"]].append(
-            clip_object(
-                annotation["id"],
-                labels[annotation["category_id"]],
-                bool(annotation.get("iscrowd", 0)),
-                [encode_rle(s, video["height"], video["width"]) for s in segmentations],
+        return clips_from_rows(
+            clip_row(
+                Path(video["file_names"][0]).parent.as_posix(),
+                [file(Path(images) / name) for name in video["file_names"]],
+                objects[video["id"]],
+                annotated=[bool(content.get("annotations"))] * len(video["file_names"]),
+                label_set=label_set,
+                exhaustive=exhaustive,
+                first_frame_given=first_frame_given,
+                size=(video["height"], video["width"]),
             )
+            for video in content["videos"]
         )
-    return clips_from_rows(
-        clip_row(
-            Path(video["file_names"][0]).parent.as_posix(),
-            [file(Path(images) / name) for name in video["file_names"]],
-            objects[video["id"]],
-            annotated=[bool(content.get("annotations"))] * len(video["file_names"]),
-            label_set=label_set,
-            exhaustive=exhaustive,
-            first_frame_given=first_frame_given,
-            size=(video["height"], video["width"]),
-        )
-        for video in content["videos"]
-    )
 
 
 def category_names(categories: list[dict], label_set: str | None, source: Path) -> dict[int, str]:

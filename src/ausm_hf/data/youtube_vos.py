@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from .clips import clip_object, clips_from_rows
+from .clips import clip_object, clips_from_rows, reading
 from .mask_folders import folder_row, need
 
 
@@ -26,16 +26,17 @@ def youtube_vos(root: str, split: str = "train") -> Dataset:
         ValueError: The split, or its `meta.json`, isn't there.
     """
     folder = need(Path(root) / split, f"split {split!r} of YouTube-VOS")
-    meta = json.loads(need(folder / "meta.json", "meta.json of YouTube-VOS").read_text())
-    return clips_from_rows(
-        folder_row(
-            name,
-            folder / "JPEGImages" / name,
-            folder / "Annotations" / name,
-            [clip_object(i, obj.get("category")) for i, obj in video["objects"].items()],
-            exhaustive=False,
-            first_frame_given=True,
-            fps=30.0 if split.endswith("all_frames") else 6.0,
+    source = need(folder / "meta.json", "meta.json of YouTube-VOS")
+    with reading(source):
+        return clips_from_rows(
+            folder_row(
+                name,
+                folder / "JPEGImages" / name,
+                folder / "Annotations" / name,
+                [clip_object(i, obj.get("category")) for i, obj in video["objects"].items()],
+                exhaustive=False,
+                first_frame_given=True,
+                fps=30.0 if split.endswith("all_frames") else 6.0,
+            )
+            for name, video in json.loads(source.read_text())["videos"].items()
         )
-        for name, video in meta["videos"].items()
-    )

@@ -67,7 +67,7 @@ def format_results(results: dict) -> str:
     The table of a run, in percent.
 
     Args:
-        results: As [`~ausm_hf.evaluation.benchmarks.evaluate`] returns them.
+        results: As [`~ausm_hf.evaluation.run.evaluate`] returns them.
 
     Returns:
         Lines of text: one per sequence (or category) and the mean, for each measure.

@@ -54,6 +54,7 @@ def score_tracks(results: str | Path | list[dict], annotations: str | Path | dic
                 video_id,
                 [_segment(index, track, t, video) | {"score": track["score"]} for index, track in predictions],
                 [_segment(index, track, t, video) for index, track in references],
+                fixed_categories=True,
             )
     return scorer.result([category["id"] for category in annotations["categories"]])
 

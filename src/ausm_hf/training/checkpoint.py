@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -43,7 +44,7 @@ def save_checkpoint(
     output_dir: str | Path,
     step: int,
     model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
+    optimizer_state: tuple[dict[str, torch.Tensor], dict[str, Any]],
     rng_states: list[dict[str, Any]],
     ema: PreTrainedModel | None = None,
     processor: Any = None,
@@ -53,6 +54,8 @@ def save_checkpoint(
     """Writes checkpoint `step`, then removes all but the newest `keep`. Call it in one process.
 
     Args:
+        model: the whole network, see `gather_network`.
+        optimizer_state: see `gather_optimizer_state`.
         rng_states: `rng_state()` of every process, in order of rank.
         processor: has `save_pretrained`; saved beside the weights.
     """
@@ -68,8 +71,8 @@ def save_checkpoint(
                 part.save_pretrained(folder)
                 if processor is not None:
                     processor.save_pretrained(folder)
-    tensors, values = _optimizer_state(model, optimizer)
-    values["scaler"] = scaler.state_dict() if scaler is not None else None
+    tensors, values = optimizer_state
+    values = {**values, "scaler": scaler.state_dict() if scaler is not None else None}
     save_file(tensors, temporary / "optimizer.safetensors")
     (temporary / "optimizer.json").write_text(json.dumps(values))
     for rank, state in enumerate(rng_states):
@@ -111,6 +114,36 @@ def load_training_state(
     if scaler is not None and values["scaler"] is not None:
         scaler.load_state_dict(values["scaler"])
     return json.loads((checkpoint / "state.json").read_text())["step"]
+
+
+def gather_network(model: PreTrainedModel, copy_of_it: PreTrainedModel | None) -> PreTrainedModel | None:
+    """The whole network, also where the processes hold a part of each parameter. Call it in all of them.
+
+    Args:
+        copy_of_it: takes the weights, if `model` is in parts; None in the processes that don't need them.
+
+    Returns:
+        `model` itself if it is whole, else `copy_of_it`.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return model
+    weights = {name: _whole(value) for name, value in model.state_dict().items()}
+    if copy_of_it is not None:
+        copy_of_it.load_state_dict(weights)
+    return copy_of_it
+
+
+def gather_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What `save_checkpoint` writes of AdamW: its moments, whole, by parameter name. Call it in all processes."""
+    names = _names(model, optimizer)
+    tensors = {}
+    for group, group_names in zip(optimizer.param_groups, names):
+        for parameter, name in zip(group["params"], group_names):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}:{name}"] = _whole(value.detach()).contiguous()
+    return tensors, {"groups": names}
 
 
 def rng_state() -> dict[str, Any]:
@@ -203,7 +236,8 @@ def _load_weights(model: PreTrainedModel, folder: Path) -> None:
             + ", ".join(f"{kind} {names}" for kind, names in wrong.items() if names)
             + "; use another output_dir"
         )
-    model.load_state_dict(stored.state_dict())
+    own = model.state_dict()
+    model.load_state_dict({name: _divided_as(value, own[name]) for name, value in stored.state_dict().items()})
 
 
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
@@ -212,14 +246,15 @@ def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]
     return [[name_of[id(p)] for p in group["params"]] for group in optimizer.param_groups]
 
 
-def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict]:
-    names = _names(model, optimizer)
-    tensors = {}
-    for group, group_names in zip(optimizer.param_groups, names):
-        for parameter, name in zip(group["params"], group_names):
-            for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{key}:{name}"] = value.detach().contiguous()
-    return tensors, {"groups": names}
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _divided_as(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A whole tensor where the parameter is; the same part of it, if this process holds a part of that."""
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value.to(parameter.device)
 
 
 def _restore_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -235,4 +270,4 @@ def _restore_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.opti
         kind, _, name = key.partition(":")
         parameter = parameters[name]
         # AdamW counts steps on the CPU; its moments live with the parameter.
-        optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
+        optimizer.state[parameter][kind] = value if kind == "step" else _divided_as(value, parameter)

@@ -17,6 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, gather_object, set_seed
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -30,6 +31,8 @@ from ausm_hf.model.processing_ausm import AusmProcessor
 
 from .checkpoint import (
     checkpoints,
+    gather_network,
+    gather_optimizer_state,
     load_training_state,
     no_progress_bars,
     publish_folder,
@@ -106,10 +109,15 @@ def train(
     )
     if accelerator.num_processes != num_launched:
         raise ValueError(f"accelerate: {num_launched} processes were launched, it sees {accelerator.num_processes}")
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+    kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if accelerator.distributed_type not in kinds or (sharded and not accelerator.is_fsdp2):
         raise ValueError(
-            f"accelerate: {accelerator.distributed_type} is not supported; want one process, or data parallel ones"
+            f"accelerate: {accelerator.distributed_type} is not supported; want one process, data parallel ones, or "
+            "FSDP of version 2"
         )
+    if sharded and recipe.ema_decay is not None:
+        raise ValueError("ema_decay: the moving average is of whole parameters; want null with FSDP")
     set_seed(recipe.seed)
     config = build_config(recipe) if model is None else model.config
     processor = build_processor(recipe, config) if isinstance(config, AusmConfig) else None
@@ -126,6 +134,8 @@ def train(
     network = model.to(accelerator.device)
     ema = copy.deepcopy(network).eval().requires_grad_(False) if recipe.ema_decay is not None else None
     optimizer = build_optimizer(network, recipe.optim)
+    # With FSDP each process holds a part of each parameter; the main one puts them together in here.
+    together = copy.deepcopy(network) if sharded and accelerator.is_main_process else None
     form = network
     if recipe.mode == "iterative":
         form = IterativeForm(network)
@@ -194,8 +204,9 @@ def train(
         if done % recipe.log_every == 0 or done == recipe.optim.max_steps:
             log.write(done, bar, float(norm), learning_rate_factor(step, recipe.optim) * recipe.optim.lr)
         if recipe.eval_every and done % recipe.eval_every == 0:
+            whole = gather_network(network, together)
             if accelerator.is_main_process:
-                judged = ema if ema is not None else network
+                judged = ema if ema is not None else whole
                 judged.eval()
                 with torch.no_grad():
                     log.write_values(done, evaluate(judged, done, output_dir))
@@ -204,12 +215,14 @@ def train(
             log.restart_clock()
         if done % recipe.save_every == 0 or done == recipe.optim.max_steps:
             rng_states = gather_object([rng_state()])
+            whole = gather_network(network, together)
+            optimizer_state = gather_optimizer_state(network, optimizer)
             if accelerator.is_main_process:
                 save_checkpoint(
                     output_dir,
                     done,
-                    network,
-                    optimizer,
+                    whole,
+                    optimizer_state,
                     rng_states,
                     ema=ema,
                     processor=processor,
@@ -220,9 +233,10 @@ def train(
     bar.close()
 
     final = output_dir / "final"
+    whole = gather_network(network, together)
     if accelerator.is_main_process:
         temporary = output_dir / ".final.tmp"
-        result = ema if ema is not None else network
+        result = ema if ema is not None else whole
         with no_progress_bars():
             if processor is None:
                 result.save_pretrained(temporary)
@@ -429,7 +443,8 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
 
 def _clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> torch.Tensor:
     """Clips and returns the norm before clipping."""
-    return accelerator.clip_grad_norm_(model.parameters(), max_norm if max_norm is not None else float("inf"))
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_norm if max_norm is not None else float("inf"))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _init_worker(worker: int) -> None:

@@ -49,7 +49,13 @@ class VideoAP:
         self._videos: dict[Hashable, _Video] = {}
         self.problems: list[str] = []
 
-    def add(self, video: Hashable, predictions: Sequence[dict], references: Sequence[dict]) -> None:
+    def add(
+        self,
+        video: Hashable,
+        predictions: Sequence[dict],
+        references: Sequence[dict],
+        fixed_categories: bool = False,
+    ) -> None:
         """Adds the next frame of a video. What is wrong with it is noted in `problems` and reported by `result`.
 
         Args:
@@ -60,6 +66,8 @@ class VideoAP:
                 (not in this frame). The score and category of a track are those that its last frame gave it.
             references (`list[dict]`): The true objects: `id`, `category_id`, `mask`, and where needed `iscrowd` (a
                 group: what matches it is neither right nor wrong).
+            fixed_categories (`bool`, *optional*, defaults to `False`): The caller knows that tracks have the same
+                category in every frame; then only tracks of one category are compared, which is faster.
         """
         state = self._videos.setdefault(video, _Video())
         where = f"video {video}, frame {state.frames}"
@@ -70,8 +78,8 @@ class VideoAP:
             ("reference", references, state.references),
         ):
             seen = set()
-            for segment in objects:
-                wanted = {"id", "category_id", "mask"} | ({"score"} if kind == "prediction" else set())
+            wanted = {"id", "category_id", "mask"} | ({"score"} if kind == "prediction" else set())
+            for segment, covered in zip(objects, _pixels_covered([segment.get("mask") for segment in objects])):
                 lacking = sorted(wanted - set(segment))
                 if lacking:
                     problems.append(f"{where}: a {kind} lacks {', '.join(lacking)}")
@@ -85,7 +93,7 @@ class VideoAP:
                 if isinstance(score, bool) or not isinstance(score, (int, float, np.number)) or not np.isfinite(score):
                     problems.append(f"{where}: {name} has score {score!r}, not a finite number")
                     continue
-                wrong, size = _mask_size(segment["mask"])
+                wrong, size = _mask_size(segment["mask"], covered)
                 if wrong:
                     problems.append(f"{where}: {name} {wrong}")
                 elif size is not None:
@@ -110,12 +118,19 @@ class VideoAP:
             state.predictions[segment["id"]].area += int(area)
         for segment, area in zip(references, mask_utils.area(gt_rles) if gt_rles else []):
             state.references[segment["id"]].area += int(area)
-        if pred_rles and gt_rles:
+        pred_categories = [segment["category_id"] if fixed_categories else None for segment in predictions]
+        gt_categories = [segment["category_id"] if fixed_categories else None for segment in references]
+        for category in set(pred_categories) & set(gt_categories):
+            rows = [row for row, of_row in enumerate(pred_categories) if of_row == category]
+            columns = [column for column, of_column in enumerate(gt_categories) if of_column == category]
             # IoU with a "crowd" is intersection over the prediction's area: one call gives all intersections
-            shares = np.nan_to_num(mask_utils.iou(pred_rles, gt_rles, [1] * len(gt_rles)))
-            for row, column in zip(*np.nonzero(shares)):
-                pair = predictions[row]["id"], references[column]["id"]
-                state.intersections[pair] += round(shares[row, column] * pred_areas[row])
+            crowds = [1] * len(columns)
+            shares = mask_utils.iou([pred_rles[row] for row in rows], [gt_rles[column] for column in columns], crowds)
+            for row, of_row in zip(rows, shares.tolist()):
+                for column, share in zip(columns, of_row):
+                    if share > 0:  # not of an empty mask, whose share is no number
+                        pair = predictions[row]["id"], references[column]["id"]
+                        state.intersections[pair] += round(share * int(pred_areas[row]))
 
     def result(self, categories: Sequence[int] | None = None) -> dict:
         """Average precision and recall over everything added.
@@ -227,40 +242,58 @@ def _category_ap(videos: list[tuple[np.ndarray, np.ndarray, np.ndarray, int]]) -
     }
 
 
-def _mask_size(mask: np.ndarray | dict | None) -> tuple[str | None, tuple[int, int] | None]:
-    """What is wrong with a mask, if anything, and its size."""
+def _mask_size(mask: np.ndarray | dict | None, covered: int | None) -> tuple[str | None, tuple[int, int] | None]:
+    """What is wrong with a mask, if anything, and its size. `covered`: how many pixels it has, if it is an RLE."""
     if mask is None:
         return None, None
     if isinstance(mask, np.ndarray):
         if mask.ndim != 2:
             return f"has a mask of shape {mask.shape}, not (H, W)", None
         return None, mask.shape
-    if not isinstance(mask, dict) or not {"size", "counts"} <= set(mask) or len(mask["size"]) != 2:
+    if not _is_rle(mask):
         return "has a mask that is neither an array (H, W) nor a COCO RLE (size, counts) nor None", None
     size = tuple(mask["size"])
-    if isinstance(mask["counts"], list):
-        covered = sum(mask["counts"])
-    else:
-        try:
-            # pycocotools reads whatever it gets: only by its length does a broken RLE show
-            covered = _rle_length(mask["counts"])
-        except ValueError as error:
-            return f"has an RLE that is {error}", None
+    # pycocotools reads whatever it gets: only by its length does a broken RLE show
+    if covered is None:
+        return "has an RLE that is not valid", None
     if covered != size[0] * size[1]:
         return f"has an RLE of {covered} pixels for a mask of {size[0]} x {size[1]}", None
     return None, size
 
 
-def _rle_length(counts: str | bytes) -> int:
-    """How many pixels a compressed RLE covers. Each of its numbers is in groups of 5 bits, low ones first; a sixth bit
-    says that more follow, and the highest of the last group is the sign. From the fourth on, numbers are differences
-    to the last but one."""
-    groups = np.frombuffer(counts if isinstance(counts, bytes) else counts.encode(), np.uint8) - np.uint8(48)
-    if len(groups) == 0:
-        return 0
-    if groups.max() > 63 or groups[-1] >= 32:
-        raise ValueError("not valid")
+def _is_rle(mask: np.ndarray | dict | None) -> bool:
+    return isinstance(mask, dict) and {"size", "counts"} <= set(mask) and len(mask["size"]) == 2
+
+
+def _pixels_covered(masks: list[np.ndarray | dict | None]) -> list[int | None]:
+    """How many pixels each mask that is an RLE covers, ones and zeros; `None` for broken RLEs and other masks."""
+    covered = [sum(m["counts"]) if _is_rle(m) and isinstance(m["counts"], list) else None for m in masks]
+    compressed = [n for n, m in enumerate(masks) if _is_rle(m) and not isinstance(m["counts"], list)]
+    counts = [masks[n]["counts"] for n in compressed]
+    for n, length in zip(compressed, _rle_lengths([c if isinstance(c, bytes) else c.encode() for c in counts])):
+        covered[n] = length
+    return covered
+
+
+def _rle_lengths(counts: list[bytes]) -> list[int | None]:
+    """How many pixels compressed RLEs cover; `None` for those that are not valid.
+
+    Each number of an RLE is in groups of 5 bits, low ones first; a sixth bit says that more follow, and the highest of
+    the last group is the sign. From the fourth on, numbers are differences to the last but one. All RLEs are read in
+    one go; if there is a broken one among them, each by itself.
+    """
+    if any(len(c) == 0 for c in counts):
+        lengths = iter(_rle_lengths([c for c in counts if c]))
+        return [next(lengths) if c else 0 for c in counts]
+    if not counts:
+        return []
+    broken = [None] if len(counts) == 1 else None
+    groups = np.frombuffer(b"".join(counts), np.uint8) - np.uint8(48)
+    ends = np.cumsum([len(c) for c in counts])
+    if groups.max() > 63 or groups[ends - 1].max() >= 32:
+        return broken or [_rle_lengths([c])[0] for c in counts]
     at = np.flatnonzero(groups < 32)  # the last group of each number
+    starts = np.searchsorted(at, np.concatenate([[0], ends[:-1]]))  # the first number of each RLE
     numbers = (groups[at].astype(np.int64) ^ 16) - 16
     longer = np.arange(len(at))
     for _ in range(12):  # from there back through the groups that said that more follow
@@ -270,10 +303,12 @@ def _rle_length(counts: str | bytes) -> int:
         if len(at) == 0:
             break
         numbers[longer] = numbers[longer] * 32 + (groups[at] & 31)
-    numbers[1::2], numbers[2::2] = numbers[1::2].cumsum(), numbers[2::2].cumsum()
+    for of_rle in np.split(numbers, starts[1:]):
+        of_rle[1::2].cumsum(out=of_rle[1::2])
+        of_rle[2::2].cumsum(out=of_rle[2::2])
     if len(at) or numbers.min() < 0:
-        raise ValueError("not valid")
-    return int(numbers.sum())
+        return broken or [_rle_lengths([c])[0] for c in counts]
+    return np.add.reduceat(numbers, starts).tolist()
 
 
 def _as_rles(masks: list[np.ndarray | dict]) -> list[dict]:

@@ -1,0 +1,234 @@
+"""From a data set on disk to the numbers that the official tools of its benchmark print: `ausm evaluate`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from ..segment import load_model
+from .benchmarks import PROTOCOLS, Benchmark, load_benchmark
+from .report import write_report
+from .runner import Inference, whole_file, write_masks, write_tracks
+
+
+def evaluate(
+    benchmark: str,
+    root: str | os.PathLike,
+    split: str = "val",
+    mode: str | None = None,
+    model: str | os.PathLike | None = None,
+    output: str | os.PathLike | None = None,
+    passes: int = 1,
+    traversal: bool = False,
+    top_k: int | str = "auto",
+    threshold: float | None = None,
+    resume: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> dict | None:
+    """
+    Runs a model on a benchmark with the paper's settings, scores it and writes everything down.
+
+    Into `output` go, beside `settings.json`:
+    - `masks/<video>/<frame>.png` (SA-V: `masks/<video>/<object>/<frame>.png`), or `tracks/<video>.json` and all of
+      them in `tracks.json` as YouTube-VIS or COCO take them;
+    - `results.json`: what is returned;
+    - `contact_sheet.png`: the best and the worst videos; `j_over_time.png` for masks (AP is a
+      figure of whole tracks and has no value per frame);
+    - `submission.zip` in place of scores, where the ground truth is not published and a server scores.
+
+    Several processes started by `torchrun` share the videos; the results are the same.
+
+    Args:
+        benchmark, root, split, mode: See [`load_benchmark`].
+        model, device, dtype: See [`~ausm_hf.segment.load_model`].
+        output: Folder to write into; `ausm-evaluation/<benchmark>-<split>-<mode>` by default.
+        passes: 1 to 3: play each video (or image) forward, backward and forward again, and keep the last predictions.
+        traversal: For images: play the image, four views of 90% of it, and the image again.
+        top_k: How many objects of a frame are reported, the best ones; `"auto"` is what the paper does.
+        threshold: Foreground probability above which something is an object; the model's own by default.
+        resume: Go on in an `output` that an interrupted run with the same settings left. Only videos that were
+            finished are taken over.
+
+    Returns:
+        `{"settings": dict, "scores": dict, ...}` as in `results.json`; `None` in all processes but the first.
+
+    Raises:
+        ValueError: before anything is computed, for arguments or data that can't be; at the end, one report of all
+            videos that failed, the others being finished.
+    """
+    from .submission import write_submission, write_track_list
+
+    inference = _check_arguments(benchmark, passes, traversal, top_k, threshold)
+    found = load_benchmark(benchmark, root, split, mode)
+    inference = replace(inference, mode=found.mode, label_set=found.label_set)
+    if found.mode == "prompted" and (top_k != "auto" or threshold is not None):
+        raise ValueError("top_k and threshold are for finding objects; prompted objects are all reported")
+    output = Path(output or f"ausm-evaluation/{benchmark}-{split}-{found.mode}")
+    with _processes() as (rank, world_size):
+        if device == "auto" and world_size > 1 and torch.accelerator.is_available():
+            device = f"{torch.accelerator.current_accelerator().type}:{os.environ.get('LOCAL_RANK', rank)}"
+        network, processor = load_model(model, device, dtype)
+        if found.label_set is not None and found.label_set not in network.config.label_sets:
+            raise ValueError(
+                f"model has no classes of {found.label_set!r}, which {benchmark} asks for; it has those of "
+                f"{', '.join(network.config.label_sets)}"
+            )
+        settings = {
+            "benchmark": benchmark,
+            "split": split,
+            "model": str(model or "ausm-nano"),
+            "weights": _fingerprint(network),
+            "dtype": str(network.dtype).removeprefix("torch."),
+            "size": dict(processor.image_processor.size),
+            "videos": len(found.rows),
+            **asdict(inference),
+            "threshold": network.config.foreground_threshold if threshold is None else threshold,
+        }
+        todo = _in_first_process(lambda: _claim(output, settings, found, resume), rank, world_size)
+
+        failed = []
+        mine = _deal([row for row in found.rows if row["video_id"] in todo], world_size)[rank]
+        frames = sum(len(row["frames"]) for row in mine)
+        with tqdm(total=frames, unit="frame", desc=benchmark, disable=rank > 0) as progress:
+            for row in mine:
+                try:
+                    if found.annotations is not None:
+                        write_tracks(found.place(output, row), row, network, processor, inference)
+                    else:
+                        number = PROTOCOLS[benchmark].max_tracks if found.mode == "unprompted" else None
+                        write_masks(found.place(output, row), row, network, processor, inference, number)
+                except (ValueError, OSError) as error:
+                    failed.append(f"{row['video_id']}: {error}")
+                progress.update(len(row["frames"]))
+        failed = _gather(failed, world_size)
+    if rank > 0:
+        return None
+    if failed:
+        listed = "\n".join(f"- {problem}" for problem in failed)
+        raise ValueError(f"{len(failed)} of {len(found.rows)} videos failed, so no score:\n{listed}")
+
+    if found.annotations is not None:
+        write_track_list(output, found)
+    results = {"settings": settings, **write_report(output, found)}
+    if not results["scores"]:
+        write_submission(output, found)
+    with whole_file(output / "results.json") as partial:
+        partial.write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def _check_arguments(
+    benchmark: str, passes: int, traversal: bool, top_k: int | str, threshold: float | None
+) -> Inference:
+    missing = [name for name in ("datasets", "evaluate", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"not installed: {', '.join(missing)}; wanted is: pip install 'ausm-hf[eval]'")
+    if benchmark not in PROTOCOLS:
+        raise ValueError(f"benchmark is {benchmark!r}; wanted is one of {', '.join(PROTOCOLS)}")
+    if passes not in (1, 2, 3):
+        raise ValueError(f"passes is {passes}; wanted is 1, 2 or 3")
+    if traversal and (benchmark != "coco" or passes != 1):
+        raise ValueError("traversal is for single images (coco), and is not combined with passes")
+    if top_k != "auto" and (not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k is {top_k!r}; wanted is 'auto' or a number of at least 1")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is {threshold}; wanted is 0 to 1")
+    number = PROTOCOLS[benchmark].top_k if top_k == "auto" else top_k
+    return Inference(threshold=threshold, top_k=number, passes=passes, traversal=traversal)
+
+
+def _fingerprint(model: torch.nn.Module) -> str:
+    """What tells one set of weights from another."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _claim(output: Path, settings: dict, benchmark: Benchmark, resume: bool) -> set[str]:
+    """Makes the output folder ready. Returns the videos that are yet to be done."""
+    noted = output / "settings.json"
+    if noted.is_file():
+        earlier = json.loads(noted.read_text())
+        other = [key for key in settings if key != "model" and earlier.get(key) != settings[key]]
+        if not resume:
+            raise ValueError(f"output {str(output)!r} holds an earlier run; wanted is --resume or another folder")
+        if other:
+            changes = ", ".join(f"{key} {earlier.get(key)!r} -> {settings[key]!r}" for key in other)
+            raise ValueError(f"output {str(output)!r} holds a run with other settings: {changes}")
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output {str(output)!r} exists and holds no run; wanted is a new or empty folder")
+    folder = benchmark.place(output, benchmark.rows[0]).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.glob(".*.partial-*"):  # see `WholeOrNothing`; a run that was killed leaves some
+        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+    with whole_file(noted) as partial:
+        partial.write_text(json.dumps(settings, indent=2) + "\n")
+    return {row["video_id"] for row in benchmark.rows if not benchmark.place(output, row).exists()}
+
+
+def _deal(rows: list[dict], world_size: int) -> list[list[dict]]:
+    """Shares videos among processes: the longest first, each to who has the fewest frames yet."""
+    shares, frames = [[] for _ in range(world_size)], [0] * world_size
+    for row in sorted(rows, key=lambda row: -len(row["frames"])):
+        rank = frames.index(min(frames))
+        shares[rank].append(row)
+        frames[rank] += len(row["frames"])
+    return shares
+
+
+@contextmanager
+def _processes() -> Iterator[tuple[int, int]]:
+    """Number of this process and how many there are: what `torchrun` says, or the only one."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        yield 0, 1
+        return
+    # The quickest process waits at the end for the slowest.
+    dist.init_process_group("gloo", timeout=timedelta(days=14))
+    try:
+        yield dist.get_rank(), world_size
+    finally:
+        dist.destroy_process_group()
+
+
+def _in_first_process(function: Callable, rank: int, world_size: int):
+    """Calls a function in the first process; what it returns, or its ValueError, is that of all of them."""
+    answer = [None, None]
+    if rank == 0:
+        try:
+            answer = [function(), None]
+        except (ValueError, OSError) as error:
+            answer = [None, str(error)]
+    if world_size > 1:
+        dist.broadcast_object_list(answer)
+    result, problem = answer
+    if problem is not None:
+        raise ValueError(problem)
+    return result
+
+
+def _gather(items: list, world_size: int) -> list:
+    """The items of all processes. Waits for all of them."""
+    if world_size == 1:
+        return items
+    parts = [None] * world_size
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+__all__ = ["evaluate"]

@@ -1,0 +1,119 @@
+"""What `benchmarks/pasted_objects.py` and `benchmarks/stills_ap.py` count, on masks whose counts one can see."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ausm_hf.data.davis import davis
+
+
+def load_script(name: str):
+    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def pasted_objects():
+    return load_script("pasted_objects")
+
+
+@pytest.fixture(scope="module")
+def stills_ap():
+    return load_script("stills_ap")
+
+
+def column(width: int, *columns: int) -> np.ndarray:
+    mask = np.zeros((4, width), bool)
+    mask[:, list(columns)] = True
+    return mask
+
+
+def test_switched_and_lost_frames_are_counted(pasted_objects):
+    """Two objects, given in frame 0: right, swapped, gone, and from frame 4 on the second one is away."""
+    first, second = column(4, 0, 1), column(4, 3)
+    masks = np.stack([[first] * 5, [second] * 4 + [column(4)]])
+    right = first * 1 + second * 2
+    swapped = first * 2 + second * 1
+    predicted = [right, right, swapped, right * 0, first * 1]
+    rows = pasted_objects.score(masks, predicted)
+    assert [row["given"] for row in rows] == [0, 0]
+    assert rows[0] == {"J": 0.5, "frames": 4, "switched": 1, "lost": 1, "given": 0}
+    assert rows[1] == {"J": 0.5, "frames": 3, "switched": 1, "lost": 1, "given": 0}  # J is 1 where it is away
+    summary = pasted_objects.summarize([{**row, "pasted": 2, "kind": "own"} for row in rows])
+    assert summary[-1]["objects"] == 2 and summary[-1]["switched"] == summary[-1]["lost"] == pytest.approx(2 / 7)
+
+
+def test_objects_are_given_when_a_good_part_of_them_is_seen(pasted_objects):
+    enters = torch.zeros(1, 30, 4, 10, dtype=torch.bool)
+    for t in range(2, 30):
+        enters[0, t, :, : min(t - 1, 10)] = True
+    grows_slowly = torch.zeros(1, 30, 4, 40, dtype=torch.bool)
+    for t in range(30):
+        grows_slowly[0, t, :, : 10 + t] = True
+    assert pasted_objects.first_frames(enters) == [6]  # 5 columns of 10
+    assert pasted_objects.first_frames(grows_slowly) == [1]  # long before half of its largest area is reached
+
+
+def test_pasted_clips_are_the_same_every_time(pasted_objects, tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "ImageSets" / "2016").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "2016" / "dev.txt").write_text("a\nb\n")
+    for name in "ab":
+        for folder in ("JPEGImages", "Annotations"):
+            (tmp_path / folder / "480p" / name).mkdir(parents=True)
+        for t in range(12):
+            frame, mask = rng.integers(0, 255, (96, 128, 3), dtype=np.uint8), np.zeros((96, 128), np.uint8)
+            mask[30:60, 30 + t : 60 + t] = 255
+            Image.fromarray(frame).save(tmp_path / "JPEGImages" / "480p" / name / f"{t:05d}.jpg")
+            Image.fromarray(mask).save(tmp_path / "Annotations" / "480p" / name / f"{t:05d}.png")
+    first, second = davis(str(tmp_path), 2016, "dev")
+    clips = [pasted_objects.make_clip(first, [second], [second], 2, seed) for seed in (5, 5, 6)]
+    assert clips[0].masks.shape == (3, 12, 96, 128) and clips[0].masks.flatten(1).any(dim=1).all()
+    assert (clips[0].masks.sum(0) <= 1).all()  # every pixel is of one object at most
+    assert torch.equal(clips[0].frames, clips[1].frames) and torch.equal(clips[0].masks, clips[1].masks)
+    assert not torch.equal(clips[0].frames, clips[2].frames)
+
+
+def photograph(classes, true, found):
+    keys = ("mask", "label", "score")
+    return {
+        "size": (4, 6),
+        "classes": classes,
+        "true": [dict(zip(keys, item)) for item in true],
+        "found": [dict(zip(keys, item)) for item in found],
+    }
+
+
+def test_classes_count_where_they_are_labelled(stills_ap):
+    left, middle, right = column(6, 0, 1), column(6, 2, 3), column(6, 4, 5)
+    photographs = [
+        # In the second set only cats are labelled: its chair is neither right nor wrong.
+        photograph(["cat", "dog"], [(left, "cat"), (right, "dog")], [(left, "cat", 0.9), (right, "cat", 0.8)]),
+        photograph(["cat"], [(left, "cat"), (middle, None)], [(left, "cat", 0.7), (right, "chair", 0.95)]),
+    ]
+    scores = stills_ap.average_precision(photographs, with_classes=True)
+    # Cats: right, wrong, right: precision 1 up to a recall of 1/2, then 2/3. The dog isn't found.
+    assert scores["per_class"]["cat"] == pytest.approx((51 * 1 + 50 * 2 / 3) / 101)
+    assert scores["per_class"]["dog"] == 0 and set(scores["per_class"]) == {"cat", "dog"}
+    assert scores["AP"] == pytest.approx(scores["per_class"]["cat"] / 2)
+    agnostic = stills_ap.average_precision(photographs, with_classes=False)
+    # Wrong, right, right, right of four: precision 3/4 up to a recall of 3/4.
+    assert agnostic["AP"] == pytest.approx(76 * 0.75 / 101) and agnostic["AR1"] < agnostic["AR10"] == 0.75
+    labels = stills_ap.right_labels(photographs)
+    assert labels == {
+        "cat": {"objects": 2, "found": 2, "right": 2},
+        "dog": {"objects": 1, "found": 1, "right": 0},
+    }
+
+
+def test_nothing_found_and_nothing_to_find(stills_ap):
+    mask = column(6, 0)
+    assert stills_ap.average_precision([photograph(["cat"], [(mask, "cat")], [])], True)["AP"] == 0
+    assert stills_ap.average_precision([photograph(["cat"], [], [(mask, "cat", 0.5)])], True)["AP"] == -1
