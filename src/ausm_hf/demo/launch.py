@@ -1,0 +1,90 @@
+"""Starts the demo."""
+
+import atexit
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from PIL import Image
+
+from .unpack import Limits
+
+
+def launch(
+    model: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    on_gpu: Callable = lambda function: function,
+    webcam: bool = True,
+    wait: bool = True,
+    limits: Limits | None = None,
+):
+    """
+    Serves the page until it is interrupted; where, it prints. `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT` say where
+    it listens, by default on this machine alone.
+
+    Args:
+        model, device, dtype: As in [`~ausm_hf.load_model`].
+        on_gpu: Decorator of the functions that use the model, for places that lend a GPU for one call.
+        webcam: Whether to offer the camera: its stream lives longer than one call.
+        wait: False returns at once; the page is served until this process ends.
+        limits: What visitors may upload.
+
+    Returns:
+        The `gradio.Blocks`, when it doesn't wait.
+
+    Raises:
+        ValueError: if the model can't be loaded.
+        ImportError: if Gradio is not installed.
+    """
+    import gradio as gr
+
+    from ..segment import load_model
+    from .network import Network
+    from .page import make_page, style
+
+    network = Network(*load_model(model, device, dtype), on_gpu)
+    root = Path(tempfile.mkdtemp(prefix="ausm-demo-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    os.environ["GRADIO_TEMP_DIR"] = str(root)  # uploads and results in one place, to be swept
+    limits = limits or Limits()
+    # A picture that unpacks to more than a frame can have is refused before it is unpacked.
+    Image.MAX_IMAGE_PIXELS = limits.max_side**2 // 2
+    # In place of a file a program can send an address, and Gradio would fetch it.
+    gr.processing_utils.async_ssrf_protected_download = _fetch_nothing
+    page = make_page(network, root, limits, webcam)
+    page.queue(max_size=32)
+    page.launch(
+        css=style(),
+        max_file_size=f"{limits.megabytes}mb",
+        footer_links=["api"],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=False,
+        prevent_thread_lock=True,
+    )
+    sweeper = threading.Event()
+    threading.Thread(target=_sweep, args=(page, sweeper), daemon=True).start()
+    if not wait:
+        return page
+    with suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the temporary files are removed
+    page.block_thread()
+
+
+async def _fetch_nothing(*args, **kwargs):
+    import gradio as gr
+
+    raise gr.Error("Addresses are not taken here; please upload the file itself.", print_exception=False)
+
+
+def _sweep(page, stopped: threading.Event):
+    while not stopped.wait(60):
+        page.sweep()

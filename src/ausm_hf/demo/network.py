@@ -1,0 +1,233 @@
+"""The model at work on a visitor's clip."""
+
+import base64
+import io
+import json
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..export import ObjectsJsonWriter, PngMaskWriter, to_coco, to_youtube_vis
+from ..model.prompts_ausm import refine_signals
+from ..segment import segment_video
+from ..video import VideoWriter
+from ..visualization import draw_overlay, object_labels
+from .clips import Clip
+from .unpack import Refused
+
+NUM_KEY_FRAMES = 8
+SECONDS_BETWEEN_NEWS = 0.25
+LIVE_WIDTH = 480  # of the frames that are shown while the work goes on, in pixels
+
+
+class Stopped(Exception):
+    """The visitor has stopped the run, or left."""
+
+
+@dataclass
+class News:
+    """How far a run is."""
+
+    done: int
+    total: int
+    fps: float
+    pictures: list[str]  # the frames since the last news with their objects drawn on them, as data URLs
+
+    @property
+    def seconds_left(self) -> float:
+        return (self.total - self.done) / self.fps
+
+
+@dataclass
+class Result:
+    """
+    What a run has made.
+
+    Attributes:
+        folder (`Path`): Holds `overlay.mp4`, `masks/00000.png` ..., `masks.zip`, `objects.json`, `coco.json`,
+            `youtube_vis.json` and the key frames `key/00000.jpg` ....
+        objects (`list[dict]`): Of each object that was seen its `id`, `label`, `score` (mean), `frames` (the number
+            of frames in which it is seen) and `areas` (its share of the picture in each frame).
+        seconds (`float`): How long it took.
+    """
+
+    folder: Path
+    objects: list[dict] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def mask(self, index: int) -> np.ndarray:
+        """Object ids, integers (H, W), of a frame."""
+        try:
+            return np.array(Image.open(self.folder / "masks" / f"{index:05d}.png"))
+        except OSError as error:
+            raise Refused("These results are no longer here: files are removed after an hour.") from error
+
+    def key_frames(self, kind: str = "key") -> list[Path]:
+        return sorted((self.folder / kind).glob("*.jpg"))
+
+
+class Network:
+    """
+    A model and its processor, for all visitors.
+
+    Args:
+        model, processor: As [`~ausm_hf.load_model`] returns them.
+        on_gpu: Decorator of the functions that use the model; `spaces.GPU` where GPUs are lent for one call.
+    """
+
+    def __init__(self, model, processor, on_gpu: Callable = lambda function: function):
+        self.model, self.processor = model, processor
+        self.refine = on_gpu(self._refine)
+        self.run = on_gpu(self._run)
+
+    @property
+    def label_sets(self) -> dict[str, list[str]]:
+        return self.model.config.label_sets
+
+    @torch.no_grad()
+    def _refine(self, frame: np.ndarray, signals: list[torch.Tensor]) -> list[np.ndarray]:
+        """Masks (bool, H x W) from rough ones in a frame; see `refine_signals`."""
+        pixel_values = self.processor(images=frame)["pixel_values"].to(self.model.device, self.model.dtype)
+        return [mask.cpu().numpy() for mask in refine_signals(self.model, pixel_values, signals)]
+
+    def _run(
+        self,
+        clip: Clip,
+        folder: Path,
+        masks: dict[int, dict[int, np.ndarray]] | None = None,
+        names: dict[int, str] | None = None,
+        threshold: float | None = None,
+        max_objects: int | None = None,
+        label_set: str | None = None,
+        show_labels: bool = True,
+    ) -> Iterator[News | Result]:
+        """
+        Segments a clip into files under `folder`. Yields [`News`] now and then, and at last the [`Result`].
+
+        Args:
+            clip, folder: What to read and where to write. A file `stop` in `folder` ends the work.
+            masks: Frame index -> object id -> mask, bool (H, W): what to follow. Without it objects are found.
+            names: What the visitor calls the objects, by id.
+            threshold: Foreground probability above which something is an object.
+            max_objects: How many objects of a frame to show.
+            label_set: Where the labels of found objects come from.
+            show_labels: Whether to write them into the video.
+
+        Raises:
+            Stopped: when a file `stop` appears, or the folder goes.
+        """
+        session = self.processor.init_video_session(
+            foreground_threshold=threshold, find_new_objects=masks is None, label_set=label_set, seed=0
+        )
+        for frame_index, of_frame in (masks or {}).items():
+            self.processor.add_inputs_to_inference_session(
+                session, frame_index, list(of_frame), list(of_frame.values()), original_size=clip.size
+            )
+        results = segment_video(clip.frames(), self.model, self.processor, session=session, max_objects=max_objects)
+        names, tally = names or {}, _Tally(clip)
+        stop = folder / "stop"
+        started = told = time.monotonic()
+        pictures = []
+        (folder / "key").mkdir()
+        keys = set(np.linspace(0, clip.num_frames - 1, min(NUM_KEY_FRAMES, clip.num_frames)).round().astype(int))
+        with ExitStack() as stack:
+            video = stack.enter_context(VideoWriter(folder / "overlay.mp4", clip.fps, clip.size))
+            pngs = stack.enter_context(PngMaskWriter(folder / "masks"))
+            table = stack.enter_context(ObjectsJsonWriter(folder / "objects.json", clip.name, clip.fps))
+            for result in results:
+                if stop.exists() or not folder.exists():
+                    raise Stopped
+                objects = [{**item, "label": names.get(item["id"], item["label"])} for item in result.objects]
+                shown = objects if show_labels else [{**item, "label": None} for item in objects]
+                at = clip.times[result.index] if clip.times else None
+                drawn = draw_overlay(result.frame, result.masks, object_labels(shown))
+                video.write(drawn, at)
+                pngs.write(result.index, result.frame, result.masks, objects)
+                table.write(result.index, result.frame, result.masks, objects, at)
+                tally.add(result.index, result.masks, objects)
+                picture = Image.fromarray(drawn)
+                if result.index in keys:
+                    picture.save(folder / "key" / f"{result.index:05d}.jpg", quality=90)
+                picture.thumbnail((LIVE_WIDTH, LIVE_WIDTH))
+                pictures.append(data_url(picture))
+                now = time.monotonic()
+                if now - told >= SECONDS_BETWEEN_NEWS:
+                    done = result.index + 1
+                    yield News(done, clip.num_frames, done / (now - started), pictures)
+                    told, pictures = now, []
+        _pack(folder)
+        seconds = time.monotonic() - started
+        yield News(clip.num_frames, clip.num_frames, clip.num_frames / seconds, pictures)
+        yield Result(folder, tally.objects(), seconds)
+
+
+class _Tally:
+    """What the table of objects says."""
+
+    def __init__(self, clip: Clip):
+        self.clip, self.rows = clip, {}
+
+    def add(self, index: int, masks: np.ndarray, objects: list[dict]):
+        ids, areas = np.unique(masks, return_counts=True)
+        areas = dict(zip(ids.tolist(), areas.tolist()))
+        for item in objects:
+            area = areas.get(item["id"], 0)
+            if area:
+                row = self.rows.setdefault(item["id"], {"areas": [0.0] * self.clip.num_frames, "scores": []})
+                row["areas"][index] = area / masks.size
+                row["scores"].append(item["score"])
+                row["label"] = item["label"] or row.get("label")
+
+    def objects(self) -> list[dict]:
+        return [
+            {
+                "id": object_id,
+                "label": row["label"],
+                "score": float(np.mean(row["scores"])),
+                "frames": len(row["scores"]),
+                "areas": row["areas"],
+            }
+            for object_id, row in sorted(self.rows.items())
+        ]
+
+
+def _pack(folder: Path):
+    """The downloads that are made of other files."""
+    with zipfile.ZipFile(folder / "masks.zip", "w") as archive:  # not packed further: PNGs are already
+        for path in sorted((folder / "masks").iterdir()):
+            archive.write(path, f"masks/{path.name}")
+    (folder / "coco.json").write_text(json.dumps(to_coco(folder / "objects.json")))
+    (folder / "youtube_vis.json").write_text(json.dumps(to_youtube_vis(folder / "objects.json")))
+
+
+def show_alone(clip: Clip, result: Result, object_id: int) -> tuple[Path, list[Path]]:
+    """The video with one object as it is and everything else dark, and its key frames. Made once, then kept."""
+    path, key = result.folder / f"object-{object_id}.mp4", f"key-{object_id}"
+    if not path.exists():
+        shutil.rmtree(result.folder / key, ignore_errors=True)
+        (result.folder / key).mkdir()
+        wanted = {frame.stem for frame in result.key_frames()}
+        with VideoWriter(path, clip.fps, clip.size) as writer:
+            for index, frame in enumerate(clip.frames()):
+                alone = np.where((result.mask(index) == object_id)[:, :, None], frame, frame // 5)
+                writer.write(alone, clip.times[index] if clip.times else None)
+                if f"{index:05d}" in wanted:
+                    Image.fromarray(alone).save(result.folder / key / f"{index:05d}.jpg", quality=90)
+    return path, result.key_frames(key)
+
+
+def data_url(picture: Image.Image | np.ndarray, quality: int = 80) -> str:
+    """A picture as a browser takes it, in a string."""
+    if isinstance(picture, np.ndarray):
+        picture = Image.fromarray(picture)
+    buffer = io.BytesIO()
+    picture.save(buffer, "jpeg", quality=quality)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,217 @@
+"""What is kept for each visitor while the page is open."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..visualization import draw_overlay
+from .clips import Clip, Rooms, touch, unpack_clip
+from .marks import MAX_MARKS, MAX_OBJECTS, Mark, masks_of_frame
+from .network import Network, News, Result, Stopped
+from .unpack import Limits, Refused
+
+MAX_NAME = 30  # letters
+
+
+@dataclass
+class Visit:
+    """
+    One visitor's clip, marks and results. Everything that it writes is in `room`.
+
+    Attributes:
+        room (`Path`): Folder that only this visitor's requests know.
+        clip (`Clip`, *optional*): The video that was brought last.
+        marks (`list[Mark]`): In the order in which they were made.
+        names (`dict[int, str]`): What the visitor calls the objects.
+        num_objects (`int`): How many objects there are to mark.
+        result (`Result`, *optional*): Of the last run.
+        followed (`Result`, *optional*): The same, if it followed marked objects: what later marks correct.
+        camera (`AusmInferenceSession`, *optional*): The stream of the webcam.
+    """
+
+    room: Path
+    clip: Clip | None = None
+    marks: list[Mark] = field(default_factory=list)
+    names: dict[int, str] = field(default_factory=dict)
+    num_objects: int = 1
+    result: Result | None = None
+    followed: Result | None = None
+    camera: object = None
+    running: Path | None = None
+    num_folders: int = 0
+
+    def new_folder(self, kind: str) -> Path:
+        touch(self.room)
+        self.num_folders += 1
+        return self.room / f"{kind}-{self.num_folders}"
+
+    def take(self, file: str, limits: Limits) -> Iterator[np.ndarray | Clip]:
+        """A new clip in place of the old one; see `unpack_clip`."""
+        self.stop()
+        self.forget()
+        for item in unpack_clip(file, self.new_folder("clip"), limits):
+            if isinstance(item, Clip):
+                self.clip = item
+            yield item
+
+    def forget(self):
+        """As if nothing had been uploaded yet."""
+        self.clip, self.marks, self.names, self.num_objects = None, [], {}, 1
+        self.result = self.followed = None
+
+    def the_clip(self) -> Clip:
+        """Raises Refused if there is none yet."""
+        if self.clip is None:
+            raise Refused("Upload a video first, or take one of the examples.")
+        touch(self.room)
+        return self.clip
+
+    def mark(self, mark: Mark, network: Network) -> np.ndarray:
+        """Adds a mark. Returns the frame with the masks that are now known of it. Raises Refused, and adds nothing."""
+        clip = self.the_clip()
+        if len(self.marks) >= MAX_MARKS:
+            raise Refused(f"These are {MAX_MARKS} marks; more are not taken.")
+        self.marks.append(mark.check(clip.size, clip.num_frames))
+        try:
+            return self.picture(mark.frame, network)
+        except BaseException:
+            self.marks.remove(mark)
+            raise
+
+    def add_object(self) -> int:
+        """The number of a new object. Raises Refused if there are too many."""
+        if self.num_objects >= MAX_OBJECTS:
+            raise Refused(f"More than {MAX_OBJECTS} objects are not taken here.")
+        self.num_objects += 1
+        return self.num_objects
+
+    def name(self, object_id: int, text: str):
+        """Calls an object by a name; an empty one takes its name away. Raises Refused for an unknown object."""
+        if object_id not in range(1, self.num_objects + 1):
+            raise Refused(f"There is no object {object_id}.")
+        self.names[object_id] = " ".join(str(text).split())[:MAX_NAME]
+        if not self.names[object_id]:
+            del self.names[object_id]
+
+    def clear(self):
+        """Takes all marks away, and what was followed by them."""
+        self.marks, self.names, self.num_objects, self.followed = [], {}, 1, None
+
+    def masks(self, index: int, network: Network) -> dict[int, np.ndarray]:
+        """The masks of the objects marked in a frame, bool (H, W), by object id."""
+        marks = [mark for mark in self.marks if mark.frame == index]
+        if not marks:
+            return {}
+        known = {}
+        if self.followed is not None:
+            before = self.followed.mask(index)
+            known = {int(object_id): before == object_id for object_id in np.unique(before) if object_id}
+        return masks_of_frame(marks, self.the_clip().frame(index), network.refine, known)
+
+    def picture(self, index: int, network: Network) -> np.ndarray:
+        """A frame with what is known of it: the marked objects, and the others as the last run followed them."""
+        frame = self.the_clip().frame(index)
+        ids = np.zeros(frame.shape[:2], dtype=np.int32)
+        if self.followed is not None:
+            ids[:] = self.followed.mask(index)
+        for object_id, mask in self.masks(index, network).items():
+            ids[ids == object_id] = 0
+            ids[mask] = object_id
+        return draw_overlay(frame, ids, self.names)
+
+    def follow(self, network: Network) -> Iterator[News]:
+        """Follows the marked objects through the clip; the outcome is `result`. Raises Stopped, Refused."""
+        if not self.marks:
+            self.the_clip()
+            raise Refused("Mark something first: click on it, draw a box around it, or paint over it.")
+        frames = sorted({mark.frame for mark in self.marks})
+        masks = {index: self.masks(index, network) for index in frames}
+        self.followed = yield from self._run(network, masks=masks, names=dict(self.names))
+
+    def find(
+        self, network: Network, threshold: float, max_objects: int, label_set: str, show_labels: bool
+    ) -> Iterator[News]:
+        """Finds and follows objects; the outcome is `result`. Raises Stopped, Refused."""
+        check_find(network, threshold, max_objects, label_set)
+        yield from self._run(
+            network,
+            threshold=float(threshold),
+            max_objects=int(max_objects),
+            label_set=label_set,
+            show_labels=bool(show_labels),
+        )
+        self.followed = None
+
+    def _run(self, network: Network, **how) -> Iterator[News]:
+        clip, folder = self.the_clip(), self.new_folder("run")
+        self.stop()
+        folder.mkdir()
+        self.running = folder
+        result = None
+        try:
+            for item in network.run(clip, folder, **how):
+                if isinstance(item, Result):
+                    result = item
+                else:
+                    yield item
+        except OSError as error:  # the visitor's folder is gone, and the visitor too
+            if folder.exists():
+                raise
+            raise Stopped from error
+        finally:
+            self.running = None if self.running == folder else self.running
+        if self.clip is not clip:  # another one has been uploaded meanwhile
+            raise Stopped
+        if self.result is not None:
+            shutil.rmtree(self.result.folder, ignore_errors=True)
+        self.result = result
+        return result
+
+    def stop(self):
+        """Stops the run that is under way, if any: it ends before its next frame."""
+        running = self.running
+        if running is not None and running.exists():
+            (running / "stop").touch()
+
+
+def check_find(network: Network, threshold: float, max_objects: int, label_set: str):
+    """Raises Refused for settings that can't be."""
+    if not isinstance(threshold, (int, float)) or not 0 < threshold < 1:
+        raise Refused("The threshold is a number between 0 and 1.")
+    if not isinstance(max_objects, (int, float)) or not 1 <= max_objects <= 100:
+        raise Refused("The number of objects is 1 to 100.")
+    if label_set not in network.label_sets:
+        raise Refused(f"There is no label set of that name; there are: {', '.join(network.label_sets)}.")
+
+
+class Visits:
+    """The visits that are going on, by the random name that each open page has."""
+
+    def __init__(self, rooms: Rooms):
+        self.rooms = rooms
+        self._visits: dict[str, Visit] = {}
+
+    def of(self, session_hash: str) -> Visit:
+        """The visit of a page; a new one if there is none, or its folder has been removed. Raises Refused."""
+        visit = self._visits.get(session_hash)
+        if visit is None or not visit.room.exists():
+            visit = self._visits[session_hash] = Visit(self.rooms.new())
+        return visit
+
+    def end(self, session_hash: str):
+        """The page was closed: its run stops and its files go."""
+        visit = self._visits.pop(session_hash, None)
+        if visit is not None:
+            visit.stop()
+            self.rooms.remove(visit.room)
+
+    def sweep(self):
+        """Forgets the visits whose files are gone."""
+        self.rooms.sweep()
+        for session_hash, visit in list(self._visits.items()):
+            if not visit.room.exists():
+                visit.stop()
+                del self._visits[session_hash]

@@ -1,0 +1,166 @@
+"""The demo as programs use it: `gradio_client` against a page served here."""
+
+import json
+import os
+import re
+import urllib.request
+import zipfile
+from pathlib import Path
+from urllib.error import HTTPError
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'ausm-hf[demo]'")
+
+from gradio_client import Client, handle_file  # noqa: E402
+from gradio_client.exceptions import AppError  # noqa: E402
+
+from ausm_hf.demo.unpack import Limits  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def page(serve):
+    return serve(limits=Limits(num_frames=20, megabytes=1))
+
+
+@pytest.fixture(scope="module")
+def client(page, tmp_path_factory):
+    return Client(page.local_url, verbose=False, download_files=tmp_path_factory.mktemp("downloads"))
+
+
+@pytest.fixture
+def first_masks(moving_square, tmp_path):
+    Image.fromarray(moving_square[1][0] * 3).save(tmp_path / "first.png")
+    return tmp_path / "first.png"
+
+
+def test_the_functions_are_named_and_described(client):
+    described = client.view_api(return_format="dict")["named_endpoints"]
+    assert set(described) == {"/track", "/find", "/preview"}
+    for endpoint in described.values():
+        assert len(endpoint["description"]) > 60
+    assert [item["parameter_name"] for item in described["/track"]["parameters"]] == ["video", "prompts", "masks"]
+
+
+def test_track_by_masks(client, clip_file, first_masks, moving_square):
+    video, masks, objects, coco, youtube_vis, table = client.predict(
+        handle_file(clip_file), [], handle_file(first_masks), api_name="/track"
+    )
+    with zipfile.ZipFile(masks) as archive, archive.open("masks/00000.png") as file:
+        np.testing.assert_array_equal(np.array(Image.open(file)), moving_square[1][0] * 3)
+    assert [item["id"] for item in json.loads(Path(objects).read_text())["objects"]] == [3]
+    assert json.loads(Path(coco).read_text())["images"][5]["height"] == 48
+    assert len(json.loads(Path(youtube_vis).read_text())[0]["segmentations"]) == 6
+    assert table[0]["id"] == 3 and len(table[0]["areas"]) == 6
+    video = video["video"] if isinstance(video, dict) else video
+    assert Path(video).read_bytes()[4:8] == b"ftyp"
+
+
+def test_find(client, clip_file):
+    *_, table = client.predict(handle_file(clip_file), 0.01, 2, "pets", api_name="/find")
+    assert table and {item["label"] for item in table} <= {"cat", "dog"}
+
+
+BAD = {
+    "no prompt": (lambda video: ([], None, "/track"), "Nothing is marked"),
+    "an unknown key": (lambda video: ([{"frame": 0, "object": 1, "polygon": [[1, 2]]}], 0, "/preview"), "polygon"),
+    "an entry that says nothing": (lambda video: ([{"frame": 0, "object": 1}], 0, "/preview"), "without points"),
+    "prompts of another kind": (lambda video: ({"a": 1}, 0, "/preview"), "can't be understood"),
+    "a frame too far": (lambda video: ([{"frame": 9, "object": 1, "points": [[1, 2, 1]]}], 0, "/preview"), "frame 9"),
+    "a place outside": (lambda video: ([{"frame": 0, "object": 1, "box": [0, 0, 99, 9]}], 0, "/preview"), "outside"),
+    "masks that are a video": (lambda video: ([], handle_file(video), "/track"), "masks can't be read"),
+    "a threshold": (lambda video: (1.5, 10, "pets", "/find"), "between 0 and 1"),
+    "a label set": (lambda video: (0.5, 10, "cars", "/find"), "there are: pets"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_does_not_fit_is_a_sentence(client, clip_file, kind):
+    arguments, message = BAD[kind]
+    *arguments, name = arguments(clip_file)
+    with pytest.raises(AppError, match=message) as caught:
+        client.predict(handle_file(clip_file), *arguments, api_name=name)
+    assert os.environ["GRADIO_TEMP_DIR"] not in str(caught.value)
+
+
+def test_hostile_uploads_are_sentences(client, tmp_path, monkeypatch):
+    (tmp_path / "holiday.mp4").write_text("#EXTM3U\n#EXTINF:9,\nfile:///etc/passwd\n")
+    with pytest.raises(AppError, match="no video that can be read here") as caught:
+        client.predict(handle_file(tmp_path / "holiday.mp4"), 0.5, 10, "pets", api_name="/find")
+    assert os.environ["GRADIO_TEMP_DIR"] not in str(caught.value) and "passwd" not in str(caught.value)
+
+
+def test_too_large_an_upload_is_not_even_taken(client, page, tmp_path):
+    (tmp_path / "large.mp4").write_bytes(bytes(3 * 2**20))
+    with pytest.raises(Exception, match="(?i)413|size|large"):
+        client.predict(handle_file(tmp_path / "large.mp4"), 0.5, 10, "pets", api_name="/find")
+    assert not list(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("large.mp4"))
+
+
+def call(page, data, api_name="find"):
+    """The last answer to a call whose data nobody has made proper."""
+
+    def post(path, content):
+        request = urllib.request.Request(
+            f"{page.local_url}gradio_api{path}", json.dumps(content).encode(), {"Content-Type": "application/json"}
+        )
+        return json.loads(urllib.request.urlopen(request, timeout=60).read())
+
+    event = post(f"/call/{api_name}", {"data": data})["event_id"]
+    return urllib.request.urlopen(f"{page.local_url}gradio_api/call/{api_name}/{event}", timeout=60).read().decode()
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../../etc/passwd", "http://127.0.0.1:9/a.mp4", "https://example.org/a"]
+)
+@pytest.mark.parametrize("meta", [True, False])
+def test_other_files_and_addresses_are_not_read(page, path, meta, monkeypatch):
+    """In place of an upload: files of the server, and addresses that it would fetch."""
+    import socket
+
+    asked = []
+    real = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *rest, **named: asked.append(host) or real("127.0.0.1", *rest, **named)
+    )
+    file = {"path": path, **({"meta": {"_type": "gradio.FileData"}} if meta else {})}
+    answer = call(page, [file, 0.5, 10, "pets"])
+    assert "event: error" in answer
+    assert "root:" not in answer and os.environ["GRADIO_TEMP_DIR"] not in answer and str(Path.cwd()) not in answer
+    assert not [host for host in asked if "example.org" in str(host)]
+
+
+def test_nobody_sees_the_files_of_others(page, client, clip_file, first_masks):
+    """Results lie under names that can't be guessed, and no folder is listed."""
+    Client(page.local_url, verbose=False, download_files=False).predict(
+        handle_file(clip_file), [], handle_file(first_masks), api_name="/track"
+    )
+    root = Path(os.environ["GRADIO_TEMP_DIR"])
+    rooms = list((root / "rooms").iterdir())
+    assert rooms and all(re.fullmatch(r"[\w-]{32}", room.name) for room in rooms)
+    for folder in (root, root / "rooms", rooms[0], rooms[0] / "run"):
+        with pytest.raises(HTTPError) as caught:
+            urllib.request.urlopen(f"{page.local_url}gradio_api/file={folder}", timeout=30)
+        assert caught.value.code in (403, 404)
+    for path in ("/etc/passwd", f"{root}/../../etc/passwd", __file__):
+        with pytest.raises(HTTPError):
+            urllib.request.urlopen(f"{page.local_url}gradio_api/file={path}", timeout=30)
+
+
+def test_what_the_page_calls_is_not_for_programs(page):
+    config = json.loads(urllib.request.urlopen(f"{page.local_url}config", timeout=30).read())
+    public = {item["api_name"] for item in config["dependencies"] if item["api_visibility"] == "public"}
+    assert public == {"track", "find", "preview"}
+
+
+def test_unforeseen_trouble_shows_nothing_of_the_server(page, client, clip_file, monkeypatch, caplog):
+    def explode(*args, **kwargs):
+        raise RuntimeError("/home/secret/model.safetensors is on fire")
+
+    monkeypatch.setattr("ausm_hf.demo.api.check_find", explode)
+    with pytest.raises(AppError, match="Something went wrong on the server") as caught:
+        client.predict(handle_file(clip_file), 0.5, 10, "pets", api_name="/find")
+    assert "secret" not in str(caught.value)
+    assert "on fire" in caplog.text  # but whoever runs it can read it

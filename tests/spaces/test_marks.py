@@ -1,0 +1,180 @@
+"""Clicks, boxes and strokes to masks, and the visit that keeps them."""
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ausm_hf.demo.clips import Clip, Rooms
+from ausm_hf.demo.marks import MAX_OBJECTS, Mark, masks_of_frame, read_mark
+from ausm_hf.demo.network import News, Result, Stopped
+from ausm_hf.demo.unpack import Limits, Refused
+from ausm_hf.demo.visits import Visits
+
+FRAME = np.zeros((40, 60, 3), dtype=np.uint8)
+
+
+def masks(network, *marks, known=None):
+    return masks_of_frame([Mark(0, *mark) for mark in marks], FRAME, network.refine, known)
+
+
+def test_a_box_from_any_corner(signals_are_masks):
+    wanted = np.zeros((40, 60), dtype=bool)
+    wanted[5:20, 10:30] = True
+    for points in (((10, 5), (30, 20)), ((30, 20), (10, 5)), ((10, 20), (30, 5))):
+        np.testing.assert_array_equal(masks(signals_are_masks, (1, "box", points))[1], wanted)
+
+
+def test_clicks_add_and_take_away(signals_are_masks):
+    mask = masks(
+        signals_are_masks, (1, "box", ((0, 0), (30, 40))), (1, "point", ((50, 20),)), (1, "point", ((10, 10),), False)
+    )[1]
+    assert mask[20, 50] and mask[30, 20] and not mask[10, 10]
+
+
+def test_paint_and_erase_on_what_the_network_made(signals_are_masks):
+    painted = masks(signals_are_masks, (3, "paint", ((10, 10), (40, 10)), True, 3))[3]
+    assert painted[10, 10:41].all() and painted[8, 25] and not painted[15].any()
+    assert abs(painted.sum() - (30 * 6 + math.pi * 9)) < 40
+    both = masks(signals_are_masks, (3, "box", ((0, 0), (60, 40))), (3, "paint", ((10, 10), (40, 10)), False, 3))[3]
+    np.testing.assert_array_equal(both, ~painted)
+
+
+def test_marks_correct_what_is_known(signals_are_masks):
+    known = np.zeros((40, 60), dtype=bool)
+    known[:, :20] = True
+    taken = masks(signals_are_masks, (1, "point", ((5, 5),), False), known={1: known})[1]
+    assert taken[30, 10] and not taken[5, 5]
+    painted = masks(signals_are_masks, (1, "paint", ((50, 30),), True, 2), known={1: known})[1]
+    assert painted[30, 10] and painted[30, 50]
+    with pytest.raises(Refused, match="First click on the object"):
+        masks(signals_are_masks, (1, "point", ((5, 5),), False))
+
+
+def test_objects_share_no_pixel(signals_are_masks):
+    of = masks(signals_are_masks, (2, "box", ((0, 0), (30, 40))), (1, "box", ((20, 0), (60, 40))))
+    assert list(of) == [1, 2] and not (of[1] & of[2]).any()
+    assert of[1][10, 25] and of[2][10, 10]
+    with pytest.raises(Refused, match="Nothing of object 2 is left"):
+        masks(signals_are_masks, (2, "box", ((30, 0), (40, 40))), (1, "box", ((20, 0), (60, 40))))
+
+
+GOOD = {"frame": 0, "kind": "box", "points": [[1, 2], [30, 20]], "add": True, "radius": 4}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"frame": 7}, {"frame": -1}, {"frame": "x"}, {"kind": "star"}, {"kind": "point"}, {"points": "here"},
+        {"points": [[1, 2]]}, {"points": [[1, 2], [math.nan, 3]]}, {"points": [[1, 2], [1e9, 3]]},
+        {"points": [[1, 2], [1, 20]]}, {"kind": "paint", "points": [[1, 1]] * 5000}, {"kind": "paint", "radius": 1e6},
+        {"kind": "paint", "radius": math.inf}, {"points": []},
+    ],
+)  # fmt: skip
+def test_what_a_browser_can_not_have_sent_is_refused(change):
+    assert read_mark(GOOD, 1).check((40, 60), 3).points == ((1, 2), (30, 20))
+    with pytest.raises(Refused):
+        read_mark({**GOOD, **change}, 1).check((40, 60), 3)
+
+
+def test_an_unknown_object_and_no_mark_at_all_are_refused():
+    with pytest.raises(Refused, match="1 to 10"):
+        read_mark(GOOD, MAX_OBJECTS + 1).check((40, 60), 3)
+    for nothing in (None, {}, [], "box"):
+        with pytest.raises(Refused):
+            read_mark(nothing, 1)
+
+
+@pytest.fixture
+def visit(tmp_path):
+    from PIL import Image
+
+    visit = Visits(Rooms(tmp_path)).of("somebody")
+    folder = visit.new_folder("clip")
+    folder.mkdir()
+    for index in range(3):
+        Image.fromarray(FRAME).save(folder / f"{index:05d}.jpg")
+    visit.clip = Clip(folder, "clip", (40, 60), 3, 10.0, None)
+    return visit
+
+
+def test_a_mark_that_makes_no_mask_is_not_kept(visit, signals_are_masks):
+    with pytest.raises(Refused):
+        visit.mark(Mark(0, 1, "point", ((5, 5),), False), signals_are_masks)
+    assert visit.marks == []
+    picture = visit.mark(Mark(0, 1, "box", ((10, 10), (30, 30))), signals_are_masks)
+    assert (picture[20, 20] != picture[35, 50]).any() and len(visit.marks) == 1
+
+
+def test_a_later_frame_shows_what_was_followed_and_takes_corrections(visit, signals_are_masks):
+    from PIL import Image
+
+    (visit.room / "run" / "masks").mkdir(parents=True)
+    ids = np.zeros((40, 60), dtype=np.uint8)
+    ids[:10] = 1
+    Image.fromarray(ids).save(visit.room / "run" / "masks" / "00002.png")
+    visit.followed = Result(visit.room / "run")
+    assert visit.picture(2, signals_are_masks)[5, 5].any()
+    visit.mark(Mark(2, 1, "paint", ((30, 30),), True, 4), signals_are_masks)
+    mask = visit.masks(2, signals_are_masks)[1]
+    assert mask[5, 5] and mask[30, 30]
+
+
+def test_names_objects_and_what_goes_without_a_clip(visit, signals_are_masks, tmp_path):
+    assert visit.add_object() == 2
+    visit.name(2, "  a <b>dog</b>\n" + "x" * 99)
+    assert visit.names[2].startswith("a <b>dog</b> x") and len(visit.names[2]) == 30
+    visit.name(2, " ")
+    assert visit.names == {}
+    with pytest.raises(Refused, match="no object 3"):
+        visit.name(3, "x")
+    for _ in range(MAX_OBJECTS - 2):
+        visit.add_object()
+    with pytest.raises(Refused, match="More than 10"):
+        visit.add_object()
+    with pytest.raises(Refused, match="Mark something first"):
+        next(visit.follow(signals_are_masks))
+    visit.forget()
+    for call in (lambda: next(visit.follow(signals_are_masks)), lambda: visit.picture(0, signals_are_masks)):
+        with pytest.raises(Refused, match="Upload a video first"):
+            call()
+
+
+def test_visitors_have_nothing_in_common_and_leave_nothing(tmp_path):
+    visits = Visits(Rooms(tmp_path))
+    mine, yours = visits.of("me"), visits.of("you")
+    assert mine is visits.of("me") and mine.room != yours.room
+    visits.end("me")
+    assert not mine.room.exists() and yours.room.exists()
+    assert visits.of("me").room != mine.room
+    visits.end("nobody")
+
+
+def test_a_new_upload_forgets_the_old_one(visit, clip_file, signals_are_masks):
+    visit.mark(Mark(0, 1, "box", ((10, 10), (30, 30))), signals_are_masks)
+    list(visit.take(str(clip_file), Limits()))
+    assert visit.marks == [] and (visit.clip.size, visit.clip.num_frames) == ((48, 64), 6)
+
+
+def test_a_run_that_was_overtaken_by_an_upload_changes_nothing(visit, clip_file, signals_are_masks):
+    def run(clip, folder, **how):
+        yield News(3, 3, 1.0, [])
+        (folder / "masks").mkdir(parents=True)
+        Image.new("L", (64, 48)).save(folder / "masks" / "00000.png")
+        yield Result(folder)
+
+    signals_are_masks.run = run
+    visit.mark(Mark(0, 1, "box", ((10, 10), (30, 30))), signals_are_masks)
+    first = list(visit.follow(signals_are_masks))
+    before = visit.result.folder
+    assert [item.done for item in first] == [3] and visit.followed is visit.result
+    list(visit.follow(signals_are_masks))
+    assert visit.result.folder != before and not before.exists()
+
+    running = visit.follow(signals_are_masks)
+    next(running)
+    list(visit.take(str(clip_file), Limits()))
+    with pytest.raises(Stopped):
+        next(running)
+    assert visit.result is None and visit.followed is None

@@ -1,0 +1,136 @@
+"""Runs of the model: what is written is what the library gives; they can be stopped, and show one object alone."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as rle_tools
+
+from ausm_hf import AusmProcessor, load_model, read_video, segment_video
+from ausm_hf.demo.clips import unpack_clip
+from ausm_hf.demo.network import Network, News, Result, Stopped, show_alone
+from ausm_hf.demo.unpack import Limits
+
+
+@pytest.fixture
+def network(tiny_checkpoint):
+    return Network(*load_model(tiny_checkpoint, device="cpu"))
+
+
+@pytest.fixture
+def clip(clip_file, tmp_path):
+    *_, clip = unpack_clip(clip_file, tmp_path / "clip", Limits())
+    return clip
+
+
+def test_files_of_a_followed_object(network, clip, moving_square, tmp_path):
+    (tmp_path / "run").mkdir()
+    mask = moving_square[1][0] == 1
+    *news, result = network.run(clip, tmp_path / "run", masks={0: {3: mask}}, names={3: "my dog"})
+    assert isinstance(result, Result) and all(isinstance(item, News) for item in news)
+    assert news[-1].done == news[-1].total == 6
+    pictures = [picture for item in news for picture in item.pictures]
+    assert len(pictures) == 6 and all(picture.startswith("data:image/jpeg;base64,") for picture in pictures)
+
+    # The library, asked the same
+    session = network.processor.init_video_session(find_new_objects=False, seed=0)
+    network.processor.add_inputs_to_inference_session(session, 0, [3], [mask], original_size=(48, 64))
+    wanted = [r.masks for r in segment_video(list(clip.frames()), network.model, network.processor, session=session)]
+    for index, ids in enumerate(wanted):
+        np.testing.assert_array_equal(result.mask(index), ids)
+    np.testing.assert_array_equal(result.mask(0) == 3, mask)
+
+    with zipfile.ZipFile(tmp_path / "run" / "masks.zip") as archive:
+        assert archive.namelist() == [f"masks/{i:05d}.png" for i in range(6)]
+        with archive.open("masks/00000.png") as file:
+            np.testing.assert_array_equal(np.array(Image.open(file)) == 3, mask)
+    coco = json.loads((tmp_path / "run" / "coco.json").read_text())
+    assert coco["categories"] == [{"id": 1, "name": "my dog"}]
+    first = next(item for item in coco["annotations"] if item["image_id"] == 1)
+    np.testing.assert_array_equal(rle_tools.decode(first["segmentation"]) == 1, mask)
+    (track,) = json.loads((tmp_path / "run" / "youtube_vis.json").read_text())
+    assert len(track["segmentations"]) == 6
+    video = read_video(tmp_path / "run" / "overlay.mp4")
+    assert (video.size, len(list(video))) == ((48, 64), 6)
+    assert len(result.key_frames()) == 6
+
+    (row,) = result.objects
+    assert (row["id"], row["label"]) == (3, "my dog")
+    assert row["areas"] == pytest.approx([(ids == 3).mean() for ids in wanted])
+    assert row["frames"] == sum((ids == 3).any() for ids in wanted)
+
+
+def test_found_objects_take_threshold_number_and_label_set(network, clip, tmp_path):
+    def found(name, **how):
+        (tmp_path / name).mkdir()
+        *_, result = network.run(clip, tmp_path / name, label_set="pets", **how)
+        return [result.mask(i) for i in range(6)], result
+
+    many, result = found("many", threshold=0.01)
+    few, _ = found("few", threshold=0.01, max_objects=1)
+    none, empty = found("none", threshold=0.999)
+    assert max(len(np.unique(ids)) for ids in many) > 2 >= max(len(np.unique(ids)) for ids in few)
+    assert not np.any(none) and empty.objects == []
+    assert {item["label"] for item in result.objects} <= {"cat", "dog"}
+
+
+def test_labels_can_be_left_out_of_the_video_alone(network, clip, tmp_path):
+    videos = []
+    for show in (True, False):
+        (tmp_path / str(show)).mkdir()
+        *_, result = network.run(clip, tmp_path / str(show), threshold=0.01, show_labels=show)
+        videos.append(np.stack(list(read_video(result.folder / "overlay.mp4"))))
+        assert all(item["label"] for item in result.objects)
+    assert (videos[0] != videos[1]).any()
+
+
+def test_a_run_stops_before_its_next_frame_and_leaves_nothing(network, clip, moving_square, tmp_path, monkeypatch):
+    monkeypatch.setattr("ausm_hf.demo.network.SECONDS_BETWEEN_NEWS", 0)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run = network.run(clip, folder, masks={0: {1: moving_square[1][0] == 1}})
+    assert next(run).done == 1
+    (folder / "stop").touch()
+    with pytest.raises(Stopped):
+        next(run)
+    assert {path.name for path in folder.iterdir()} == {"stop", "key"}
+
+
+def test_an_object_alone(network, clip, moving_square, tmp_path):
+    (tmp_path / "run").mkdir()
+    mask = moving_square[1][0] == 1
+    *_, result = network.run(clip, tmp_path / "run", masks={0: {1: mask}})
+    path, key_frames = show_alone(clip, result, 1)
+    first = next(iter(read_video(path)))
+    assert first[~mask].max() < 40 and np.abs(first[mask].astype(int) - clip.frame(0)[mask]).mean() < 12
+    assert len(key_frames) == 6
+    written = path.stat().st_mtime_ns
+    assert show_alone(clip, result, 1)[0].stat().st_mtime_ns == written
+
+
+def test_signals_become_masks_of_the_frames_size(network, clip):
+    import torch
+
+    signals = [torch.zeros(48, 64, dtype=torch.bool) for _ in range(2)]
+    signals[0][10:20, 10:20] = signals[1][30:40, 40:50] = True
+    masks = network.refine(clip.frame(0), signals)
+    assert [(mask.shape, mask.dtype) for mask in masks] == [((48, 64), np.dtype(bool))] * 2
+    assert isinstance(network.processor, AusmProcessor)
+
+
+def test_the_decorator_for_lent_gpus_wraps_what_uses_the_model(tiny_checkpoint, clip):
+    called = []
+
+    def lend(function):
+        def lent(*args, **kwargs):
+            called.append(function.__name__)
+            return function(*args, **kwargs)
+
+        return lent
+
+    network = Network(*load_model(tiny_checkpoint, device="cpu"), lend)
+    network.refine(clip.frame(0), [])
+    network.run(clip, clip.folder / "run")
+    assert called == ["_refine", "_run"]
