@@ -1,6 +1,9 @@
 # make demo [VIDEO=path]   segment a video, and say where the results lie
+# make space               start the demo in a browser
 # make test                run the tests
 # make train-smoke         train the paper's three stages in a tiny size: killed, resumed, evaluated, pushed, loaded
+# make bench               time and memory on the CPU, beside the peers (about 15 minutes): benchmarks/README.md
+# make soak                streams under random commands for 30 minutes; SOAK_ARGS='--minutes 2' for fewer
 # make lint                check the style
 # PYTHON=... chooses the interpreter (3.10 or newer), VENV=... where the environment goes.
 
@@ -11,18 +14,31 @@ VIDEO ?=
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test train-smoke lint
+.PHONY: demo space test train-smoke lint bench soak
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-ready
 	$(if $(VIDEO),,$(BIN)/python examples/video_from_photo.py demo/astronaut.mp4)
 	$(BIN)/ausm segment "$(or $(VIDEO),demo/astronaut.mp4)" --output demo
 
+space: $(VENV)/.space-ready
+	$(BIN)/python spaces/app.py
+
 test: $(VENV)/.dev-ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 train-smoke: $(VENV)/.dev-ready
 	$(BIN)/python -m pytest -m slow tests/test_train_smoke.py
+
+soak: $(VENV)/.dev-ready
+	$(BIN)/python benchmarks/soak.py $(SOAK_ARGS)
+
+bench: $(VENV)/.dev-ready
+	$(BIN)/python benchmarks/scan.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/start_up.py
+	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/step.py --output benchmarks/results/step.json
 
 lint: $(VENV)/.dev-ready
 	$(BIN)/ruff check .
@@ -37,10 +53,16 @@ $(VENV)/.demo-ready: $(VENV)/.torch-ready pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[sample]"
 	touch $@
 
+$(VENV)/.space-ready: $(VENV)/.torch-ready pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ".[demo]"
+	touch $@
+
 $(VENV)/.dev-ready: $(VENV)/.torch-ready pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	# mamba-ssm's reference functions, without its kernels; the tests that compare with them are skipped without it.
 	$(BIN)/python -m pip install --quiet setuptools packaging
+	# transformers' own test suites, which its wheel leaves out; skipped without them.
+	-$(BIN)/python tests/transformers_suite/fetch.py
 	-MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
 		$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps mamba-ssm==2.3.2.post1
 	touch $@
