@@ -308,7 +308,8 @@ def _pixels_covered(counts: str) -> int | None:
     A number is in groups of 5 bits, low ones first; a sixth bit says that more follow, and the highest of the last
     group is the sign. From the fourth on, numbers are differences to the last but one.
     """
-    lengths, value, shift = [], 0, 0
+    lengths: list[int] = []
+    value = shift = 0
     for character in counts:
         group = ord(character) - 48
         if not 0 <= group < 64 or shift > 30:

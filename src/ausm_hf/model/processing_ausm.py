@@ -395,6 +395,10 @@ def _as_mask(mask: Any) -> torch.Tensor:
         mask = mask[0]
     if mask.ndim != 2:
         raise ValueError(f"input_masks must have shape (height, width) each, got {tuple(mask.shape)}")
+    if mask.is_complex():
+        raise ValueError(f"input_masks must hold zero and one other value each, got values of dtype {mask.dtype}")
+    if mask.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch can do little with these
+        mask = mask.long()
     values = mask.unique()
     if (values != 0).sum() > 1:
         raise ValueError(
