@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, settings
 
 
 def numbers(short: int, long: int):
-    """Parametrizes a test by how many `examples` it tries: `short`, and `long` with `-m slow`."""
-    return pytest.mark.parametrize("examples", [short, pytest.param(long, marks=pytest.mark.slow)])
+    """Parametrizes a test by how many `examples` it tries: `short`, and `long` with `-m soak`."""
+    return pytest.mark.parametrize("examples", [short, pytest.param(long, marks=pytest.mark.soak)])
 
 
 def tries(examples: int):
