@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -403,7 +404,15 @@ def test_output_that_cannot_be_written_to(clip, tiny_checkpoint, capsys):
         assert stopped.value.code == 2 and error.startswith("ausm: error: [Errno ") and "/proc/ausm" in error, error
 
 
-def test_interrupt_ends_a_live_stream_and_a_second_one_everything():
+@pytest.fixture
+def interruptible():
+    """Shells start what runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt_ends_a_live_stream_and_a_second_one_everything(interruptible):
     def live():
         yield 0
         os.kill(os.getpid(), signal.SIGINT)
@@ -420,27 +429,21 @@ def test_interrupt_ends_a_live_stream_and_a_second_one_everything():
                 time.sleep(1)
 
 
-def in_child(*arguments) -> int:
-    """Starts the command in a child of this process, which has everything imported already; returns its id."""
-    import tqdm  # noqa: F401
-
-    import ausm_hf.segment  # noqa: F401
-
-    child = os.fork()
-    if child:
-        return child
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        os.dup2(2, 1)
-        ausm(*arguments)
-    except SystemExit as stopped:
-        os._exit(stopped.code or 0)
-    finally:
-        os._exit(99)
+# Children of a server that has everything imported and no threads: a fork of this process might inherit a lock.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["ausm_hf.cli", "ausm_hf.segment", "tqdm"])
 
 
-def ended(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def in_child(*arguments) -> multiprocessing.Process:
+    """The command, started in a child."""
+    child = FORKS.Process(target=main, args=([str(argument) for argument in arguments],))
+    child.start()
+    return child
+
+
+def ended(child: multiprocessing.Process) -> int:
+    child.join()
+    return child.exitcode
 
 
 def seconds_of(*arguments) -> float:
@@ -460,7 +463,7 @@ def test_killed_at_any_moment_leaves_only_whole_files(clip, tiny_checkpoint, tmp
         out = tmp_path / str(number)
         child = in_child(*command, out)
         time.sleep(rng.uniform(0, 1.1 * most))
-        os.kill(child, signal.SIGKILL)
+        child.kill()
         ended(child)
         seen = [p for p in (out.iterdir() if out.exists() else []) if not p.name.startswith(".")]
         found.append(len(seen))
@@ -481,7 +484,7 @@ def test_terminated_leaves_nothing(clip, tiny_checkpoint, tmp_path):
     for number in range(10):
         child = in_child(*command, tmp_path / "out")
         time.sleep(most * (number + 0.5) / 10)
-        os.kill(child, signal.SIGTERM)
+        child.terminate()
         codes.append(ended(child))
         if codes[-1] == 143:
             assert not (tmp_path / "out").exists()

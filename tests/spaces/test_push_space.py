@@ -66,7 +66,7 @@ def test_push_and_start_from_what_was_pushed(hub, tmp_path, moving_square):
     process = subprocess.Popen(
         [python, "app.py"],
         cwd=space,
-        env={**clean, "GRADIO_SERVER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+        env={**clean, "GRADIO_SERVER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
