@@ -456,7 +456,7 @@ def seconds_of(*arguments) -> float:
 def test_killed_at_any_moment_leaves_only_whole_files(clip, tiny_checkpoint, tmp_path):
     options = ["--model", tiny_checkpoint, "--threshold", 0, "--formats", "mp4,png,json,jsonl,coco,youtube_vis"]
     command = ["segment", clip[0], *options, "--output"]
-    most = max(seconds_of(*command, tmp_path / "whole") for _ in range(2))
+    most = min(seconds_of(*command, tmp_path / "whole") for _ in range(2))  # the first starts the server of forks
     names = {"overlay.mp4", "masks", "objects.json", "frames.jsonl", "coco.json", "youtube_vis.json"}
     rng, found = random.Random(0), []
     for number in range(50):
@@ -479,7 +479,7 @@ def test_killed_at_any_moment_leaves_only_whole_files(clip, tiny_checkpoint, tmp
 @pytest.mark.slow
 def test_terminated_leaves_nothing(clip, tiny_checkpoint, tmp_path):
     command = ["segment", clip[0], "--model", tiny_checkpoint, "--threshold", 0, "--output"]
-    most = seconds_of(*command, tmp_path / "whole")
+    most = min(seconds_of(*command, tmp_path / "whole") for _ in range(2))
     codes = []
     for number in range(10):
         child = in_child(*command, tmp_path / "out")
