@@ -18,6 +18,12 @@ there is a newer claim, and drops its work.
 **Whole.** Results are written under `.ausm/work` and renamed into place with all that belongs to them. That the folder
 is there *is* what says that the video is done, so no crash can leave the two apart. The manifest is only gathered from
 these folders and from `.ausm/failed`.
+
+**The same.** A video's results don't depend on which process made them, in which order, or how often the work was
+interrupted. To the byte they are the same where the processes are alike: the same kind of processor or GPU, the same
+torch, and the same number of threads, since sums over another number of threads are rounded otherwise. `torchrun`
+gives each of several processes one thread unless `OMP_NUM_THREADS` says another number; set it for a run that is to be
+compared. Otherwise scores differ in their last digits, and masks in pixels that hang on a hair.
 """
 
 import json

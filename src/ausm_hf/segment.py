@@ -291,7 +291,8 @@ def segment_videos(
     """
     Finds and follows objects in many videos, each once, in this process and in any others, on this machine and on any
     others, that were started in the same way and share the folder `output`. A process may be killed and started again
-    at any time. How they agree is told at the top of [`ausm_hf.archive`].
+    at any time. How they agree, and what the same results to the byte depend on, is told at the top of
+    [`ausm_hf.archive`].
 
     Args:
         inputs: See [`~ausm_hf.archive.find_videos`].
