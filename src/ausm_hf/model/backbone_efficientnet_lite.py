@@ -100,17 +100,20 @@ class EfficientNetLiteConvolution(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         norm = self.normalization
         factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-        weight = self.convolution.weight * factor.view(-1, 1, 1, 1)
+        weight, factors = self.convolution.weight, factor.view(-1, 1, 1, 1)
         bias = norm.bias - norm.running_mean * factor
         if self.kernel_size == self.stride == self.convolution.groups == 1:
             # Channels last, a 1x1 convolution is a matrix product as it stands.
-            out = F.linear(hidden_states.permute(0, 2, 3, 1), weight.flatten(1), bias)
+            out = F.linear(hidden_states.permute(0, 2, 3, 1), (weight * factors).flatten(1), bias)
             return (F.relu6(out, inplace=True) if self.relu else out).permute(0, 3, 1, 2)
         top, bottom = self.same_padding(hidden_states.shape[-2])
         left, right = self.same_padding(hidden_states.shape[-1])
         # The convolution pads alike on both sides. Where one more is wanted at the end, a zero before the kernel does
-        # it: padding the kernel is cheaper than padding the widest maps of the network.
-        weight = F.pad(weight, (right - left, 0, bottom - top, 0))
+        # it: padding the kernel is cheaper than padding the widest maps of the network. Before the factors, since
+        # ONNX Runtime takes what is padded just before a convolution for its input.
+        if right > left or bottom > top:
+            weight = F.pad(weight, (right - left, 0, bottom - top, 0))
+        weight = weight * factors
         out = F.conv2d(hidden_states, weight, bias, self.stride, (bottom, right), groups=self.convolution.groups)
         return F.relu6(out, inplace=True) if self.relu else out
 
