@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from transformers import AutoBackbone, AutoConfig
@@ -69,6 +71,37 @@ def test_training_mode_keeps_statistics_and_mixes_no_frames():
     both.square().sum().backward()
     assert all(torch.equal(buffer, before[name]) for name, buffer in backbone.named_buffers())
     assert backbone.stem.normalization.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_folded_weights_are_kept_until_what_they_are_made_of_changes():
+    def fresh(backbone, frames):
+        return copy.deepcopy(backbone).train()(frames.to(backbone.dtype)).feature_maps[-1]
+
+    backbone, other = (EfficientNetLiteBackbone(tiny_config()).eval() for _ in range(2))
+    frames = torch.randn(1, 3, 37, 64)
+    with torch.inference_mode():
+        first = backbone(frames).feature_maps[-1]
+    kept = backbone.stem._folded[1][0]
+    assert torch.equal(backbone(frames).feature_maps[-1], first) and backbone.stem._folded[1][0] is kept
+    assert torch.equal(first, fresh(backbone, frames))
+
+    def in_place(module):
+        module.stem.normalization.running_var.mul_(4)
+
+    def one_step(module):
+        optimizer = torch.optim.AdamW(module.parameters())
+        with torch.enable_grad():
+            module(frames).feature_maps[-1].sum().backward()
+        optimizer.step()
+
+    changes = [in_place, one_step, lambda module: module.load_state_dict(other.state_dict()), lambda m: m.double()]
+    for change in changes:
+        change(backbone)
+        got = backbone(frames.to(backbone.dtype)).feature_maps[-1]
+        assert torch.equal(got, fresh(backbone, frames)) and not torch.equal(got.float(), first)
+    narrow = frames[:, :, :36, :41].double()  # its strides want other padding
+    assert torch.equal(backbone(narrow).feature_maps[-1], fresh(backbone, narrow))
 
 
 def test_random_weights_let_the_input_through():

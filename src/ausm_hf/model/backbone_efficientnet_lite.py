@@ -96,26 +96,53 @@ class EfficientNetLiteConvolution(nn.Module):
         self.kernel_size, self.stride, self.relu = kernel_size, stride, relu
         self.convolution = nn.Conv2d(in_channels, out_channels, kernel_size, stride, groups=groups, bias=False)
         self.normalization = nn.BatchNorm2d(out_channels, eps=eps)
+        self._folded: tuple[tuple, tuple[torch.Tensor, torch.Tensor]] | None = None  # of what, and what
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        norm = self.normalization
-        factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-        weight, factors = self.convolution.weight, factor.view(-1, 1, 1, 1)
-        bias = norm.bias - norm.running_mean * factor
         if self.kernel_size == self.stride == self.convolution.groups == 1:
             # Channels last, a 1x1 convolution is a matrix product as it stands.
-            out = F.linear(hidden_states.permute(0, 2, 3, 1), (weight * factors).flatten(1), bias)
+            weight, bias = self.folded(0, 0)
+            out = F.linear(hidden_states.permute(0, 2, 3, 1), weight.flatten(1), bias)
             return (F.relu6(out, inplace=True) if self.relu else out).permute(0, 3, 1, 2)
         top, bottom = self.same_padding(hidden_states.shape[-2])
         left, right = self.same_padding(hidden_states.shape[-1])
         # The convolution pads alike on both sides. Where one more is wanted at the end, a zero before the kernel does
-        # it: padding the kernel is cheaper than padding the widest maps of the network. Before the factors, since
-        # ONNX Runtime takes what is padded just before a convolution for its input.
-        if right > left or bottom > top:
-            weight = F.pad(weight, (right - left, 0, bottom - top, 0))
-        weight = weight * factors
+        # it: padding the kernel is cheaper than padding the widest maps of the network.
+        weight, bias = self.folded(bottom - top, right - left)
         out = F.conv2d(hidden_states, weight, bias, self.stride, (bottom, right), groups=self.convolution.groups)
         return F.relu6(out, inplace=True) if self.relu else out
+
+    def folded(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `fold` gives; outside training it is kept until something that it is made of changes."""
+        norm = self.normalization
+        parts = [self.convolution.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        # Only torch's version counters tell of changes in place, and tensors made in inference mode have none.
+        if (
+            self.training
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or any(part.is_inference() for part in parts)
+        ):
+            self._folded = None
+            return self.fold(rows, columns)
+        made_of = rows, columns, *((part.data_ptr(), part._version) for part in parts)
+        if self._folded is None or self._folded[0] != made_of:
+            with torch.inference_mode(False), torch.no_grad():
+                self._folded = made_of, self.fold(rows, columns)
+        return self._folded[1]
+
+    def fold(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Weight and bias that do what convolution and normalisation do, the kernel with so many rows and columns of
+        zeros before it.
+        """
+        norm, weight = self.normalization, self.convolution.weight
+        assert norm.running_mean is not None and norm.running_var is not None
+        # Padded before the factors, since ONNX Runtime takes what is padded just before a convolution for its input.
+        if rows or columns:
+            weight = F.pad(weight, (columns, 0, rows, 0))
+        factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        return weight * factor.view(-1, 1, 1, 1), norm.bias - norm.running_mean * factor
 
     def same_padding(self, size: int) -> tuple[int, int]:
         """Zeros before and after an axis of `size` pixels, for ceil(size / stride) pixels to come out."""
@@ -157,7 +184,7 @@ class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
     config_class = EfficientNetLiteConfig
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     # It has no attention, so whichever the model around it uses will do.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -169,7 +196,7 @@ class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
         super().__init__(config)
         self.stem = EfficientNetLiteConvolution(3, config.stem_width, 3, 2, 1, config.batch_norm_eps, relu=True)
         # stages[0] stays at the stem's stride; its output is the feature named "stem".
-        self.stages = nn.ModuleList([nn.Sequential()])
+        stages = [nn.Sequential()]
         self.num_features = []
         channels = config.stem_width
         for width, depth, kernel_size, stride, expand_ratio in zip(
@@ -177,15 +204,16 @@ class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
         ):
             if stride == 2:
                 self.num_features.append(channels)
-                self.stages.append(nn.Sequential())
+                stages.append(nn.Sequential())
             for i in range(depth):
-                self.stages[-1].append(
+                stages[-1].append(
                     EfficientNetLiteBlock(
                         channels, width, kernel_size, stride if i == 0 else 1, expand_ratio, config.batch_norm_eps
                     )
                 )
                 channels = width
         self.num_features.append(channels)
+        self.stages = nn.ModuleList(stages)
         self.post_init()
 
     @torch.no_grad()
@@ -218,7 +246,7 @@ class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
             return_dict = self.config.return_dict
 
         hidden_states = self.stem(pixel_values)
-        all_stages = ()
+        all_stages: tuple[torch.Tensor, ...] = ()
         for stage in self.stages:
             hidden_states = stage(hidden_states)
             all_stages += (hidden_states,)
@@ -227,7 +255,10 @@ class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
         )
         if not return_dict:
             return (feature_maps, all_stages) if output_hidden_states else (feature_maps,)
-        return BackboneOutput(feature_maps=feature_maps, hidden_states=all_stages if output_hidden_states else None)
+        return BackboneOutput(
+            feature_maps=feature_maps,  # type: ignore[arg-type]  # transformers says that there is one map
+            hidden_states=all_stages if output_hidden_states else None,  # type: ignore[arg-type]
+        )
 
 
 __all__ = ["EfficientNetLiteBackbone", "EfficientNetLiteConfig"]
