@@ -132,6 +132,38 @@ def test_other_files_and_addresses_are_not_read(page, path, meta, monkeypatch):
     assert not [host for host in asked if "example.org" in str(host)]
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "process_recording",
+        "vibe-edit",
+        "proxy=https://example.org/a.mp4",
+        "file=https://example.org/a",
+        "file=%68ttp://a",
+    ],
+)
+def test_what_gradio_serves_beside_the_page_is_closed(page, path, monkeypatch):
+    """It would decode recordings without bounds, and fetch addresses."""
+    import socket
+
+    asked = []
+    real = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *rest, **named: asked.append(host) or real(host, *rest, **named)
+    )
+    body = b"--x\r\nContent-Disposition: form-data; name=video; filename=a.mp4\r\n\r\nno video\r\n--x--\r\n"
+    for method in ("GET", "POST"):
+        request = urllib.request.Request(
+            f"{page.local_url}gradio_api/{path}",
+            body if method == "POST" else None,
+            {"Content-Type": "multipart/form-data; boundary=x"},
+        )
+        with pytest.raises(HTTPError) as caught:
+            urllib.request.urlopen(request, timeout=30)
+        assert caught.value.code == 404 and caught.value.read() == b"There is nothing here."
+    assert not [host for host in asked if "example.org" in str(host) or host == "a"]
+
+
 def test_nobody_sees_the_files_of_others(page, client, clip_file, first_masks):
     """Results lie under names that can't be guessed, and no folder is listed."""
     Client(page.local_url, verbose=False, download_files=False).predict(

@@ -1,6 +1,7 @@
 """The same for programs: named functions for `gradio_client`. Each call brings its video and gets its results."""
 
 from collections.abc import Callable
+from typing import Any
 
 import gradio as gr
 import numpy as np
@@ -67,7 +68,7 @@ def add_api(network: Network, rooms: Rooms, limits: Limits, told: Callable) -> N
             ids[mask] = object_id
         return draw_overlay(clip.frame(int(frame)), ids, names)
 
-    model = {"concurrency_id": "model", "concurrency_limit": 1}
+    model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
     with gr.Row(visible=False):  # what the functions take and give, and nothing to see
         video = gr.Video(label="Video", sources=["upload"])
         prompts = gr.JSON([], label="Prompts")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO, cast
 
 import numpy as np
 from PIL import Image
@@ -87,6 +88,7 @@ def unpack_clip(file: str | os.PathLike, folder: Path, limits: Limits) -> Iterat
         text=True,
         env={**environment, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
     )
+    errors = cast(TextIO, child.stderr)
     try:
         give_up = time.monotonic() + 3 * limits.decoder_seconds
         first = folder / "00000.jpg"
@@ -98,11 +100,11 @@ def unpack_clip(file: str | os.PathLike, folder: Path, limits: Limits) -> Iterat
                 shown = True
                 yield _read(first)
             time.sleep(0.02)
-        message = child.stderr.read().strip().splitlines()
+        message = errors.read().strip().splitlines()
     finally:
         child.kill()
         child.wait()
-        child.stderr.close()
+        errors.close()
     if child.returncode == 3 and message:
         raise Refused(message[-1])
     if child.returncode != 0:  # out of memory, out of time, or a decoder that crashed

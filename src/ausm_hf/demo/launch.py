@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import shutil
 import signal
 import sys
@@ -43,16 +44,19 @@ def launch(
         ValueError: if the model can't be loaded.
         ImportError: if Gradio is not installed.
     """
+    root = Path(tempfile.mkdtemp(prefix="ausm-demo-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    # Uploads and results in one place, to be swept. Gradio looks once when it is imported, and again later.
+    os.environ["GRADIO_TEMP_DIR"] = str(root)
+
     import gradio as gr
+    from starlette.middleware import Middleware
 
     from ..segment import load_model
     from .network import Network
     from .page import make_page, style
 
     network = Network(*load_model(model, device, dtype), on_gpu)
-    root = Path(tempfile.mkdtemp(prefix="ausm-demo-"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    os.environ["GRADIO_TEMP_DIR"] = str(root)  # uploads and results in one place, to be swept
     limits = limits or Limits()
     # A picture that unpacks to more than a frame can have is refused before it is unpacked.
     Image.MAX_IMAGE_PIXELS = limits.max_side**2 // 2
@@ -69,6 +73,7 @@ def launch(
         ssr_mode=False,
         mcp_server=False,
         prevent_thread_lock=True,
+        app_kwargs={"middleware": [Middleware(_OnlyThePage)]},
     )
     sweeper = threading.Event()
     threading.Thread(target=_sweep, args=(page, sweeper), daemon=True).start()
@@ -77,6 +82,26 @@ def launch(
     with suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the temporary files are removed
     page.block_thread()
+
+
+class _OnlyThePage:
+    """
+    Refuses what Gradio serves beside the page: it would hand a stranger's recording to ffmpeg without any bounds, and
+    fetch addresses for whoever asks.
+    """
+
+    UNWANTED = re.compile(r"/(process_recording|(undo-)?vibe-|proxy=|file=\s*https?:)", re.IGNORECASE)
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "http" and self.UNWANTED.search(scope["path"]):
+            from starlette.responses import PlainTextResponse
+
+            await PlainTextResponse("There is nothing here.", status_code=404)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
 
 async def _fetch_nothing(*args, **kwargs):

@@ -173,11 +173,12 @@ class _Tally:
     """What the table of objects says."""
 
     def __init__(self, clip: Clip):
-        self.clip, self.rows = clip, {}
+        self.clip = clip
+        self.rows: dict[int, dict] = {}
 
     def add(self, index: int, masks: np.ndarray, objects: list[dict]):
-        ids, areas = np.unique(masks, return_counts=True)
-        areas = dict(zip(ids.tolist(), areas.tolist()))
+        ids, counts = np.unique(masks, return_counts=True)
+        areas = dict(zip(ids.tolist(), counts.tolist()))
         for item in objects:
             area = areas.get(item["id"], 0)
             if area:

@@ -5,6 +5,7 @@ import html
 import inspect
 import logging
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import numpy as np
@@ -81,7 +82,7 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
     limits = limits or Limits()
     visits = Visits(Rooms(root))
     config = network.model.config
-    private = {"api_visibility": "private"}
+    private: dict[str, Any] = {"api_visibility": "private"}
 
     with gr.Blocks(title="AUSM: follow objects in a video", analytics_enabled=False, fill_width=True) as page:
         page.sweep = visits.sweep
@@ -262,7 +263,12 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
             return marked(visit, int(index), 1), gr.Radio(_choices(visit), value=1), ""
 
         # Marks are taken one after the other, in the order in which they were made.
-        quick = {"show_progress": "hidden", "concurrency_id": "mark", "concurrency_limit": 4, **private}
+        quick: dict[str, Any] = {
+            "show_progress": "hidden",
+            "concurrency_id": "mark",
+            "concurrency_limit": 4,
+            **private,
+        }
         canvas.mark(on_mark, [objects], [canvas], trigger_mode="multiple", **quick)
         frame.input(on_frame, [frame, objects], [canvas], trigger_mode="always_last", **quick)
         objects.input(on_object, [frame, objects], [name, canvas], **quick)
@@ -297,7 +303,7 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
             except Exception:
                 yield {live: {}, stop: gr.Button(visible=False)}
                 raise
-            result = visit.result
+            result = visit.the_result()
             text = f"Done: {news['total']} frames in {result.seconds:.1f} seconds, {_count(len(result.objects))}."
             yield {
                 live: {**news, "pictures": [], "state": "done", "text": text},
@@ -323,7 +329,12 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
             visit = visits.of(request.session_hash)
             yield from run(visit, visit.find(network, threshold, top_k, label_set, show_labels))
 
-        one_at_a_time = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress_on": [live], **private}
+        one_at_a_time: dict[str, Any] = {
+            "concurrency_id": "model",
+            "concurrency_limit": 1,
+            "show_progress_on": [live],
+            **private,
+        }
         follow.click(on_follow, None, shown, **one_at_a_time)
         find.click(on_find, [threshold, top_k, label_set, show_labels], shown, **one_at_a_time)
 
@@ -337,17 +348,16 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
         def on_choose(request: gr.Request, event: gr.EventData):
             visit = visits.of(request.session_hash)
             chosen = event._data.get("id")
-            if visit.result is None or chosen not in [item["id"] for item in visit.result.objects]:
+            if chosen not in [item["id"] for item in visit.the_result().objects]:
                 raise Refused("There is no such object in the results.")
-            video, key_frames = show_alone(visit.the_clip(), visit.result, chosen)
+            video, key_frames = show_alone(visit.the_clip(), visit.the_result(), chosen)
             return {**look(visit, video, key_frames), everything: gr.Button(visible=True)}
 
         @told
         def on_everything(request: gr.Request):
             visit = visits.of(request.session_hash)
-            if visit.result is None:
-                raise Refused("There are no results yet.")
-            video, key_frames = visit.result.folder / "overlay.mp4", visit.result.key_frames()
+            result = visit.the_result()
+            video, key_frames = result.folder / "overlay.mp4", result.key_frames()
             return {**look(visit, video, key_frames), everything: gr.Button(visible=False)}
 
         table.choose(on_choose, None, [player, strip, everything], show_progress_on=[player], **private)

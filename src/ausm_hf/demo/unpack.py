@@ -86,7 +86,7 @@ def unpack(path: str | os.PathLike, folder: Path, limits: Limits):
         "codec_whitelist": ",".join(DECODERS),
         "max_pixels": str(limits.max_side**2),  # of a picture that the decoder makes room for
     }
-    times = []
+    times: list[float | None] = []
     try:
         demuxer = demuxer_of(path)
         with av.open(os.path.abspath(path), format=demuxer, options=options, metadata_errors="replace") as container:
@@ -100,7 +100,8 @@ def unpack(path: str | os.PathLike, folder: Path, limits: Limits):
                 limits.check_size(codec.width, codec.height)
             if codec is None or codec.name not in DECODERS:
                 raise Refused("The pictures are coded in a way that can't be read here; wanted is H.264, VP9 or AV1.")
-            limits.check_length(stream.frames, float(stream.duration * stream.time_base) if stream.duration else 0)
+            seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0
+            limits.check_length(stream.frames, seconds)
             codec.thread_count = 1
             fps = stream.average_rate or stream.guessed_rate
             start, size = None, None
@@ -123,7 +124,8 @@ def unpack(path: str | os.PathLike, folder: Path, limits: Limits):
             raise Refused("This video is broken, or none: its pictures can't be decoded.") from error
     if not times:
         raise Refused("There are no pictures in this file.")
-    in_order = None not in times and times == sorted(times)
+    known_times = [time for time in times if time is not None]
+    in_order = known_times == times == sorted(known_times)
     clip = {"size": size, "fps": float(fps) if fps else None, "num_frames": len(times)}
     (folder / "clip.json").write_text(json.dumps({**clip, "times": times if in_order else None}))
 

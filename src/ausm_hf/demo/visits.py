@@ -69,6 +69,12 @@ class Visit:
         touch(self.room)
         return self.clip
 
+    def the_result(self) -> Result:
+        """Of the last run. Raises Refused if there is none yet."""
+        if self.result is None:
+            raise Refused("There are no results yet.")
+        return self.result
+
     def mark(self, mark: Mark, network: Network) -> np.ndarray:
         """Adds a mark. Returns the frame with the masks that are now known of it. Raises Refused, and adds nothing."""
         clip = self.the_clip()
@@ -129,7 +135,8 @@ class Visit:
             raise Refused("Mark something first: click on it, draw a box around it, or paint over it.")
         frames = sorted({mark.frame for mark in self.marks})
         masks = {index: self.masks(index, network) for index in frames}
-        self.followed = yield from self._run(network, masks=masks, names=dict(self.names))
+        yield from self._run(network, masks=masks, names=dict(self.names))
+        self.followed = self.result
 
     def find(
         self, network: Network, threshold: float, max_objects: int, label_set: str, show_labels: bool
@@ -168,7 +175,6 @@ class Visit:
         if self.result is not None:
             shutil.rmtree(self.result.folder, ignore_errors=True)
         self.result = result
-        return result
 
     def stop(self):
         """Stops the run that is under way, if any: it ends before its next frame."""
@@ -194,16 +200,18 @@ class Visits:
         self.rooms = rooms
         self._visits: dict[str, Visit] = {}
 
-    def of(self, session_hash: str) -> Visit:
+    def of(self, session_hash: str | None) -> Visit:
         """The visit of a page; a new one if there is none, or its folder has been removed. Raises Refused."""
+        if not session_hash:  # it would share the files of all others without a name
+            raise Refused("This page has lost its connection. Please load it again.")
         visit = self._visits.get(session_hash)
         if visit is None or not visit.room.exists():
             visit = self._visits[session_hash] = Visit(self.rooms.new())
         return visit
 
-    def end(self, session_hash: str):
+    def end(self, session_hash: str | None):
         """The page was closed: its run stops and its files go."""
-        visit = self._visits.pop(session_hash, None)
+        visit = self._visits.pop(session_hash or "", None)
         if visit is not None:
             visit.stop()
             self.rooms.remove(visit.room)
