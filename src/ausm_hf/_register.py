@@ -21,7 +21,7 @@ class _FilledWhenAsked(dict):
 
     def __init__(self, content: dict, fill: Callable[[], None]):
         super().__init__(content)
-        self._fill = fill
+        self._fill: Callable[[], None] | None = fill
 
     def _ask(self):
         if self._fill is not None:
@@ -196,7 +196,7 @@ class _AfterImport:
             exec_module(module)
             after_import(module)
 
-        spec.loader.exec_module = exec_module_and_then
+        spec.loader.exec_module = exec_module_and_then  # type: ignore[method-assign]
         return spec
 
 

@@ -69,7 +69,8 @@ def find_videos(inputs: Iterable[str | os.PathLike]) -> dict[str, str]:
         ValueError: if there are no inputs or nothing is there, or two videos can't be told apart by name.
     """
     paths, roots = [], []
-    for location in map(os.fspath, inputs):
+    for given in inputs:
+        location = os.fspath(given)
         if is_pattern(location):
             matches = sorted(glob(location, recursive=True))
             files = [path for path in matches if os.path.isfile(path)]

@@ -103,8 +103,8 @@ def parse_prompts(boxes: list[str], points: list[str]) -> dict[str, dict[int, li
     for text in _objects("--points", points):
         if not re.fullmatch(rf"\d+:{point}(;{point})*", text):
             raise ValueError(f"--points holds {text!r}; wanted is {POINTS}")
-        object_id, of_object = text.split(":")
-        of_object = of_object.split(";")
+        object_id, listed = text.split(":")
+        of_object = listed.split(";")
         prompts["points"][int(object_id)] = [[float(x) for x in one.lstrip("-").split(",")] for one in of_object]
         prompts["labels"][int(object_id)] = [int(not one.startswith("-")) for one in of_object]
     return prompts

@@ -158,7 +158,7 @@ class JsonlWriter(_ResultWriter):
         path: the file. While it is being written it can be read under `writer.partial`.
     """
 
-    _file = None
+    _file: TextIO | None = None
 
     def _start(self):
         self._file = open(self.partial, "w", encoding="utf-8", buffering=1)
@@ -184,10 +184,12 @@ class JsonlWriter(_ResultWriter):
                 for item in objects
             ],
         }
+        assert self._file is not None
         self._file.write(json.dumps(line) + "\n")
 
     def _finish(self):
         super()._finish()
+        assert self._file is not None
         self._file.close()
 
     def _release(self):
@@ -222,7 +224,7 @@ class ObjectsJsonWriter(_ResultWriter):
         self.name, self.fps = name, fps
 
     def _start(self):
-        self._size = None
+        self._size: tuple[int, ...] = ()
         self._times = array("d")
         self._tracks: dict[int, _Track] = {}
 
@@ -306,9 +308,9 @@ class _Track:
             self.score_sum += float(score)
             self.num_scores += 1
 
-    def summary(self, size: tuple[int, int]) -> dict:
+    def summary(self, size: tuple[int, ...]) -> dict:
         return {
-            "label": max(self.votes, key=self.votes.get),
+            "label": max(self.votes, key=lambda label: self.votes[label]),
             "score": self.score_sum / self.num_scores if self.num_scores else None,
             "first_frame": self.frames[0],
             "last_frame": self.frames[-1],
@@ -321,10 +323,11 @@ class _Track:
 def _encode(indexed_mask: np.ndarray, objects: list[dict]) -> dict[int, dict]:
     """The RLE of every object that has pixels, by id."""
     by_columns = np.asfortranarray(indexed_mask)  # the order in which COCO counts
-    rles, num_pixels = {}, 0
+    rles: dict[int, dict] = {}
+    num_pixels = 0
     for item in objects:
         mine = by_columns == item["id"]
-        area = np.count_nonzero(mine)
+        area = int(np.count_nonzero(mine))
         if area:
             rle = rle_tools.encode(mine.view(np.uint8))
             rles[item["id"]] = {"size": list(indexed_mask.shape), "counts": rle["counts"].decode("ascii")}
@@ -360,7 +363,7 @@ def to_coco(objects_json: str | os.PathLike | dict, categories: dict[str, int] |
         {"id": i + 1, "file_name": f"{name}{i:05d}.jpg", "height": video["height"], "width": video["width"]}
         for i in range(video["num_frames"])
     ]
-    annotations = []
+    annotations: list[dict] = []
     for item in content["objects"]:
         for frame, rle in item["segmentations"].items():
             annotations.append(
@@ -433,7 +436,7 @@ def to_youtube_vis_data(objects_json: str | os.PathLike | dict, categories: dict
     size = {"height": video["height"], "width": video["width"]}
     length = video["num_frames"]
     name = f"{video['name']}/" if video["name"] else ""
-    annotations = []
+    annotations: list[dict] = []
     for item in content["objects"]:
         rles = [item["segmentations"].get(str(i)) for i in range(length)]
         annotations.append(

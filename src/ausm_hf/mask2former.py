@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,16 +63,17 @@ def from_mask2former(
     for name, value in sizes.items():
         if name in overrides and overrides[name] != value:
             raise ValueError(f"`{name}` comes from the Mask2Former, {value!r}; it can't be {overrides[name]!r}.")
-    label_sets = {"coco": [theirs.id2label[index] for index in range(theirs.num_labels)]}
+    their_labels = {int(index): label for index, label in (theirs.id2label or {}).items()}
+    label_sets = {"coco": [their_labels[index] for index in range(len(their_labels))]}
     if preset not in PRESETS:
         raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
     config = AusmConfig(**{**PRESETS[preset], "label_sets": label_sets, **overrides, **sizes})
     model = AusmForUniversalSegmentation(config)
 
     weights = _model_weights(source)
-    head = model.class_heads[config.default_label_set]
+    head: Any = model.class_heads[config.default_label_set]
     weight, bias = source.class_predictor.weight, source.class_predictor.bias
-    known = {label: index for index, label in theirs.id2label.items()}
+    known = {label: index for index, label in their_labels.items()}
     head_weight, head_bias = head.weight.detach().clone(), head.bias.detach().clone()
     for index, label in enumerate(config.label_sets[config.default_label_set]):
         if label in known:

@@ -33,6 +33,8 @@ class StreamingStep(nn.Module):
         ValueError: if the model is not in float32, or there are not so many ID vectors or no such label set.
     """
 
+    slots: Tensor
+
     def __init__(
         self, model: AusmForUniversalSegmentation, num_slots: int | None = None, label_set: str | None = None
     ):
@@ -45,7 +47,7 @@ class StreamingStep(nn.Module):
             raise ValueError(f"model is in {model.dtype}; wanted is torch.float32")
         if label_set is not None and label_set not in model.config.label_sets:
             raise ValueError(f"label_set is {label_set!r}; wanted is one of {sorted(model.config.label_sets)}")
-        self.model = model.eval()
+        self.model: AusmForUniversalSegmentation = model.eval()
         self.label_set = label_set
         self.register_buffer("slots", torch.arange(num_slots)[None], persistent=False)
 
@@ -68,13 +70,14 @@ class StreamingStep(nn.Module):
         features = torch.where(started.view(1, 1, 1, 1), features, initial)
         history = AusmHistory(features, tuple(zip(states[::2], states[1::2])), self.slots, taken, masks)
         output = self.model.step(pixel_values, history, self.label_set)
-        states = [tensor for state in output.history.states for tensor in state]
+        assert output.history.states is not None  # it comes out of the network
+        new_states = [tensor for state in output.history.states for tensor in state]
         return (
             output.masks_queries_logits,
             output.class_queries_logits,
             output.foreground_queries_logits,
             output.history.features,
-            *states,
+            *new_states,
         )
 
     def first_inputs(self, height: int, width: int) -> dict[str, Tensor]:
@@ -150,6 +153,7 @@ def export_onnx(
             dynamo=True,
             verbose=False,
         )
+        assert program is not None  # with dynamo there is one
         images = processor.image_processor
         for key, value in {
             "image_mean": images.image_mean if images.do_normalize else [0.0] * 3,

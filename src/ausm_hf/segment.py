@@ -88,6 +88,8 @@ def load_model(
         config = AutoConfig.from_pretrained(name)
         if config.model_type != "ausm":
             raise ValueError(f"it is of type {config.model_type!r}; wanted is 'ausm'")
+        loaded: Any
+        about: Any
         loaded, about = AusmForUniversalSegmentation.from_pretrained(
             name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
         )

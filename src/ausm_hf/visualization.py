@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -127,7 +128,7 @@ def _write(image: np.ndarray, text: str, bottom: int, center: int, color: tuple[
     left = min(max(0, center - plate_width // 2), width - plate_width)
     ink = 0 if np.dot(color, (0.299, 0.587, 0.114)) > 128 else 255
     strength = glyphs[:, :, None] / np.float32(255)
-    plate = np.float32(color) * (1 - strength) + ink * strength
+    plate = np.array(color, np.float32) * (1 - strength) + ink * strength
     image[top : top + plate_height, left : left + plate_width] = plate.astype(np.uint8)
 
 
@@ -143,7 +144,7 @@ def _glyphs(word: str, size: int) -> np.ndarray:
 
 @lru_cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
+    return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))
 
 
 def contact_sheet(

@@ -37,9 +37,9 @@ def random_view(
     ratios = np.array([source[1] / size[1], source[0] / size[0]])
     fill, show = math.log(ratios.min()), math.log(ratios.max())
     base = math.exp(rng.uniform(fill, show) if rng.random() < 0.5 else fill)
-    scale = base / math.exp(rng.uniform(math.log(zoom[0]), math.log(zoom[1])))
+    side = base / math.exp(rng.uniform(math.log(zoom[0]), math.log(zoom[1])))
     stretch = math.exp(rng.uniform(-0.07, 0.07))
-    scale = np.array([scale * stretch, scale / stretch])
+    scale = np.array([side * stretch, side / stretch])
     # The window stays inside the input where it fits, and is centred where it is larger.
     half = scale * np.array([size[1], size[0]]) / 2
     extent = np.array([source[1], source[0]], dtype=float)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,8 +91,8 @@ def clip_object(
     object_id: int,
     label: str | None = None,
     crowd: bool = False,
-    segmentations: list[dict | None] = (),
-    masks: list[dict | None] = (),
+    segmentations: Sequence[dict | None] = (),
+    masks: Sequence[dict | None] = (),
 ) -> dict:
     """One entry of a row's `objects`."""
     return {
@@ -106,13 +106,13 @@ def clip_object(
 
 def clip_row(
     video_id: str,
-    frames: list[dict],
+    frames: Sequence[dict | None],
     objects: list[dict],
     *,
-    annotations: list[dict | None] = (),
+    annotations: Sequence[dict | None] = (),
     annotated: list[bool] | None = None,
     video: dict | None = None,
-    video_frames: list[int] = (),
+    video_frames: Sequence[int] = (),
     annotation_file: str | None = None,
     label_set: str | None = None,
     exhaustive: bool = True,
@@ -220,14 +220,14 @@ def load_clip(row: dict, indices: list[int]) -> Clip:
         objects = {obj["id"]: obj["label"] for obj in row["objects"] if not obj["crowd"]}
     else:
         objects = dict.fromkeys(sorted({i for masks, _ in layers for i in masks}))
-    masks = np.zeros((len(objects), len(frames), *size), dtype=bool)
+    stacked = np.zeros((len(objects), len(frames), *size), dtype=bool)
     for t, (found, _) in enumerate(layers):
         for n, object_id in enumerate(objects):
             if object_id in found:
-                masks[n, t] = found[object_id]
+                stacked[n, t] = found[object_id]
     return Clip(
         frames=torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous(),
-        masks=torch.from_numpy(masks),
+        masks=torch.from_numpy(stacked),
         ignore=torch.from_numpy(np.stack([ignore for _, ignore in layers])),
         annotated=torch.tensor([row["annotated"][t] for t in indices]),
         labels=list(objects.values()),
@@ -255,7 +255,8 @@ def load_masks(row: dict, t: int, height: int, width: int) -> tuple[dict[int, np
         `{object id: bool (H, W)}` of the objects in this frame (none where the frame has no ground truth) and the
         ignored pixels, bool `(H, W)`: crowds, and pixels marked as unknown.
     """
-    masks, ignore = {}, np.zeros((height, width), dtype=bool)
+    masks: dict[int, np.ndarray] = {}
+    ignore = np.zeros((height, width), dtype=bool)
     if not row["annotated"][t]:
         return masks, ignore
     if row["annotations"] and row["annotations"][t] is not None:
@@ -345,11 +346,13 @@ def encode_rle(segmentation: dict | list | None, height: int, width: int) -> dic
         return None
     _check_segmentation(segmentation, height, width)
     if isinstance(segmentation, list):
-        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation["counts"], list):
-        segmentation = coco_mask.frPyObjects(segmentation, *segmentation["size"])
-    counts = segmentation["counts"]
-    return {"size": list(segmentation["size"]), "counts": counts if isinstance(counts, str) else counts.decode()}
+        rle = coco_mask.frPyObjects(segmentation, *segmentation["size"])
+    else:
+        rle = segmentation
+    counts = rle["counts"]
+    return {"size": list(rle["size"]), "counts": counts if isinstance(counts, str) else counts.decode()}
 
 
 def _check_segmentation(segmentation: dict | list, height: int, width: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from .clips import clip_object, clip_row, file
@@ -15,12 +16,12 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def folder_row(video_id: str, frames: Path, masks: Path, objects: list[dict] = (), **flags) -> dict:
+def folder_row(video_id: str, frames: Path, masks: Path, known: Sequence[dict] = (), **flags) -> dict:
     """A row of frames in the folder `frames`, with the masks of the same names in the folder `masks`.
 
     Args:
         masks: Holds indexed PNGs, or one sub-folder of binary PNGs per object, named by its number.
-        objects: The objects, if a list of them came with the data.
+        known: The objects, if a list of them came with the data.
         flags: More arguments of `clip_row`.
     """
     images = image_files(frames)
@@ -28,8 +29,8 @@ def folder_row(video_id: str, frames: Path, masks: Path, objects: list[dict] = (
     if not parts:
         by_name = {p.stem: file(p) for p in masks.glob("*.png")}
         annotations = [by_name.get(image.stem) for image in images]
-        return clip_row(video_id, [file(p) for p in images], list(objects), annotations=annotations, **flags)
-    labels = {obj["id"]: obj["label"] for obj in objects}
+        return clip_row(video_id, [file(p) for p in images], list(known), annotations=annotations, **flags)
+    labels = {obj["id"]: obj["label"] for obj in known}
     objects, annotated = [], [False] * len(images)
     for part in parts:
         if not part.name.isdecimal():

@@ -89,7 +89,7 @@ class ClipMixture(torch.utils.data.Dataset):
                 raise ValueError(f"source {number} has no clips")
         self.sources = list(sources)
         self.weights = np.array(weights, dtype=float) / sum(weights)
-        self.num_frames, self.size, self.seed = num_frames, tuple(size), seed
+        self.num_frames, self.size, self.seed = num_frames, (size[0], size[1]), seed
         self.max_objects, self.length = max_objects, length
         label_sets = LABEL_SETS if label_sets is None else label_sets
         self.class_numbers = {name: {label: n for n, label in enumerate(ls)} for name, ls in label_sets.items()}
@@ -120,7 +120,7 @@ class ClipMixture(torch.utils.data.Dataset):
             cutouts = [cutout for cutout in cutouts if cutout is not None]
         clip = select_objects(clip, self.max_objects - len(cutouts), rng)
 
-        native = tuple(clip.frames.shape[-2:])
+        native = clip.frames.shape[-2], clip.frames.shape[-1]
         view = random_view(native, self.size, rng, random_anchor(clip, rng) if rng.random() < 0.9 else None)
         if source.pseudo_video:
             maps = pseudo_motion(view, native, self.size, self.num_frames, rng)

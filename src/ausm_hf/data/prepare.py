@@ -19,7 +19,7 @@ from PIL import Image
 DEV_SEQUENCES = ("breakdance-flare", "car-turn", "dog-agility", "horsejump-low", "lucia")
 
 
-def prepare(source: str, destination: str) -> None:
+def prepare(source: str | Path, destination: str | Path) -> None:
     """Unpack what isn't there yet. A part is written beside its place and renamed, so it is there whole or not at all.
 
     Raises:
@@ -81,8 +81,8 @@ def _decode(video: Path) -> Iterator[Image.Image]:
         import cv2
 
         capture = cv2.VideoCapture(str(video))
-        while (frame := capture.read()[1]) is not None:
-            yield Image.fromarray(frame[:, :, ::-1])
+        while (pixels := capture.read()[1]) is not None:
+            yield Image.fromarray(pixels[:, :, ::-1])
         return
     with av.open(str(video)) as container:
         for frame in container.decode(video=0):

@@ -93,10 +93,10 @@ def cut_object(clip: Clip, rng: np.random.Generator) -> Cutout | None:
     fit = ((area > 0.005) & (area < 0.45)).all(dim=1)
     edges = torch.cat([clip.masks[..., 0, :], clip.masks[..., -1, :], clip.masks[..., 0], clip.masks[..., -1]], dim=-1)
     fit &= edges.sum((1, 2)) < 6 * clip.masks.shape[1]  # a few pixels a frame may touch it
-    fit = torch.nonzero(fit).flatten().tolist()
-    if not fit:
+    candidates = torch.nonzero(fit).flatten().tolist()
+    if not candidates:
         return None
-    chosen = fit[int(rng.integers(len(fit)))]
+    chosen = candidates[int(rng.integers(len(candidates)))]
     mask = clip.masks[chosen]
     rows, columns = mask.any(dim=0).any(dim=1).nonzero().flatten(), mask.any(dim=0).any(dim=0).nonzero().flatten()
     box = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
@@ -175,7 +175,7 @@ def paste_object(clip: Clip, cutout: Cutout, maps: np.ndarray, behind: bool) -> 
     layers[:, 3, :margin] = layers[:, 3, -margin:] = 0
     layers[:, 3, :, :margin] = layers[:, 3, :, -margin:] = 0
     maps = maps + np.array([[0, 0, margin], [0, 0, margin]])
-    grid = sampling_grid(maps, tuple(layers.shape[-2:]), (height, width))
+    grid = sampling_grid(maps, (layers.shape[-2], layers.shape[-1]), (height, width))
     if float(np.median(np.abs(np.linalg.det(maps[:, :, :2])))) ** 0.5 > 1.5:  # shrinks: smooth, so as not to alias
         layers = F.avg_pool2d(layers, 3, stride=1, padding=1, count_include_pad=False)
     warped = F.grid_sample(layers, grid, mode="bilinear", padding_mode="border", align_corners=False)

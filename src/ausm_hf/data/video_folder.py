@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
@@ -46,7 +47,7 @@ def video_folder(
     unknown = sorted(set(labels) - {p.stem if p.is_file() else p.name for p in entries})
     if unknown:
         raise ValueError(f"labels.json names videos that aren't in {videos}: {', '.join(unknown[:5])}")
-    flags = {
+    flags: dict[str, Any] = {
         "label_set": label_set,
         "exhaustive": exhaustive,
         "first_frame_given": not exhaustive if first_frame_given is None else first_frame_given,

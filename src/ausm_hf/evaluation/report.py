@@ -104,7 +104,7 @@ def score_masks(output: Path, benchmark: Benchmark) -> dict[str, dict[str, dict[
         ValueError: one report of everything that is wrong, over all videos.
     """
     measures = PROTOCOLS[benchmark.name].scorers[benchmark.mode]
-    scores = defaultdict(dict)
+    scores: dict[str, dict] = defaultdict(dict)
     problems = []
     for row in benchmark.rows:
         if not has_truth(row):
@@ -170,7 +170,7 @@ def _score_g(output: Path, benchmark: Benchmark) -> dict[str, float | None]:
 
 def _score_tracks(output: Path, benchmark: Benchmark) -> dict[str, dict]:
     """AP over all videos and of each alone."""
-    content = benchmark.annotations
+    content = benchmark.annotations or {}
     if not content.get("annotations"):
         return {}
     tracks = read_track_list(output)

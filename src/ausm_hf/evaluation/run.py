@@ -78,8 +78,9 @@ def evaluate(
         raise ValueError("top_k and threshold are for finding objects; prompted objects are all reported")
     output = Path(output or f"ausm-evaluation/{benchmark}-{split}-{found.mode}")
     with _processes() as (rank, world_size):
-        if device == "auto" and world_size > 1 and torch.accelerator.is_available():
-            device = f"{torch.accelerator.current_accelerator().type}:{os.environ.get('LOCAL_RANK', rank)}"
+        accelerator = torch.accelerator.current_accelerator()
+        if device == "auto" and world_size > 1 and accelerator is not None:
+            device = f"{accelerator.type}:{os.environ.get('LOCAL_RANK', rank)}"
         network, processor = load_model(model, device, dtype)
         if found.label_set is not None and found.label_set not in network.config.label_sets:
             raise ValueError(
@@ -142,11 +143,11 @@ def _check_arguments(
         raise ValueError(f"passes is {passes}; wanted is 1, 2 or 3")
     if traversal and (benchmark != "coco" or passes != 1):
         raise ValueError("traversal is for single images (coco), and is not combined with passes")
-    if top_k != "auto" and (not isinstance(top_k, int) or top_k < 1):
+    if top_k != "auto" and not (isinstance(top_k, int) and top_k >= 1):
         raise ValueError(f"top_k is {top_k!r}; wanted is 'auto' or a number of at least 1")
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold is {threshold}; wanted is 0 to 1")
-    number = PROTOCOLS[benchmark].top_k if top_k == "auto" else top_k
+    number = top_k if isinstance(top_k, int) else PROTOCOLS[benchmark].top_k
     return Inference(threshold=threshold, top_k=number, passes=passes, traversal=traversal)
 
 
@@ -183,7 +184,8 @@ def _claim(output: Path, settings: dict, benchmark: Benchmark, resume: bool) -> 
 
 def _deal(rows: list[dict], world_size: int) -> list[list[dict]]:
     """Shares videos among processes: the longest first, each to who has the fewest frames yet."""
-    shares, frames = [[] for _ in range(world_size)], [0] * world_size
+    shares: list[list[dict]] = [[] for _ in range(world_size)]
+    frames = [0] * world_size
     for row in sorted(rows, key=lambda row: -len(row["frames"])):
         rank = frames.index(min(frames))
         shares[rank].append(row)
@@ -208,7 +210,7 @@ def _processes() -> Iterator[tuple[int, int]]:
 
 def _in_first_process(function: Callable, rank: int, world_size: int):
     """Calls a function in the first process; what it returns, or its ValueError, is that of all of them."""
-    answer = [None, None]
+    answer: list = [None, None]
     if rank == 0:
         try:
             answer = [function(), None]
@@ -226,7 +228,7 @@ def _gather(items: list, world_size: int) -> list:
     """The items of all processes. Waits for all of them."""
     if world_size == 1:
         return items
-    parts = [None] * world_size
+    parts: list = [None] * world_size
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 

@@ -92,7 +92,7 @@ def first_prompts(row: dict) -> dict[int, dict[int, np.ndarray]]:
 
 def has_truth(row: dict) -> bool:
     """Whether the data set has more masks of a video than prompts: an annotated frame in which nothing is new."""
-    seen = set()
+    seen: set[int] = set()
     for _, masks in annotated_masks(row):
         if set(masks) <= seen:
             return True
@@ -127,7 +127,7 @@ def predict_video(
         label_set=inference.label_set,
         seed=zlib.crc32(row["video_id"].encode()),
     )
-    first_frame = {}
+    first_frame: dict[int, int] = {}
     if inference.mode == "prompted":
         for t, masks in first_prompts(row).items():
             ids = [object_id + id_offset(row) for object_id in masks]
@@ -259,7 +259,7 @@ def write_tracks(
     path: Path, row: dict, model: AusmForUniversalSegmentation, processor: AusmProcessor, inference: Inference
 ) -> None:
     """Runs the model over one video and writes its objects as an [`~ausm_hf.export.ObjectsJsonWriter`] does."""
-    played = []
+    played: list[int] = []
     with whole_file(path) as partial:
         with ObjectsJsonWriter(partial, row["video_id"]) as writer:
             for t, result in predict_video(row, model, processor, inference):

@@ -22,9 +22,10 @@ def write_track_list(output: Path, benchmark: Benchmark) -> Path:
     Returns:
         The file.
     """
-    categories = {category["name"]: category["id"] for category in benchmark.annotations["categories"]}
+    truth = benchmark.annotations or {}
+    categories = {category["name"]: category["id"] for category in truth["categories"]}
     listed = []
-    for row, video in zip(benchmark.rows, benchmark.annotations["videos"]):
+    for row, video in zip(benchmark.rows, truth["videos"]):
         content = json.loads(benchmark.place(output, row).read_text())
         # A label that the data set lacks can be neither right nor wrong there.
         content["objects"] = [item for item in content["objects"] if item["label"] in categories]

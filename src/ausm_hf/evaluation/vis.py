@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from pycocotools import mask as mask_utils
 
@@ -26,19 +27,19 @@ def score_tracks(results: str | Path | list[dict], annotations: str | Path | dic
         ValueError: One report of everything that is wrong: tracks that lack something, unknown videos and categories,
             wrong numbers of frames, wrong sizes, broken RLEs.
     """
-    results, annotations = _content(results), _content(annotations)
-    if not isinstance(results, list) or not all(isinstance(track, dict) for track in results):
+    found, truth = _content(results), _content(annotations)
+    if not isinstance(found, list) or not all(isinstance(track, dict) for track in found):
         raise ValueError("`results` must be a list of tracks (dicts).")
-    lacking = {"videos", "categories", "annotations"} - set(annotations if isinstance(annotations, dict) else ())
+    lacking = {"videos", "categories", "annotations"} - set(truth if isinstance(truth, dict) else ())
     if lacking:
         raise ValueError(f"`annotations` lacks {', '.join(sorted(lacking))}.")
 
-    videos = {video["id"]: video for video in annotations["videos"]}
+    videos = {video["id"]: video for video in truth["videos"]}
     scorer = VideoAP()
-    tracks = {video_id: ([], []) for video_id in videos}
+    tracks: dict[int, tuple[list, list]] = {video_id: ([], []) for video_id in videos}
     for kind, entries, wanted in (
-        ("result", results, {"video_id", "category_id", "score", "segmentations"}),
-        ("annotation", annotations["annotations"], {"video_id", "category_id", "segmentations"}),
+        ("result", found, {"video_id", "category_id", "score", "segmentations"}),
+        ("annotation", truth["annotations"], {"video_id", "category_id", "segmentations"}),
     ):
         for index, track in enumerate(entries):
             problem = _track_problem(track, wanted, videos)
@@ -56,10 +57,10 @@ def score_tracks(results: str | Path | list[dict], annotations: str | Path | dic
                 [_segment(index, track, t, video) for index, track in references],
                 fixed_categories=True,
             )
-    return scorer.result([category["id"] for category in annotations["categories"]])
+    return scorer.result([category["id"] for category in truth["categories"]])
 
 
-def _content(source: str | Path | list | dict) -> list | dict:
+def _content(source: str | Path | list | dict) -> Any:
     return json.loads(Path(source).read_text()) if isinstance(source, (str, Path)) else source
 
 

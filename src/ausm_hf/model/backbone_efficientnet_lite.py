@@ -75,6 +75,24 @@ class EfficientNetLiteConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
+class HeldConv2d(nn.Conv2d):
+    """
+    A weight for the module around it to read: calling it gives the weight. It is by that call that Accelerate knows
+    when to fetch weights that lie on disk or in another memory.
+    """
+
+    def forward(self) -> torch.Tensor:  # type: ignore[override]
+        return self.weight
+
+
+class HeldBatchNorm2d(nn.BatchNorm2d):
+    """The same for scale, shift, mean and variance of a normalisation."""
+
+    def forward(self) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        assert self.running_mean is not None and self.running_var is not None
+        return self.weight, self.bias, self.running_mean, self.running_var
+
+
 class EfficientNetLiteConvolution(nn.Module):
     """
     Convolution padded as TensorFlow's "same", normalisation, and ReLU6 where asked: (B, C, H, W) to
@@ -94,8 +112,8 @@ class EfficientNetLiteConvolution(nn.Module):
     ):
         super().__init__()
         self.kernel_size, self.stride, self.relu = kernel_size, stride, relu
-        self.convolution = nn.Conv2d(in_channels, out_channels, kernel_size, stride, groups=groups, bias=False)
-        self.normalization = nn.BatchNorm2d(out_channels, eps=eps)
+        self.convolution = HeldConv2d(in_channels, out_channels, kernel_size, stride, groups=groups, bias=False)
+        self.normalization = HeldBatchNorm2d(out_channels, eps=eps)
         self._folded: tuple[tuple, tuple[torch.Tensor, torch.Tensor]] | None = None  # of what, and what
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -114,8 +132,7 @@ class EfficientNetLiteConvolution(nn.Module):
 
     def folded(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What `fold` gives; outside training it is kept until something that it is made of changes."""
-        norm = self.normalization
-        parts = [self.convolution.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        parts = (self.convolution(), *self.normalization())
         # Only torch's version counters tell of changes in place, and tensors made in inference mode have none.
         if (
             self.training
@@ -124,25 +141,32 @@ class EfficientNetLiteConvolution(nn.Module):
             or any(part.is_inference() for part in parts)
         ):
             self._folded = None
-            return self.fold(rows, columns)
+            return self.fold(rows, columns, *parts)
         made_of = rows, columns, *((part.data_ptr(), part._version) for part in parts)
         if self._folded is None or self._folded[0] != made_of:
             with torch.inference_mode(False), torch.no_grad():
-                self._folded = made_of, self.fold(rows, columns)
+                self._folded = made_of, self.fold(rows, columns, *parts)
         return self._folded[1]
 
-    def fold(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def fold(
+        self,
+        rows: int,
+        columns: int,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        mean: torch.Tensor,
+        variance: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Weight and bias that do what convolution and normalisation do, the kernel with so many rows and columns of
         zeros before it.
         """
-        norm, weight = self.normalization, self.convolution.weight
-        assert norm.running_mean is not None and norm.running_var is not None
         # Padded before the factors, since ONNX Runtime takes what is padded just before a convolution for its input.
         if rows or columns:
             weight = F.pad(weight, (columns, 0, rows, 0))
-        factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-        return weight * factor.view(-1, 1, 1, 1), norm.bias - norm.running_mean * factor
+        factor = scale * torch.rsqrt(variance + self.normalization.eps)
+        return weight * factor.view(-1, 1, 1, 1), shift - mean * factor
 
     def same_padding(self, size: int) -> tuple[int, int]:
         """Zeros before and after an axis of `size` pixels, for ceil(size / stride) pixels to come out."""

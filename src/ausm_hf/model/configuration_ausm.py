@@ -1,6 +1,6 @@
 """AUSM model configuration."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -79,7 +79,7 @@ def _largest(values: Any) -> int:
     return values if type(values) is int else 0
 
 
-def _in_order(id2label: dict[int | str, str]) -> list[str]:
+def _in_order(id2label: dict) -> list[str]:
     """The labels of `id2label`, whose keys JSON makes strings."""
     labels = {int(index): label for index, label in id2label.items()}
     if sorted(labels) != list(range(len(labels))):
@@ -188,7 +188,15 @@ class AusmConfig(PreTrainedConfig):
     sub_configs = {"backbone_config": AutoConfig}
     attribute_map = {"num_hidden_layers": "num_decoder_layers"}
 
-    backbone_config: dict | PreTrainedConfig | None = None
+    # What is not given is filled in at once.
+    if TYPE_CHECKING:
+        backbone_config: PreTrainedConfig = None  # type: ignore[assignment]
+        label_sets: dict[str, list[str]] = None  # type: ignore[assignment]
+        default_label_set: str = None  # type: ignore[assignment]
+    else:
+        backbone_config: dict | PreTrainedConfig | None = None
+        label_sets: dict[str, list[str]] | None = None
+        default_label_set: str | None = None
     pixel_encoder: Literal["msdeform", "fpn"] = "msdeform"
     pixel_encoder_layers: int = 6
     pixel_encoder_feedforward_size: int = 1024
@@ -211,8 +219,6 @@ class AusmConfig(PreTrainedConfig):
     decoder_feedforward_size: int = 2048
     num_id_vectors: int = 100
     num_detection_queries: int = 100
-    label_sets: dict[str, list[str]] | None = None
-    default_label_set: str | None = None
     foreground_threshold: float = 0.5
     duplicate_overlap: float = 0.5
     max_age: int | None = 60

@@ -47,7 +47,7 @@ class AusmImageProcessor(BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values"]
-    valid_kwargs = AusmImageProcessorKwargs
+    valid_kwargs = AusmImageProcessorKwargs  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -101,8 +101,8 @@ class AusmImageProcessor(BaseImageProcessor):
         do_normalize = self.do_normalize if do_normalize is None else do_normalize
         size = self.size if size is None else _checked_size(size)
 
-        original_sizes = [list(frame.shape[-2:]) for frame in frames]
-        targets = [self.target_size(*original, size) if do_resize else tuple(original) for original in original_sizes]
+        original_sizes = [[frame.shape[-2], frame.shape[-1]] for frame in frames]
+        targets = [self.target_size(h, w, size) if do_resize else (h, w) for h, w in original_sizes]
         if len(set(targets)) > 1:
             raise ValueError(f"images must have one size to make a batch, got {sorted(set(targets))} (height, width)")
         if any(side % self.size_divisor for side in targets[0]):
@@ -110,13 +110,13 @@ class AusmImageProcessor(BaseImageProcessor):
                 f"images must have sides that are multiples of {self.size_divisor} when do_resize is False, "
                 f"got {targets[0]}"
             )
-        pixel_values = []
+        resized = []
         for frame, target in zip(frames, targets):
             values = frame.float() / 255 if frame.dtype == torch.uint8 else frame.float()
             if values.shape[-2:] != target:
                 values = F.interpolate(values[None], target, mode="bilinear", antialias=True)[0]
-            pixel_values.append(values)
-        pixel_values = torch.stack(pixel_values)
+            resized.append(values)
+        pixel_values = torch.stack(resized)
         if do_normalize:
             mean = torch.tensor(self.image_mean, device=pixel_values.device).view(3, 1, 1)
             std = torch.tensor(self.image_std, device=pixel_values.device).view(3, 1, 1)
@@ -128,6 +128,7 @@ class AusmImageProcessor(BaseImageProcessor):
     def target_size(self, height: int, width: int, size: dict[str, int] | None = None) -> tuple[int, int]:
         """The `(height, width)` that a frame of this height and width is resized to."""
         size = self.size if size is None else size
+        sides: tuple[float, float]
         if "height" in size:
             sides = size["height"], size["width"]
         else:
@@ -165,7 +166,7 @@ class AusmImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: if there are not as many sizes as frames.
         """
-        masks, sizes = list(masks), [tuple(int(side) for side in size) for size in original_sizes]
+        masks, sizes = list(masks), [(int(height), int(width)) for height, width in original_sizes]
         if len(masks) != len(sizes):
             raise ValueError(f"original_sizes must have one size for each of {len(masks)} frames, got {len(sizes)}")
         resized = [_resize_logits(frame_masks, size) for frame_masks, size in zip(masks, sizes)]
@@ -204,12 +205,12 @@ class AusmImageProcessor(BaseImageProcessor):
         """
         outputs = outputs if isinstance(outputs, list) else [outputs]
         if target_sizes is None:
-            target_sizes = [output.pred_masks.shape[-2:] for output in outputs]
+            target_sizes = [(output.pred_masks.shape[-2], output.pred_masks.shape[-1]) for output in outputs]
         if len(target_sizes) != len(outputs):
             raise ValueError(f"target_sizes must have one size for each of {len(outputs)} frames, got {target_sizes}")
         return [
-            _segments(output, threshold, tuple(int(side) for side in size), return_binary_maps)
-            for output, size in zip(outputs, target_sizes)
+            _segments(output, threshold, (int(height), int(width)), return_binary_maps)
+            for output, (height, width) in zip(outputs, target_sizes)
         ]
 
     def post_process_panoptic_segmentation(
@@ -324,9 +325,9 @@ def _segments(
             owner.masked_fill_(logits > highest, len(kept))
             highest = torch.maximum(highest, logits)
     if return_binary_maps:
-        masks = torch.stack(masks) if masks else torch.zeros((0, *size), dtype=torch.bool, device=device)
-        visible = masks.flatten(1).any(1).tolist()
-        segmentation = masks[torch.tensor(visible, dtype=torch.bool, device=device)]
+        maps = torch.stack(masks) if masks else torch.zeros((0, *size), dtype=torch.bool, device=device)
+        visible = maps.flatten(1).any(1).tolist()
+        segmentation = maps[torch.tensor(visible, dtype=torch.bool, device=device)]
     else:
         visible = (owner.flatten().bincount(minlength=len(kept) + 1)[1:] > 0).tolist()
         ids = torch.tensor([0, *(output.object_ids[i] for i in kept)], dtype=torch.int32, device=device)

@@ -218,9 +218,9 @@ def plan_teacher_forcing(
     counts = instances.valid.sum(dim=1).tolist()
     if max(counts, default=0) > num_id_vectors:
         raise ValueError(f"A clip has {max(counts)} instances, but there are only {num_id_vectors} ID vectors.")
-    for name, given in (("detect", detect), ("exhaustive", exhaustive)):
-        if given is not None and len(given) != batch:
-            raise ValueError(f"`{name}` needs one entry per clip: {batch}, got {len(given)}.")
+    for name, flags in (("detect", detect), ("exhaustive", exhaustive)):
+        if flags is not None and len(flags) != batch:
+            raise ValueError(f"`{name}` needs one entry per clip: {batch}, got {len(flags)}.")
     for name, given, highest in (("switch_frames", switch_frames, length), ("id_slots", id_slots, num_id_vectors - 1)):
         if given is None:
             continue
@@ -231,11 +231,11 @@ def plan_teacher_forcing(
                 raise ValueError(f"`{name}` must lie in 0 .. {highest}, got {values.tolist()}.")
             if name == "id_slots" and len(set(values.tolist())) < len(values):
                 raise ValueError(f"`id_slots` of one clip must differ, got {values.tolist()}.")
-    detect = torch.tensor([True] * batch if detect is None else list(detect), device=device)
-    exhaustive = torch.tensor([True] * batch if exhaustive is None else list(exhaustive), device=device)
+    is_searched = torch.tensor([True] * batch if detect is None else list(detect), device=device)
+    is_exhaustive = torch.tensor([True] * batch if exhaustive is None else list(exhaustive), device=device)
 
     if switch_frames is None:
-        switch = draw_switch_frames(instances.present, detect, generator).to(device)
+        switch = draw_switch_frames(instances.present, is_searched, generator).to(device)
     else:
         switch = _pad([s.to(device) for s in switch_frames], 0)
     if id_slots is None:
@@ -252,7 +252,7 @@ def plan_teacher_forcing(
     annotated = instances.annotated[..., None]
     # What frame t may know is M_{t-1}; in the first frame that is the prompt, drawn on the first frame itself.
     previous = torch.cat([instances.prompt_masks[:, None], instances.history_masks.transpose(1, 2)[:, :-1]], dim=1)
-    searched = detect[:, None] & instances.annotated
+    searched = is_searched[:, None] & instances.annotated
     return TeacherForcing(
         switch_frames=switch,
         id_slots=slots,
@@ -261,7 +261,7 @@ def plan_teacher_forcing(
         tracked=taken & annotated,
         detected=~taken & present & instances.valid[:, None] & searched[..., None],
         searched=searched,
-        exhaustive=exhaustive,
+        exhaustive=is_exhaustive,
     )
 
 
@@ -302,7 +302,8 @@ def match_detections(cost: Tensor, detected: Tensor) -> tuple[Tensor, Tensor, Te
         rows, chosen = linear_sum_assignment(costs[clip, frame][:, columns])
         pairs += [(clip, frame, row, columns[column]) for row, column in zip(rows, chosen)]
     indices = torch.as_tensor(np.array(pairs, dtype=np.int64).reshape(-1, 4), device=cost.device)
-    return tuple(indices.unbind(dim=1))
+    clips, frames, queries, objects = indices.unbind(dim=1)
+    return clips, frames, queries, objects
 
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
@@ -353,14 +354,15 @@ class AusmLoss(nn.Module):
                 num_instances = num_instances / torch.distributed.get_world_size()
             num_instances = num_instances.clamp(min=1)
 
-        terms = {"mask": 0.0, "dice": 0.0, "foreground": 0.0, "class": 0.0}
+        terms: dict[str, Tensor] = {}
         for prediction in predictions:
             matched = self._match(prediction, instances, plan, label_sets, generator)
             layer = self._mask_losses(prediction["masks"], instances, plan, matched, generator)
             layer |= self._label_losses(prediction, instances, plan, matched, label_sets)
             for name, value in layer.items():
-                terms[name] = terms[name] + getattr(self.config, f"{name}_weight") * value / num_instances
-        return sum(terms.values()), {name: value.detach() for name, value in terms.items()}
+                terms[name] = terms.get(name, 0.0) + getattr(self.config, f"{name}_weight") * value / num_instances
+        loss = terms["mask"] + terms["dice"] + terms["foreground"] + terms["class"]
+        return loss, {name: value.detach() for name, value in terms.items()}
 
     def _check_labels(self, classes: dict[str, Tensor], instances: Instances, label_sets: list[str | None]):
         for clip, name in enumerate(label_sets):
@@ -434,7 +436,7 @@ class AusmLoss(nn.Module):
             targets = instances.small_masks[clips, objects, frames].flatten(1)
             logits, weights = logits.flatten(1), weights.flatten(1)
         else:
-            points = self._uncertain_points(logits.detach(), generator)
+            points = self._uncertain_points(logits.detach(), self.config.train_num_points, generator)
             targets = sample_points(instances.masks[clips, objects, frames].float(), points)
             logits, weights = sample_points(logits, points), sample_points(weights, points)
         bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none") * weights
@@ -444,11 +446,10 @@ class AusmLoss(nn.Module):
         dice = 1 - (2 * (probabilities * targets).sum(-1) + 1) / (probabilities.sum(-1) + targets.sum(-1) + 1)
         return {"mask": bce.sum(), "dice": (dice * present).sum()}
 
-    def _uncertain_points(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _uncertain_points(self, logits: Tensor, wanted: int, generator: torch.Generator | None) -> Tensor:
         """Mask2Former's points: most where the mask is least certain, the rest anywhere. (M, P, 2) in [0, 1]."""
         config = self.config
         device = generator.device if generator is not None else logits.device
-        wanted = config.train_num_points
         certain = int(config.importance_sample_ratio * wanted)
         shape = (len(logits), int(config.oversample_ratio * wanted), 2)
         candidates = torch.rand(shape, generator=generator, device=device).to(logits.device)
@@ -482,7 +483,7 @@ class AusmLoss(nn.Module):
         class_targets[:, :, :count] = torch.where(plan.tracked & present, labels, -100)
         class_targets[:, :, count:] = torch.where(background > 0, -1, -100).unsqueeze(-1)
         class_targets[clips, frames, queries + count] = labels[clips, frames, objects]
-        total = 0.0
+        total = foreground.new_zeros(())
         for name, logits in prediction["classes"].items():
             no_object = logits.shape[-1] - 1
             own = torch.tensor([label_set == name for label_set in label_sets], device=logits.device)

@@ -57,21 +57,22 @@ def start_session(
     """
     # ID vectors are drawn at random; with a seed the same video gives the same masks every time.
     session = processor.init_video_session(foreground_threshold=threshold, find_new_objects=find_new_objects, seed=0)
-    masks = {} if masks is None else _split_masks(masks, size)
-    given = {"boxes": boxes, "points": points, "labels": labels, "scribbles": scribbles}
-    for name, of_objects in given.items():
+    split = {} if masks is None else _split_masks(masks, size)
+    given: dict[str, Mapping[int, Any]] = {}
+    named = {"boxes": boxes, "points": points, "labels": labels, "scribbles": scribbles}
+    for name, of_objects in named.items():
         if of_objects is not None and not isinstance(of_objects, Mapping):
             raise ValueError(f"{name} is {of_objects!r:.80}; wanted is a dict from object id to its {name}")
-        if twice := masks.keys() & (of_objects or {}).keys():
+        given[name] = of_objects or {}
+        if twice := split.keys() & given[name].keys():
             raise ValueError(f"{name} has object {min(twice)}, which masks has too; wanted is each object once")
-    given = {name: of_objects or {} for name, of_objects in given.items()}
-    for object_id in dict.fromkeys(chain(masks, *given.values())):
+    for object_id in dict.fromkeys(chain(split, *given.values())):
         inputs = {
             f"input_{name}": None if of_objects.get(object_id) is None else [of_objects[object_id]]
             for name, of_objects in given.items()
         }
         processor.add_inputs_to_inference_session(
-            session, frame_idx, object_id, masks.get(object_id), original_size=tuple(size), **inputs
+            session, frame_idx, object_id, split.get(object_id), original_size=(size[0], size[1]), **inputs
         )
     return session
 
@@ -148,11 +149,13 @@ class VideoSegmentationPipeline(Pipeline):
     ```
     """
 
-    _load_processor = True
-    _load_image_processor = False
-    _load_video_processor = False
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    processor: AusmProcessor
+
+    _load_processor: Any = True
+    _load_image_processor: Any = False
+    _load_video_processor: Any = False
+    _load_feature_extractor: Any = False
+    _load_tokenizer: Any = False
 
     # Opens what the pipeline is called with; the package puts `ausm_hf.read_video` here.
     read_video: Callable[[Any], Iterable] = staticmethod(read_frames)

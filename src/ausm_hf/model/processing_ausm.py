@@ -1,7 +1,7 @@
 """Videos and prompts in, masks out."""
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from itertools import chain
 from typing import Any
 
@@ -120,7 +120,7 @@ class AusmProcessor(ProcessorMixin):
                 raise ValueError(
                     f"video must be an array, a tensor or an iterable of frames, got {video!r}; decode a file first"
                 )
-            num_frames = len(video) if hasattr(video, "__len__") else None
+            num_frames = len(video) if isinstance(video, Sized) else None
             iterator = iter(video)
             first = next(iterator, None)
             if first is None:
@@ -210,11 +210,11 @@ class AusmProcessor(ProcessorMixin):
                 not followed yet has negative points alone.
         """
         session = inference_session
-        known_size = (session.video_height, session.video_width)
-        if original_size is None and None in known_size:
-            raise ValueError("original_size must be given, since the session was made without a video")
+        known_size = session.video_size
         size = known_size if original_size is None else _as_size(original_size)
-        if None not in known_size and size != known_size:
+        if size is None:
+            raise ValueError("original_size must be given, since the session was made without a video")
+        if known_size is not None and size != known_size:
             raise ValueError(f"original_size must be that of the video, {known_size} (height, width), got {size}")
         if obj_ids is None:
             raise ValueError("obj_ids must be given: a positive integer for each object, got None")

@@ -181,12 +181,12 @@ def refine_signals(
         return []
     stride_4 = (pixel_values.shape[-2] // 4, pixel_values.shape[-1] // 4)
     slots = torch.zeros(1, 1, dtype=torch.int64, device=pixel_values.device)
-    logits = []
+    answers = []
     for signal in signals:
         mask = history_mask(signal.to(pixel_values.device), stride_4).to(pixel_values.dtype)
         history = model.init_history(1).replace_objects(slots, slots == 0, mask[None, None])
-        logits.append(model.step(pixel_values, history).masks_queries_logits[:, :1].float())
-    logits = F.interpolate(torch.cat(logits, dim=1), signals[0].shape, mode="bilinear")[0]
+        answers.append(model.step(pixel_values, history).masks_queries_logits[:, :1].float())
+    logits = F.interpolate(torch.cat(answers, dim=1), signals[0].shape, mode="bilinear")[0]
     if reaches is not None:
         logits = logits.masked_fill(~torch.stack(reaches).to(logits.device), -torch.inf)
     return list((logits > 0) & (logits.argmax(0) == torch.arange(len(logits), device=logits.device)[:, None, None]))

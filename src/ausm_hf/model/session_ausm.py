@@ -45,13 +45,14 @@ class AusmVideoSegmentationOutput(ModelOutput):
             Index of the frame in the stream.
     """
 
-    object_ids: list[int] | None = None
-    pred_masks: torch.FloatTensor | None = None
-    scores: torch.FloatTensor | None = None
-    labels: list[str | None] | None = None
-    label_ids: list[int] | None = None
-    prompted: list[bool] | None = None
-    frame_idx: int | None = None
+    # All are always given; the defaults are there because a ModelOutput may have one field at most without.
+    object_ids: list[int] = None  # type: ignore[assignment]
+    pred_masks: torch.Tensor = None  # type: ignore[assignment]
+    scores: torch.Tensor = None  # type: ignore[assignment]
+    labels: list[str | None] = None  # type: ignore[assignment]
+    label_ids: list[int] = None  # type: ignore[assignment]
+    prompted: list[bool] = None  # type: ignore[assignment]
+    frame_idx: int = None  # type: ignore[assignment]
 
 
 @dataclass
@@ -133,11 +134,18 @@ class AusmInferenceSession:
         self.next_frame_idx = 0
         self.next_object_id = 1
         self.objects: list[FollowedObject] = []  # in the order of their columns in the history
-        self.history = None  # AusmHistory, from the first frame on
+        self.history: AusmHistory | None = None  # from the first frame on
         self.frame_size: tuple[int, int] | None = None  # of preprocessed frames, from the first on
         self.prompts: dict[int, dict[int, ObjectPrompt]] = {}  # frame index -> object id -> prompt
         self.slots_held_until: dict[int, int] = {}  # slot -> last frame in which an object held it
         self.warnings_given: set[str] = set()  # what is said once in a stream
+
+    @property
+    def video_size(self) -> tuple[int, int] | None:
+        """Height and width of the frames before preprocessing, once they are known."""
+        if self.video_height is None or self.video_width is None:
+            return None
+        return self.video_height, self.video_width
 
     @property
     def obj_ids(self) -> list[int]:
@@ -209,7 +217,7 @@ class AusmInferenceSession:
         if obj_id not in known:
             raise ValueError(f"obj_id must be one of the objects followed now, {known}, got {obj_id!r}")
         staying = [column for column, followed in enumerate(self.objects) if followed.object_id != obj_id]
-        if len(staying) < len(self.objects):
+        if self.history is not None and len(staying) < len(self.objects):
             self.objects = [self.objects[column] for column in staying]
             history = self.history
             self.history = history.replace_objects(
@@ -311,13 +319,15 @@ class AusmInferenceSession:
         for name in _SAVED:
             setattr(session, name, state[name])
         if session.frame_size is not None:
-            session.frame_size = tuple(session.frame_size)
+            height, width = session.frame_size
+            session.frame_size = height, width
         session.generator.set_state(tensors["generator"].cpu())
         session.slots_held_until = dict(state["slots_held_until"])
         session.warnings_given = set(state["warnings_given"])
-        for object_id, *values in state["objects"]:
+        for object_id, slot, prompted, absent_frames in state["objects"]:
             votes = tensors.get(f"class_votes.{object_id}")
-            session.objects.append(FollowedObject(object_id, *values, None if votes is None else votes.cpu()))
+            votes = None if votes is None else votes.cpu()
+            session.objects.append(FollowedObject(object_id, slot, prompted, absent_frames, votes))
         for frame_idx, object_id, box, points, labels, scribble in state["prompts"]:
             mask = tensors.get(f"mask.{frame_idx}.{object_id}")
             session.prompts.setdefault(frame_idx, {})[object_id] = ObjectPrompt(
@@ -329,7 +339,7 @@ class AusmInferenceSession:
             )
         history = {name.removeprefix("history."): x for name, x in tensors.items() if name.startswith("history.")}
         if history:
-            states = {}
+            states: dict[int, list[torch.Tensor]] = {}
             for name in sorted(name for name in history if name.startswith("states.")):
                 states.setdefault(int(name.split(".")[1]), []).append(history.pop(name))
             session.history = AusmHistory(

@@ -90,13 +90,14 @@ def step_sessions(
 
     # Prompts for the first frame are M_0: that frame is itself predicted from them.
     masks = {i: _prompt_masks(model, s, inputs[i], {}) for i, s in enumerate(sessions) if s.history is None}
-    objects, histories = [list(s.objects) for s in sessions], [s.history for s in sessions]
+    objects: list[list[FollowedObject]] = [list(session.objects) for session in sessions]
+    histories: list = [session.history for session in sessions]
     for i, given in masks.items():
         objects[i], histories[i] = _start(model, sessions[i], inputs[i], given)
     groups: dict[tuple, list[int]] = {}  # of streams that can go together
     for i, session in enumerate(sessions):
         groups.setdefault((session.history is None, session.label_set), []).append(i)
-    answers = {}
+    answers: dict[int, Answer] = {}
     for (_, label_set), group in groups.items():
         pixel_values = torch.cat([inputs[i] for i in group]) if len(group) > 1 else inputs[group[0]]
         answers |= zip(group, _ask(model, pixel_values, [histories[i] for i in group], label_set))
@@ -130,7 +131,7 @@ def preview_prompts(model, session: AusmInferenceSession, frame: torch.Tensor) -
         ValueError: as [`step_session`].
     """
     pixel_values = _checked_frame(model, session, frame)
-    seen = {}
+    seen: dict[int, torch.Tensor] = {}
     if session.history is not None and session.prompts.get(session.next_frame_idx):  # it may correct what is seen
         (answer,) = _ask(model, pixel_values, [session.history], session.label_set)
         seen = _seen(session.objects, answer, _threshold(model, session))
@@ -245,9 +246,10 @@ def _prompt_masks(
 
     Where that pass gives nothing, or nothing at any of the positive points, the signal itself is the mask.
     """
-    size = (session.video_height, session.video_width)
+    size, prompts = session.video_size, session.prompts.get(session.next_frame_idx, {})
+    if size is None or not prompts:
+        return {}
     masks, signals = {}, {}
-    prompts = session.prompts.get(session.next_frame_idx, {})
     for object_id, prompt in prompts.items():
         if prompt.mask is not None:
             masks[object_id] = prompt.mask.to(pixel_values.device)
@@ -334,6 +336,7 @@ def _join(histories: list[AusmHistory]) -> AusmHistory:
 
 def _split(joined: AusmHistory, numbers: list[int]) -> list[AusmHistory]:
     """The histories of the streams of a batch, which follow `numbers` objects."""
+    assert joined.features is not None and joined.states is not None  # it comes out of the network
     features = joined.features.chunk(len(numbers))
     states = [tuple(zip(*(tensor.chunk(len(numbers)) for tensor in layer))) for layer in joined.states]
     return [
@@ -381,7 +384,7 @@ def _finish(
     find_new_objects = session.find_new_objects
     if find_new_objects is None:
         find_new_objects = not session.prompts
-    size = tuple(answer.masks.shape[-2:])
+    size = answer.masks.shape[-2], answer.masks.shape[-1]
 
     # Followed objects: the first queries, in the order of the history.
     scores: dict[int, float] = {}
@@ -456,7 +459,7 @@ def _finish(
     session.objects = objects
     session.slots_held_until |= {x.slot: session.next_frame_idx for x in objects}
     session.find_new_objects = find_new_objects
-    session.frame_size = tuple(pixel_values.shape[-2:])
+    session.frame_size = pixel_values.shape[-2], pixel_values.shape[-1]
     session.prompts.pop(session.next_frame_idx, None)
     labels = config.label_sets[session.label_set or config.default_label_set]
     result = _describe(session, [x for x in objects if x.object_id in logits], logits, scores, prompts, labels, size)
@@ -542,7 +545,7 @@ def _describe(session, seen, logits, scores, prompts, labels, size) -> AusmVideo
     else:
         pred_masks = session.history.masks.new_zeros((0, 1, *size), dtype=torch.float32)
     if prompts:
-        pred_masks = F.interpolate(pred_masks, (session.video_height, session.video_width), mode="bilinear")
+        pred_masks = F.interpolate(pred_masks, session.video_size, mode="bilinear")
         for i, followed in enumerate(seen):
             if followed.object_id in prompts:
                 pred_masks[i, 0] = (prompts[followed.object_id].float() * 2 - 1) * PROMPT_LOGIT

@@ -116,7 +116,7 @@ def load_training_state(
     return json.loads((checkpoint / "state.json").read_text())["step"]
 
 
-def gather_network(model: PreTrainedModel, copy_of_it: PreTrainedModel | None) -> PreTrainedModel | None:
+def gather_network(model: PreTrainedModel, copy_of_it: PreTrainedModel | None) -> Any:
     """The whole network, also where the processes hold a part of each parameter. Call it in all of them.
 
     Args:
@@ -222,6 +222,8 @@ def _fsync(path: str | Path) -> None:
 def _load_weights(model: PreTrainedModel, folder: Path) -> None:
     # Read by who wrote them: transformers stores some backbones under other names than their modules have.
     with no_progress_bars():
+        stored: Any
+        report: Any
         stored, report = type(model).from_pretrained(
             folder,
             config=copy.deepcopy(model.config),

@@ -37,23 +37,26 @@ def build_data(
         ValueError: names the key of the recipe that can't work.
     """
     num_frames = pieces * recipe.num_frames
+    height, width = recipe.size
     if recipe.mixture == "nano":
+        root = str(recipe.root)
         for folder in ("davis", "stills"):
-            if not (Path(recipe.root) / folder).is_dir():
-                raise ValueError(f"data.root: there is no folder {folder} in {recipe.root}; see ausm_hf.data.prepare")
-        mixture = nano_mixture(recipe.root, num_frames, tuple(recipe.size), recipe.seed)
+            if not (Path(root) / folder).is_dir():
+                raise ValueError(f"data.root: there is no folder {folder} in {root}; see ausm_hf.data.prepare")
+        mixture = nano_mixture(root, num_frames, (height, width), recipe.seed)
     elif recipe.mixture is not None:
         raise ValueError(f"data.mixture: got {recipe.mixture!r}, want nano")
     else:
-        loaders = [_check_source(f"data.sources[{i}]", source) for i, source in enumerate(recipe.sources)]
-        sources = [_build_source(loader, source) for loader, source in zip(loaders, recipe.sources)]
+        wanted = recipe.sources or []
+        loaders = [_check_source(f"data.sources[{i}]", source) for i, source in enumerate(wanted)]
+        sources = [_build_source(loader, source) for loader, source in zip(loaders, wanted)]
         for i, source in enumerate(sources):
             check_clips(source.clips, name=f"data.sources[{i}]")
         mixture = ClipMixture(
             sources,
-            [source.get("weight", 1.0) for source in recipe.sources],
+            [source.get("weight", 1.0) for source in wanted],
             num_frames,
-            tuple(recipe.size),
+            (height, width),
             recipe.seed,
             max_objects=recipe.max_objects,
             label_sets=config.label_sets,
@@ -78,10 +81,10 @@ def build_data(
 def _check_source(key: str, source: dict[str, Any]) -> Callable:
     """The function that makes the source's data set, once all keys are known to fit. Reads nothing."""
     known = [f.name for f in fields(ClipSource) if f.name != "clips"]
-    for name in source:
-        if name not in ("dataset", "arguments", "weight", *known):
+    for given in source:
+        if given not in ("dataset", "arguments", "weight", *known):
             wanted = ", ".join(["dataset", "arguments", "weight", *known])
-            raise ValueError(f"{key}.{name}: unknown key; known are {wanted}")
+            raise ValueError(f"{key}.{given}: unknown key; known are {wanted}")
     name = source.get("dataset")
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"{key}.dataset: got {name!r}, want the name of a data set")

@@ -63,7 +63,7 @@ def draw_prompts(
 
 def _signal(mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A signal (H, W) for an object's mask (H, W); the mask itself where nothing of the signal is left."""
-    size = tuple(mask.shape)
+    size = mask.shape[0], mask.shape[1]
 
     def draw(high: int) -> int:
         return int(torch.randint(high, (), generator=generator))

@@ -47,7 +47,7 @@ def _original_name(name: str, backbone: EfficientNetLiteBackbone) -> str:
         _, layer, tensor = name.split(".")
         return f"{'_conv_stem' if layer == 'convolution' else '_bn0'}.{tensor}"
     _, stage, block, part, layer, tensor = name.split(".")
-    number = sum(len(earlier) for earlier in backbone.stages[: int(stage)]) + int(block)
+    number = sum(len(list(earlier.children())) for earlier in backbone.stages[: int(stage)]) + int(block)
     convolution, normalization = {
         "expand": ("_expand_conv", "_bn0"),
         "depthwise": ("_depthwise_conv", "_bn1"),

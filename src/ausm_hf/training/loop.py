@@ -55,10 +55,10 @@ MAX_SKIPPED_STEPS = 20
 
 def train(
     recipe: Recipe,
-    model: nn.Module | None = None,
+    model: Any = None,
     dataset: Dataset | None = None,
     collator: Callable[[list[dict]], dict] | None = None,
-    evaluate: Callable[[nn.Module, int, Path], dict[str, float]] | None = None,
+    evaluate: Callable[[Any, int, Path], dict[str, float]] | None = None,
 ) -> Path:
     """Trains as the recipe says; goes on from the newest checkpoint in `recipe.output_dir` if there is one.
 
@@ -72,7 +72,7 @@ def train(
 
     Args:
         recipe: see `Recipe`.
-        model: the network, instead of the one `recipe.model` describes.
+        model: the network, a `PreTrainedModel`, instead of the one `recipe.model` describes.
         dataset: clips (see `ausm_hf.data`), instead of those `recipe.data` describes. Item i, for any i >= 0, must be
             a function of i alone: that is what makes resuming exact.
         collator: makes a batch of the clips of `dataset`; needed with a `dataset`.
@@ -120,8 +120,8 @@ def train(
         raise ValueError("ema_decay: the moving average is of whole parameters; want null with FSDP")
     set_seed(recipe.seed)
     config = build_config(recipe) if model is None else model.config
-    processor = build_processor(recipe, config) if isinstance(config, AusmConfig) else None
-    if dataset is None:
+    processor: Any = build_processor(recipe, config) if isinstance(config, AusmConfig) else None
+    if dataset is None or collator is None:
         dataset, collator = build_data(recipe.data, config, processor.image_processor, recipe.carried_state)
     if model is None:
         model = build_model(recipe, config)
@@ -131,8 +131,8 @@ def train(
         model.gradient_checkpointing_enable()
     if recipe.freeze_backbone:
         freeze_backbone(model)
-    network = model.to(accelerator.device)
-    ema = copy.deepcopy(network).eval().requires_grad_(False) if recipe.ema_decay is not None else None
+    network: Any = model.to(accelerator.device)
+    ema: Any = copy.deepcopy(network).eval().requires_grad_(False) if recipe.ema_decay is not None else None
     optimizer = build_optimizer(network, recipe.optim)
     # With FSDP each process holds a part of each parameter; the main one puts them together in here.
     together = copy.deepcopy(network) if sharded and accelerator.is_main_process else None
@@ -196,7 +196,7 @@ def train(
                 f"the gradient was not finite for {skipped_in_a_row} steps up to step {step + 1}; "
                 f"the newest checkpoint in {output_dir} is from before or during that"
             )
-        if ema is not None:
+        if recipe.ema_decay is not None:
             update_ema(ema, network, recipe.ema_decay, step)
 
         done = step + 1
@@ -255,7 +255,7 @@ def build_config(recipe: Recipe) -> AusmConfig:
         values, _ = AusmConfig.get_config_dict(recipe.model.path)
         config = AusmConfig.from_dict(values)
     else:
-        config = AusmConfig.from_preset(recipe.model.preset)
+        config = AusmConfig.from_preset(str(recipe.model.preset))
     for key in recipe.model.overrides:
         if not hasattr(config, key):
             raise ValueError(f"model.overrides.{key}: unknown key; AusmConfig has no such attribute")
@@ -269,20 +269,20 @@ def build_config(recipe: Recipe) -> AusmConfig:
         changes |= {"label_sets": label_sets, "default_label_set": next(iter(label_sets))}
     if recipe.model.path is not None:
         return AusmConfig.from_dict({**values, **changes})
-    return AusmConfig.from_preset(recipe.model.preset, **changes)
+    return AusmConfig.from_preset(str(recipe.model.preset), **changes)
 
 
-def build_model(recipe: Recipe, config: AusmConfig) -> nn.Module:
+def build_model(recipe: Recipe, config: AusmConfig) -> AusmForUniversalSegmentation:
     """The network of the recipe, with the weights that it starts from. Heads of new label sets start at random."""
     if recipe.model.path is not None:
         return _load_model(recipe.model.path, config, recipe.model.reinitialize)
     model = AusmForUniversalSegmentation(config)
     if recipe.model.imagenet_backbone:
-        load_imagenet_weights(find_backbone(model))
+        load_imagenet_weights(model.model.backbone)
     return model
 
 
-def _load_model(path: str, config: AusmConfig, reinitialize: list[str]) -> nn.Module:
+def _load_model(path: str, config: AusmConfig, reinitialize: list[str]) -> AusmForUniversalSegmentation:
     model = AusmForUniversalSegmentation.from_pretrained(path, config=config)
     if reinitialize:
         fresh = AusmForUniversalSegmentation(config).state_dict()
@@ -362,7 +362,7 @@ def draw_switch_frames_of(
     ]
 
 
-def training_inputs(recipe: Recipe, network: nn.Module, indices: list[int], batch: dict[str, Any]) -> dict[str, Any]:
+def training_inputs(recipe: Recipe, network: Any, indices: list[int], batch: dict[str, Any]) -> dict[str, Any]:
     """What the network is given for one batch: the batch, and what is drawn for its clips.
 
     What is random about a clip's targets comes from a generator of its own, seeded by its number.
@@ -437,8 +437,8 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
     decay = min(decay, (1 + step) / (10 + step))
     for average, value in zip(ema.parameters(), model.parameters()):
         average.lerp_(value, 1 - decay)
-    for average, value in zip(ema.buffers(), model.buffers()):
-        average.copy_(value)
+    for buffer, newest in zip(ema.buffers(), model.buffers()):
+        buffer.copy_(newest)
 
 
 def _clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> torch.Tensor:

@@ -36,14 +36,16 @@ def build_optimizer(model: nn.Module, recipe: OptimRecipe) -> torch.optim.AdamW:
     seen: set[int] = set()
     param_groups = []
     for (backbone, decays), parameters in sorted(groups.items(), key=lambda item: item[0]):
-        once = [p for p in parameters if not (id(p) in seen or seen.add(id(p)))]
+        once = [p for p in parameters if id(p) not in seen]
+        seen.update(map(id, once))
         lr = recipe.lr * (recipe.backbone_lr_factor if backbone else 1.0)
         decay = recipe.weight_decay if decays else 0.0
         if once:
             param_groups.append({"params": once, "lr": lr, "base_lr": lr, "weight_decay": decay})
     if not param_groups:
         raise ValueError("model: no parameter needs a gradient, there is nothing to train")
-    return torch.optim.AdamW(param_groups, lr=recipe.lr, betas=tuple(recipe.betas))
+    first, second = recipe.betas
+    return torch.optim.AdamW(param_groups, lr=recipe.lr, betas=(first, second))
 
 
 def learning_rate_factor(step: int, recipe: OptimRecipe) -> float:

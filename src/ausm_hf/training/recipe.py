@@ -269,7 +269,7 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     return dataclasses.asdict(recipe)
 
 
-def _set_dotted(values: dict[str, Any], dotted_key: str, value: Any) -> None:
+def _set_dotted(values: Any, dotted_key: str, value: Any) -> None:
     """Sets `values["a"]["b"]` for "a.b". A number is a place in a list, as in "data.sources.0.weight"."""
     *parents, last = dotted_key.split(".")
     for parent in parents:
@@ -314,7 +314,7 @@ def _convert(value: Any, wanted: Any, key: str) -> Any:
         return _convert(value, wanted, key)
     if wanted is Any:
         return value
-    if dataclasses.is_dataclass(wanted):
+    if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
         return _build(wanted, value, key + ".")
     if origin is list and isinstance(value, (list, tuple)):
         item_type = typing.get_args(wanted)[0]

@@ -49,8 +49,8 @@ class SampleWriter:
         temporary = path.with_name(f".{path.name}.part")
         contact_sheet(rows, columns=len(images)).save(temporary, format="JPEG", quality=90)
         os.replace(temporary, path)
-        scores = torch.cat(scores)
-        return {"sample_iou": scores.mean().item()} if len(scores) else {}
+        every = torch.cat(scores)
+        return {"sample_iou": every.mean().item()} if len(every) else {}
 
 
 def follow(model: AusmForUniversalSegmentation, frames: Tensor, prompts: Tensor) -> Tensor:

@@ -1,10 +1,7 @@
 """J&F of DAVIS 2016 unsupervised (one primary object, nobody says which), as an `evaluate` module."""
 
-import datasets
-import evaluate
-
 from .jf import SequenceScorer, report_problems, summarize
-from .streaming import StreamingMetric
+from .streaming import StreamingMetric, info_of_masks
 
 _DESCRIPTION = """
 J, F and J&F of DAVIS 2016 unsupervised: the primary object or group against the rest, with no prompt. Everything that
@@ -46,16 +43,7 @@ class Davis16Unsupervised(StreamingMetric):
     """J&F per sequence and data set, everything predicted against the primary object."""
 
     def _info(self):
-        mask = datasets.Sequence(datasets.Sequence(datasets.Value("int32")))
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features(
-                {"predictions": mask, "references": mask, "sequence": datasets.Value("string")}
-            ),
-            reference_urls=["https://davischallenge.org/davis2016/code.html"],
-        )
+        return info_of_masks(_DESCRIPTION, _INPUTS, _CITATION, "https://davischallenge.org/davis2016/code.html")
 
     def _start(self):
         self._scorers = {}

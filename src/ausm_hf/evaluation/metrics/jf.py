@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
 from math import ceil, hypot, isqrt
+from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -218,7 +219,7 @@ class SequenceScorer:
 
     def _best_tracks(self, objects: list[int], frames: range) -> dict[int, int | None]:
         """One-to-one pairing of objects and predicted ids with the highest sum of mean J over `frames`."""
-        tracks: list[int | None] = sorted({p for t in frames for p in self._pred_ids[t]})
+        tracks: list[int | None] = [*sorted({p for t in frames for p in self._pred_ids[t]})]
         # an object may also be left without a prediction, which is worth 1 in each frame where it is absent
         tracks += [None] * (len(objects) - len(tracks))
         mean_j = np.array([[np.mean([self._pair(t, p, g)[0] for t in frames]) for g in objects] for p in tracks])
@@ -251,7 +252,7 @@ def score_sequence(
         ValueError: One report of everything that is wrong, a different number of frames included.
     """
     scorer = SequenceScorer(name, mode, binary)
-    missing = object()
+    missing: Any = object()
     pred_count = gt_count = 0
     for pred, gt in zip_longest(pred_masks, gt_masks, fillvalue=missing):
         pred_count += pred is not missing
@@ -297,7 +298,8 @@ def summarize(scores: dict[str, dict[int, ObjectScore]]) -> dict:
     Raises:
         ValueError: If there is no object to take a mean over.
     """
-    sequences, everyone = {}, []
+    sequences: dict[str, dict] = {}
+    everyone: list[dict] = []
     for name, of_sequence in scores.items():
         objects = {}
         for object_id, score in of_sequence.items():
@@ -353,6 +355,7 @@ def _score_frame(
     pred_areas, gt_areas = counts.sum(1), counts.sum(0)
     pred_numbers, gt_numbers = np.flatnonzero(pred_areas[1:]) + 1, np.flatnonzero(gt_areas[1:]) + 1
     pred_ids, gt_ids = pred_names[pred_numbers].tolist(), gt_names[gt_numbers].tolist()
+    pairs: dict[tuple[int | None, int | None], tuple[float, float]]
     pairs = {(p, None): (0.0, 1.0) for p, number in zip(pred_ids, pred_numbers) if pred_areas[number] == size}
     pairs |= {(None, g): (0.0, 1.0) for g, number in zip(gt_ids, gt_numbers) if gt_areas[number] == size}
 

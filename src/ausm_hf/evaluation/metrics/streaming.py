@@ -6,7 +6,20 @@ too many for that, so `add`, `add_batch` and `compute` keep their signatures her
 
 from abc import ABC, abstractmethod
 
+import datasets
 import evaluate
+
+
+def info_of_masks(description: str, inputs_description: str, citation: str, url: str) -> evaluate.MetricInfo:
+    """What a metric says of itself whose frames are masks (H, W), predicted and true, of named sequences."""
+    mask = datasets.Sequence(datasets.Sequence(datasets.Value("int32")))
+    return evaluate.MetricInfo(
+        description=description,
+        citation=citation,
+        inputs_description=inputs_description,
+        features=datasets.Features({"predictions": mask, "references": mask, "sequence": datasets.Value("string")}),
+        reference_urls=[url],
+    )
 
 
 class StreamingMetric(evaluate.Metric, ABC):

@@ -13,6 +13,7 @@ This file needs numpy and pycocotools only: it travels with the `evaluate` modul
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeGuard
 
 import numpy as np
 from pycocotools import mask as mask_utils
@@ -46,7 +47,7 @@ class VideoAP:
     """Collects videos, frame after frame, and computes their average precision. It keeps no mask."""
 
     def __init__(self):
-        self._videos: dict[Hashable, _Video] = {}
+        self._videos: dict[Any, _Video] = {}
         self.problems: list[str] = []
 
     def add(
@@ -72,7 +73,8 @@ class VideoAP:
         state = self._videos.setdefault(video, _Video())
         where = f"video {video}, frame {state.frames}"
         state.frames += 1
-        problems, sizes = [], {}
+        problems: list[str] = []
+        sizes: dict[tuple[int, int], str] = {}
         for kind, objects, tracks in (
             ("prediction", predictions, state.predictions),
             ("reference", references, state.references),
@@ -261,16 +263,16 @@ def _mask_size(mask: np.ndarray | dict | None, covered: int | None) -> tuple[str
     return None, size
 
 
-def _is_rle(mask: np.ndarray | dict | None) -> bool:
+def _is_rle(mask: np.ndarray | dict | None) -> TypeGuard[dict]:
     return isinstance(mask, dict) and {"size", "counts"} <= set(mask) and len(mask["size"]) == 2
 
 
 def _pixels_covered(masks: list[np.ndarray | dict | None]) -> list[int | None]:
     """How many pixels each mask that is an RLE covers, ones and zeros; `None` for broken RLEs and other masks."""
     covered = [sum(m["counts"]) if _is_rle(m) and isinstance(m["counts"], list) else None for m in masks]
-    compressed = [n for n, m in enumerate(masks) if _is_rle(m) and not isinstance(m["counts"], list)]
-    counts = [masks[n]["counts"] for n in compressed]
-    for n, length in zip(compressed, _rle_lengths([c if isinstance(c, bytes) else c.encode() for c in counts])):
+    compressed = {n: m["counts"] for n, m in enumerate(masks) if _is_rle(m) and not isinstance(m["counts"], list)}
+    counts = [c if isinstance(c, bytes) else c.encode() for c in compressed.values()]
+    for n, length in zip(compressed, _rle_lengths(counts)):
         covered[n] = length
     return covered
 
@@ -287,7 +289,7 @@ def _rle_lengths(counts: list[bytes]) -> list[int | None]:
         return [next(lengths) if c else 0 for c in counts]
     if not counts:
         return []
-    broken = [None] if len(counts) == 1 else None
+    broken: list[int | None] = [None] if len(counts) == 1 else []
     groups = np.frombuffer(b"".join(counts), np.uint8) - np.uint8(48)
     ends = np.cumsum([len(c) for c in counts])
     if groups.max() > 63 or groups[ends - 1].max() >= 32:

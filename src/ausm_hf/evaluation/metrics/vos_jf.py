@@ -1,10 +1,7 @@
 """J&F of video object segmentation, as an `evaluate` module."""
 
-import datasets
-import evaluate
-
 from .jf import SequenceScorer, report_problems, summarize
-from .streaming import StreamingMetric
+from .streaming import StreamingMetric, info_of_masks
 
 _DESCRIPTION = """
 J, F and J&F of video object segmentation with the conventions of DAVIS: region similarity J is the intersection over
@@ -53,21 +50,14 @@ CONFIGS = ("prompted", "best-track")
 class VosJf(StreamingMetric):
     """J&F per object, sequence and data set."""
 
+    config_name: str
+
     def _info(self):
         if self.config_name == "default":
             self.config_name = CONFIGS[0]
         if self.config_name not in CONFIGS:
             raise ValueError(f"`config_name` is {self.config_name!r}; it must be one of {', '.join(CONFIGS)}.")
-        mask = datasets.Sequence(datasets.Sequence(datasets.Value("int32")))
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features(
-                {"predictions": mask, "references": mask, "sequence": datasets.Value("string")}
-            ),
-            reference_urls=["https://davischallenge.org"],
-        )
+        return info_of_masks(_DESCRIPTION, _INPUTS, _CITATION, "https://davischallenge.org")
 
     def _start(self):
         self._scorers = {}

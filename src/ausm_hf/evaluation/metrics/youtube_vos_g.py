@@ -1,10 +1,7 @@
 """G of YouTube-VOS, as an `evaluate` module."""
 
-import datasets
-import evaluate
-
 from .jf import SequenceScorer, mean_of, report_problems, summarize
-from .streaming import StreamingMetric
+from .streaming import StreamingMetric, info_of_masks
 
 _DESCRIPTION = """
 G of YouTube-VOS: the mean of J and F over objects of categories seen in training and of J and F over objects of unseen
@@ -46,16 +43,7 @@ class YoutubeVosG(StreamingMetric):
     """J and F over objects of seen and unseen categories, and their mean G."""
 
     def _info(self):
-        mask = datasets.Sequence(datasets.Sequence(datasets.Value("int32")))
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features(
-                {"predictions": mask, "references": mask, "sequence": datasets.Value("string")}
-            ),
-            reference_urls=["https://youtube-vos.org"],
-        )
+        return info_of_masks(_DESCRIPTION, _INPUTS, _CITATION, "https://youtube-vos.org")
 
     def _start(self):
         self._scorers = {}
@@ -76,7 +64,7 @@ class YoutubeVosG(StreamingMetric):
         report_problems(problems)
 
         summary = summarize(scores)
-        result = {}
+        result: dict[str, float | None] = {}
         for kind, wanted in (("seen", True), ("unseen", False)):
             rows = [
                 row
