@@ -1,25 +1,16 @@
 """Fixtures that several test files share."""
 
-import importlib.util
 from os import environ
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hub_double import HubDouble
+from tiny_backbones import TINY_LITE
 
 # Tiny tensors gain nothing from more threads, and lose much where other programs want the cores too.
 torch.set_num_threads(1)
-
-TINY_BACKBONE = {
-    "model_type": "efficientnet_lite",
-    "stem_width": 8,
-    "widths": [8, 8, 16, 16, 16],
-    "depths": [1, 1, 1, 1, 1],
-    "kernel_sizes": [3, 3, 3, 3, 3],
-    "strides": [1, 2, 2, 2, 2],
-    "expand_ratios": [1, 2, 2, 2, 2],
-}
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +43,7 @@ def tiny_config():
 
     return AusmConfig.from_preset(
         "nano",
-        backbone_config=TINY_BACKBONE,
+        backbone_config=TINY_LITE,
         hidden_size=32,
         mask_feature_size=16,
         num_compressor_layers=1,
@@ -101,8 +92,5 @@ def moving_square() -> tuple[np.ndarray, np.ndarray]:
 @pytest.fixture
 def hub():
     """A stand-in for the Hub, empty; see `hub_double.py` beside this file."""
-    spec = importlib.util.spec_from_file_location("hub_double", Path(__file__).with_name("hub_double.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with module.HubDouble() as double:
+    with HubDouble() as double:
         yield double

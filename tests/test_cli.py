@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as rle_tools
+from tiny_backbones import TINY_SWIN
 
 import ausm_hf
 from ausm_hf import VideoWriter, read_video
@@ -215,13 +216,7 @@ def test_init_from_mask2former(tmp_path, capsys):
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
     config = Mask2FormerConfig(
-        backbone_config={
-            "model_type": "swin",
-            "embed_dim": 8,
-            "depths": [1, 1, 1, 1],
-            "num_heads": [1, 1, 1, 1],
-            "out_features": ["stage1", "stage2", "stage3", "stage4"],
-        },
+        backbone_config=TINY_SWIN,
         hidden_dim=32,
         feature_size=32,
         mask_feature_size=32,

@@ -2,15 +2,14 @@
 
 import pytest
 import torch
+from tiny_backbones import TINY_SWIN
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig, SwinConfig
 
 from ausm_hf.mask2former import from_mask2former
 
 STAGES = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
 BACKBONES = {
-    "swin": SwinConfig(
-        image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, **STAGES
-    ),
+    "swin": SwinConfig(**{name: value for name, value in TINY_SWIN.items() if name != "model_type"}),
     "resnet": ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], **STAGES),
 }
 LABELS = {0: "cat", 1: "dog", 2: "car"}

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as rle_tools
 from safetensors.torch import load_file
+from tiny_backbones import TINY_SWIN
 
 import ausm_hf
 from ausm_hf.data.labels import COCO_LABELS, LABEL_SETS
@@ -27,14 +28,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 HEIGHT, WIDTH, LENGTH = 64, 96, 6
 NETWORK = {
-    "backbone_config": {
-        "model_type": "swin",
-        "embed_dim": 8,
-        "depths": [1, 1, 1, 1],
-        "num_heads": [1, 1, 1, 1],
-        "window_size": 4,
-        "out_features": ["stage1", "stage2", "stage3", "stage4"],
-    },
+    "backbone_config": TINY_SWIN,
     "pixel_encoder_layers": 1,
     "pixel_encoder_feedforward_size": 32,
     "hidden_size": 32,

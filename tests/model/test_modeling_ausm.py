@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_backbones import TINY_SWIN
 from transformers import Mask2FormerConfig, SwinConfig
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoder,
@@ -12,16 +13,6 @@ from ausm_hf.model.configuration_ausm import AusmConfig
 from ausm_hf.model.history_ausm import mark_history, to_maps, to_tokens
 from ausm_hf.model.modeling_ausm import AusmForUniversalSegmentation, AusmModel
 from ausm_hf.model.pixels_ausm import PointwiseConv2d, sine_positions
-
-TINY_SWIN = {
-    "model_type": "swin",
-    "image_size": 64,
-    "embed_dim": 8,
-    "depths": [1, 1, 1, 1],
-    "num_heads": [1, 1, 2, 2],
-    "window_size": 4,
-    "out_features": ["stage1", "stage2", "stage3", "stage4"],
-}
 
 
 def tiny_config(**overrides) -> AusmConfig:

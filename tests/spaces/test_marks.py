@@ -149,6 +149,9 @@ def test_visitors_have_nothing_in_common_and_leave_nothing(tmp_path):
     assert not mine.room.exists() and yours.room.exists()
     assert visits.of("me").room != mine.room
     visits.end("nobody")
+    for nameless in ("", None):  # they would all be one visitor
+        with pytest.raises(Refused, match="load it again"):
+            visits.of(nameless)
 
 
 def test_a_new_upload_forgets_the_old_one(visit, clip_file, signals_are_masks):

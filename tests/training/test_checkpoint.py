@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_backbones import TINY_SWIN
 
 from ausm_hf import AusmConfig, AusmForUniversalSegmentation
 from ausm_hf.training.checkpoint import gather_optimizer_state, load_training_state, save_checkpoint
@@ -12,14 +13,7 @@ def swin_network(seed, **changes):
     sizes = {"hidden_size": 32, "mask_feature_size": 16, "num_attention_heads": 2}
     config = AusmConfig.from_preset(
         "tiny",
-        backbone_config={
-            "model_type": "swin",
-            "embed_dim": 8,
-            "depths": [1, 1, 1, 1],
-            "num_heads": [1, 1, 1, 1],
-            "window_size": 4,
-            "out_features": ["stage1", "stage2", "stage3", "stage4"],
-        },
+        backbone_config=TINY_SWIN,
         pixel_encoder_layers=1,
         num_compressor_layers=1,
         num_history_decoder_layers=1,

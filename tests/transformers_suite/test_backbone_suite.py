@@ -3,6 +3,7 @@
 import unittest
 
 import pytest
+from tiny_backbones import TINY_LITE
 
 from ausm_hf import EfficientNetLiteBackbone, EfficientNetLiteConfig
 
@@ -16,12 +17,7 @@ class EfficientNetLiteTester:
 
     def prepare_config_and_inputs_for_common(self):
         config = EfficientNetLiteConfig(
-            stem_width=8,
-            widths=[8, 8, 16, 16, 16],
-            depths=[1, 1, 1, 1, 1],
-            kernel_sizes=[3, 3, 3, 3, 3],
-            strides=[1, 2, 2, 2, 2],
-            expand_ratios=[1, 2, 2, 2, 2],
+            **{name: value for name, value in TINY_LITE.items() if name != "model_type"},
             out_features=["stage1", "stage2", "stage3", "stage4"],
         )
         return config, {"pixel_values": common.floats_tensor([self.batch_size, 3, 64, 64])}

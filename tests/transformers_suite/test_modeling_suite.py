@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
+from tiny_backbones import TINY_LITE
 
 from ausm_hf import AusmConfig, AusmForUniversalSegmentation, AusmModel
 
@@ -13,16 +14,6 @@ from transformers_tests import test_configuration_common as configuration  # noq
 from transformers_tests import test_modeling_common as common  # noqa: E402
 
 pytestmark = pytest.mark.slow
-
-TINY_BACKBONE = {
-    "model_type": "efficientnet_lite",
-    "stem_width": 8,
-    "widths": [8, 8, 16, 16, 16],
-    "depths": [1, 1, 1, 1, 1],
-    "kernel_sizes": [3, 3, 3, 3, 3],
-    "strides": [1, 2, 2, 2, 2],
-    "expand_ratios": [1, 2, 2, 2, 2],
-}
 
 
 class AusmModelTester:
@@ -43,7 +34,7 @@ class AusmModelTester:
     def get_config(self) -> AusmConfig:
         return AusmConfig.from_preset(
             "nano",
-            backbone_config=TINY_BACKBONE,
+            backbone_config=TINY_LITE,
             hidden_size=self.hidden_size,
             mask_feature_size=16,
             num_attention_heads=self.num_attention_heads,
