@@ -11,12 +11,14 @@ import shutil
 import sys
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
@@ -125,7 +127,7 @@ class VideoSource:
             reason = f" that can be decoded: {self._last_bad[1]}" if self.num_skipped else ""
             raise ValueError(f"video {name!r} has no frames{reason}")
         self.size = first[2].shape[:2]
-        self._opened = (first, opened)  # goes to whoever reads first
+        self._opened: tuple | None = (first, opened)  # goes to whoever reads first
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for _, _, frame in self.read():
@@ -169,7 +171,8 @@ class VideoSource:
                 )
             if index >= first:
                 yield item
-            item = frame = None  # keep only one frame alive
+            item = None
+            del frame  # keep only one frame alive
 
     def backward(self, last: int) -> Iterator[tuple[int, float | None, np.ndarray]]:
         """Iterates over (index, time, frame) from frame `last` back to the first.
@@ -252,7 +255,7 @@ def read_video(source, strict: bool = False, raw_size: tuple[int, int] | None = 
         return VideoSource(
             "frames",
             lambda first: ((None, frame) for frame in islice(source, first, None)),
-            num_frames=len(source) if hasattr(source, "__len__") else None,
+            num_frames=len(source) if isinstance(source, Sized) else None,
             once=isinstance(source, Iterator),
         )
     raise ValueError(f"source is a {type(source).__name__}; wanted is a path, URL, 'camera:0' or iterable of frames")
@@ -313,11 +316,12 @@ def _read_images(name: str, paths: list[Path], strict: bool) -> VideoSource:
         for path in paths[first:]:
             try:
                 with Image.open(path) as image:
-                    frame = ImageOps.exif_transpose(image)
-                    frame.load()
+                    picture = ImageOps.exif_transpose(image)
+                    picture.load()
             except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
-                frame = _BadFrame(f"{path.name!r}: {error}")
-            yield None, frame
+                yield None, _BadFrame(f"{path.name!r}: {error}")
+            else:
+                yield None, picture
 
     return VideoSource(name, frames, num_frames=len(paths), strict=strict)
 
@@ -331,7 +335,7 @@ class _Stdin:
     """Standard input as PyAV takes it: what is there is handed on at once, so that no frame waits for later ones."""
 
     def read(self, num_bytes: int) -> bytes:
-        return sys.stdin.buffer.read1(num_bytes)
+        return cast(BufferedReader, sys.stdin.buffer).read1(num_bytes)
 
 
 def _read_stdin(strict: bool, raw_size: tuple[int, int] | None) -> VideoSource:
@@ -339,7 +343,7 @@ def _read_stdin(strict: bool, raw_size: tuple[int, int] | None) -> VideoSource:
         raise ValueError("source '-': standard input is no pipe or file")
     if raw_size is None:
         options = {}
-        if sys.stdin.buffer.peek(2)[:2] == b"\xff\xd8":
+        if cast(BufferedReader, sys.stdin.buffer).peek(2)[:2] == b"\xff\xd8":
             # The first image says all; by default FFmpeg would wait for a hundred of them.
             options = {"format": "mjpeg", "options": {"probesize": "32", "fpsprobesize": "0"}}
         return _read_container(_Stdin(), "stdin", strict, live=True, has_clock=not options, **options)
@@ -435,7 +439,7 @@ class WholeOrNothing:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self.partial: Path | None = None
+        self.partial: Path = None  # type: ignore[assignment]  # there is one inside the block only
         if self.path.exists() and self.path.is_dir() != self._makes_folder:
             is_one, wanted = ("file", "folder") if self._makes_folder else ("folder", "file")
             raise ValueError(f"path {str(path)!r} is a {is_one}; wanted is a {wanted} to write")
@@ -475,7 +479,7 @@ class WholeOrNothing:
             shutil.rmtree(self.partial)
         else:
             self.partial.unlink(missing_ok=True)
-        self.partial = None
+        self.partial = None  # type: ignore[assignment]
         for parent in self._made:
             with suppress(OSError):  # not empty: it holds results
                 parent.rmdir()
@@ -526,7 +530,7 @@ class VideoWriter(WholeOrNothing):
         self.size = tuple(size)
         if len(self.size) != 2 or min(self.size) < 1:
             raise ValueError(f"size is {size}; wanted is (height, width), both positive")
-        self._container = None
+        self._container: av.container.OutputContainer = None  # type: ignore[assignment]  # until `_start`
 
     def _start(self):
         height, width = self.size
@@ -569,7 +573,7 @@ class VideoWriter(WholeOrNothing):
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
         picture = picture.reformat(format="yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG", threads=1)
-        picture.pts = max(self._last_pts + 1, round(time / self._tick) if self._timed else 0)
+        picture.pts = max(self._last_pts + 1, 0 if time is None else round(time / self._tick))
         picture.time_base = self._tick
         self._last_pts = picture.pts
         self._container.mux(self._stream.encode(picture))
