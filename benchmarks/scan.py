@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from common import copy_rate, machine, plot_lines, print_table, seconds, write_results
 
-from ausm_hf.model.temporal_mamba import selective_scan
+from ausm_hf.model.temporal_scan import selective_scan
 
 
 def loop(x, dt, A, B, C, state=None):

@@ -13,8 +13,8 @@ import torch
 from timing import Bench, error
 from torch.nn import functional as F
 
-from ausm_hf.model.temporal_mamba import selective_scan, selective_step
 from ausm_hf.model.temporal_mamba_triton import triton, triton_scan
+from ausm_hf.model.temporal_scan import selective_scan, selective_step
 
 S = 16
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ausm_hf.model import temporal_mamba
-from ausm_hf.model.temporal_mamba import CausalConvFunction, TemporalMamba, TemporalMamba2, selective_scan, ssd_scan
+from ausm_hf.model import temporal_mamba, temporal_scan
+from ausm_hf.model.temporal_mamba import TemporalMamba, TemporalMamba2
+from ausm_hf.model.temporal_scan import CausalConvFunction, selective_scan, ssd_scan
 
 HIDDEN = 32
 MIXERS = {
@@ -55,7 +56,7 @@ def blocks(request, monkeypatch):
     """Tiny test tensors fit one block; cut them all the same, with a smaller block at the end."""
     if request.param == "blocks of 2":
         monkeypatch.setattr(
-            temporal_mamba,
+            temporal_scan,
             "row_blocks",
             lambda rows, row_size, x: (slice(i, min(rows, i + 2)) for i in range(0, rows, 2)),
         )
@@ -109,7 +110,7 @@ def test_mamba2_steps_as_transformers(name):
     state = None
     for frame in x.split([2, 1, 1, 1, 1], dim=1):
         y, state = mixer(frame, state)
-        torch.testing.assert_close(y, reference(frame, cache_params=cache), atol=1e-5, rtol=0)
+        torch.testing.assert_close(y, reference(frame, cache), atol=1e-5, rtol=0)
 
 
 class MambaSSM:
@@ -242,6 +243,20 @@ def test_one_pass_equals_steps_and_parts(name, n, t, dtype):
             y_parts, state_parts = run_in_parts(mixer, x, [length for length in lengths if length])
             torch.testing.assert_close(y_parts, y, **tolerance)
             assert_states_close(state_parts, state, **tolerance)
+
+
+@each_mixer
+def test_a_step_is_the_same_with_and_without_gradient(name, blocks):
+    """Without, the step goes block by block of sequences."""
+    mixer = make(name)
+    frames = torch.randn(5, 2, HIDDEN).split(1, dim=1)
+    state = without_gradient = None
+    for frame in frames:
+        y, state = mixer(frame, state)
+        with torch.no_grad():
+            y_without_gradient, without_gradient = mixer(frame, without_gradient)
+        torch.testing.assert_close(y_without_gradient, y, atol=1e-6, rtol=0)
+        assert_states_close(without_gradient, state, atol=1e-6, rtol=0)
 
 
 @each_mixer

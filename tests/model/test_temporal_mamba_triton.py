@@ -13,8 +13,9 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 from ausm_hf.model import temporal_mamba, temporal_mamba_triton  # noqa: E402
-from ausm_hf.model.temporal_mamba import TemporalMamba, selective_scan  # noqa: E402
+from ausm_hf.model.temporal_mamba import TemporalMamba  # noqa: E402
 from ausm_hf.model.temporal_mamba_triton import check_triton_scan, triton_scan  # noqa: E402
+from ausm_hf.model.temporal_scan import selective_scan  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
