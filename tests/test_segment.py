@@ -2,6 +2,9 @@
 
 import builtins
 import json
+import platform
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as rle_tools
 
-from ausm_hf import AusmImageProcessor, AusmProcessor, segment_video
+from ausm_hf import AusmImageProcessor, AusmProcessor, VideoWriter, read_video, segment_video
 from ausm_hf.export import to_supervision
 from ausm_hf.segment import FORMATS, FrameSegments, load_model, save_segments, segment_videos
 
@@ -139,6 +142,19 @@ def test_every_format(run, moving_square, tmp_path):
         assert all(np.array_equal(rle_tools.decode(rle), r.masks == 3) for rle in of_frame)
 
 
+def test_variable_frame_rate_is_kept(run, moving_square, tmp_path):
+    times = [0, 0.1, 0.15, 0.5, 0.6, 0.7]
+    with VideoWriter(tmp_path / "in.mp4", fps=25, size=(48, 64)) as writer:
+        for frame, time in zip(moving_square[0], times, strict=True):
+            writer.write(frame, time)
+    source = read_video(tmp_path / "in.mp4")
+    save_segments(run(source, masks=moving_square[1][0]), tmp_path / "out", ["mp4", "jsonl"], source.fps)
+    overlay = read_video(tmp_path / "out/overlay.mp4").with_times()
+    assert [time for time, _ in overlay] == pytest.approx(times, abs=1e-3)
+    lines = (tmp_path / "out/frames.jsonl").read_text().splitlines()
+    assert [json.loads(line)["time"] for line in lines] == pytest.approx(times, abs=1e-3)
+
+
 @pytest.mark.parametrize("bad", ["write_text", "mux"])
 def test_if_one_file_cannot_be_finished_none_appears(run, moving_square, tmp_path, monkeypatch, bad):
     """The disk is full just when the last file is completed."""
@@ -224,3 +240,20 @@ def test_each_process_takes_the_device_of_its_number(monkeypatch, tiny_checkpoin
     monkeypatch.setattr("torch.nn.Module.to", lambda self, device, *_, **__: seen.append(device) or self)
     load_model(tiny_checkpoint)
     assert seen[-1] == "meta:1"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep memory by rules of their own")
+def test_memory_is_kept_from_frame_to_frame(tiny_checkpoint):
+    code = f"""
+import resource, torch
+from ausm_hf import load_model
+load_model({str(tiny_checkpoint)!r}, device="cpu")
+def frame():
+    return [torch.ones(size * 2**18) for size in (8, 8, 15, 15)]  # MiB
+for number in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    frame()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000  # pages of 4 KiB; all of them would be 11776
