@@ -666,6 +666,22 @@ def web(tmp_path):
         server.shutdown()
 
 
+def test_camera(tmp_path, monkeypatch):
+    """There is none here: what stands for it is a file, opened as FFmpeg is told to open cameras."""
+    path = write(tmp_path / "a.mp4", smooth_frames(3))
+    opened, asked = av.open, []
+
+    def camera(location, *args, format=None, **kwargs):
+        asked.append((location, format))
+        return opened(str(path), *args, **kwargs)
+
+    monkeypatch.setattr(os.path, "exists", lambda name: name == "/dev/video3")
+    monkeypatch.setattr(av, "open", camera)
+    source = read_video("camera:3")
+    assert source.once and source.name == "camera3"
+    assert len(list(source)) == 3 and asked == [("/dev/video3", "v4l2")]
+
+
 def test_file_over_http(web, tmp_path):
     times = [0, 0.1, 0.15, 0.5, 0.6]
     path = write(tmp_path / "vfr.mp4", smooth_frames(5), times=times)
