@@ -29,7 +29,13 @@ PATIENCE = 120_000  # milliseconds; most is over in two seconds where nothing el
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def temporary(tmp_path_factory) -> Path:
+    """Where the server keeps what visitors bring and get."""
+    return tmp_path_factory.mktemp("visitors")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, temporary):
     """The address of a Space."""
     pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'ausm-hf[demo]'")
     with socket.socket() as free:
@@ -37,6 +43,7 @@ def server(tmp_path_factory):
         port = free.getsockname()[1]
     folder = tmp_path_factory.mktemp("space")
     environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_SERVER_NAME": "127.0.0.1"}
+    environment["TMPDIR"] = str(temporary)
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
             [sys.executable, ROOT / "spaces" / "app.py"], cwd=folder, env=environment, stdout=log, stderr=log
@@ -55,6 +62,7 @@ def server(tmp_path_factory):
         process.terminate()
         process.wait(30)
         assert "Traceback" not in (folder / "log").read_text()
+        assert not list(temporary.glob("ausm-demo-*"))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +114,7 @@ def astronaut(tmp_path_factory) -> Path:
 
 def upload(page, path: Path):
     page.set_input_files("#upload input[type=file]", str(path))
-    page.wait_for_function("document.querySelector('#facts').innerText.includes('seconds')")
+    page.wait_for_function("document.querySelector('#facts').innerText.includes('seconds.')")
 
 
 def at(page, x: float, y: float) -> tuple[float, float]:
@@ -242,13 +250,20 @@ def test_find_everything(visit, astronaut):
     assert rows == len(set(np.unique(np.stack(masks)).tolist()) - {0})
 
 
-def test_stop_ends_a_run_and_keeps_nothing(visit, astronaut, tmp_path):
-    frames = list(read_video(astronaut)) * 15
-    with VideoWriter(tmp_path / "long.mp4", 12, (240, 240)) as writer:
-        for frame in frames:
+@pytest.fixture(scope="module")
+def long_clip(astronaut, tmp_path_factory) -> Path:
+    """One that takes a while: 180 frames."""
+    path = tmp_path_factory.mktemp("clips") / "long.mp4"
+    frames = list(read_video(astronaut))
+    with VideoWriter(path, 12, (240, 240)) as writer:
+        for frame in frames * 15:
             writer.write(frame)
+    return path
+
+
+def test_stop_ends_a_run_and_keeps_nothing(visit, long_clip):
     page = visit()
-    upload(page, tmp_path / "long.mp4")
+    upload(page, long_clip)
     page.get_by_role("tab", name="Find everything").click()
     page.click("#find")
     wait_for_text(page, "frames per second")
@@ -257,6 +272,35 @@ def test_stop_ends_a_run_and_keeps_nothing(visit, astronaut, tmp_path):
     assert 0 < int(re.search(r"after (\d+) of 180 frames", text)[1]) < 180
     assert page.is_hidden("#results") and page.is_hidden("#stop")
     page.click("#find")  # it can be started again
+    wait_for_text(page, "frames per second")
+    page.click("#stop")
+    wait_for_text(page, "Stopped")
+
+
+def test_closing_the_page_stops_its_run_and_removes_its_files(visit, long_clip, temporary):
+    def rooms() -> set[Path]:
+        return set(temporary.glob("ausm-demo-*/rooms/*"))
+
+    others = rooms()
+    page = visit()
+    upload(page, long_clip)
+    page.get_by_role("tab", name="Find everything").click()
+    page.click("#find")
+    wait_for_text(page, "frames per second")
+    (room,) = rooms() - others
+    (run,) = room.glob("run-*")
+    seen = len(list((run / "key").iterdir()))
+    page.close()
+    give_up = time.monotonic() + PATIENCE / 1000
+    while room.exists():
+        assert time.monotonic() < give_up, f"the room is still there, with {seen} key frames when the page was closed"
+        time.sleep(0.2)
+    time.sleep(3)
+    assert not room.exists()  # nor does the run write it anew
+    page = visit()  # whoever comes next need not wait for the run of who has left
+    upload(page, long_clip)
+    page.get_by_role("tab", name="Find everything").click()
+    page.click("#find")
     wait_for_text(page, "frames per second")
     page.click("#stop")
     wait_for_text(page, "Stopped")

@@ -1,6 +1,10 @@
 """`ausm demo`."""
 
+import os
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -35,3 +39,34 @@ def test_a_checkpoint_that_is_none_is_one_line(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["demo", "--model", str(tmp_path)])
     assert "can't be loaded" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_signal, code", [(signal.SIGTERM, 143), (signal.SIGINT, 0)])
+def test_what_ends_it_leaves_no_files(with_signal, code, tiny_checkpoint, tmp_path):
+    pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'ausm-hf[demo]'")
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment.pop("GRADIO_SERVER_PORT", None)
+    # Shells start programs in the background deaf to SIGINT, and these hand that on.
+    command = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    command += "from ausm_hf.cli import main; main(['demo', '--model', sys.argv[1], '--device', 'cpu'])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, tiny_checkpoint],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        lines = []
+        while "Running on local URL" not in (line := process.stdout.readline()):
+            assert line, "".join(lines)
+            lines.append(line)
+        assert [path.name[:10] for path in tmp_path.iterdir()] == ["ausm-demo-"]
+        time.sleep(1)  # it has said where it serves, and now waits
+        process.send_signal(with_signal)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code and "Traceback" not in output
+    assert not list(tmp_path.glob("ausm-demo-*"))

@@ -93,9 +93,7 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
         )
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                upload = gr.Video(
-                    label=f"Your video ({limits})", sources=["upload"], height=220, elem_id="upload", buttons=[]
-                )
+                upload = gr.Video(label="Your video", sources=["upload"], height=220, elem_id="upload", buttons=[])
             with gr.Column(scale=1, min_width=240):
                 gr.Examples(
                     [[str(path)] for path in make_examples(root / "examples")],
@@ -103,7 +101,8 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
                     label="Or try one of these",
                     api_visibility="private",
                 )
-        facts = gr.Markdown("", elem_id="facts")
+        welcome = f"Videos of {limits} will do."
+        facts = gr.Markdown(welcome, elem_id="facts")
         with gr.Tabs():
             with gr.Tab("Track what I mark"):
                 canvas = gr.HTML(
@@ -191,7 +190,7 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
         def on_upload(file: str | None, request: gr.Request):
             visit = visits.of(request.session_hash)
             nothing = {
-                canvas: {}, facts: "", results: gr.Column(visible=False), live: {},
+                canvas: {}, facts: welcome, results: gr.Column(visible=False), live: {},
                 objects: gr.Radio(_choices(visit), value=1), name: "", frame: gr.Slider(value=0, interactive=False),
             }  # fmt: skip
             visit.stop()
