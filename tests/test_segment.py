@@ -5,6 +5,7 @@ import json
 import platform
 import subprocess
 import sys
+import threading
 import warnings
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from pycocotools import mask as rle_tools
 
 from ausm_hf import AusmImageProcessor, AusmProcessor, VideoWriter, read_video, segment_video
-from ausm_hf.export import to_supervision
+from ausm_hf.export import JsonlWriter, to_supervision
 from ausm_hf.segment import FORMATS, FrameSegments, load_model, save_segments, segment_videos
 
 
@@ -257,3 +258,23 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 1000  # pages of 4 KiB; all of them would be 11776
+
+
+def test_a_frame_is_written_while_the_next_one_is_segmented(tmp_path, monkeypatch):
+    asked = [threading.Event() for _ in range(3)]
+
+    def results():
+        for index in range(3):
+            asked[index].set()
+            yield FrameSegments(index, None, np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.int32), [])
+
+    write = JsonlWriter.write
+
+    def waits(self, index, *rest):
+        assert index == 2 or asked[index + 1].wait(30), "the next frame waits for this one to be written"
+        write(self, index, *rest)
+
+    monkeypatch.setattr(JsonlWriter, "write", waits)
+    save_segments(results(), tmp_path, ["jsonl"])
+    lines = (tmp_path / "frames.jsonl").read_text().splitlines()
+    assert [json.loads(line)["frame"] for line in lines] == [0, 1, 2]

@@ -34,7 +34,7 @@ class Stream:
         empty = AusmHistory(None, None, self.slots, self.taken, self.masks)
         history = model.step(self.frame, empty).history
         self.features = history.features.clone()
-        self.states = tuple(tuple(part.contiguous().clone() for part in state) for state in history.states)
+        self.states = tuple(tuple(part.clone() for part in state) for state in history.states)
         self.function = torch.compile(self.advance) if how == "compiled" else self.advance
         if how == "graph":
             side = torch.cuda.Stream()

@@ -3,6 +3,7 @@
 import os
 import zlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
@@ -276,9 +277,18 @@ def save_segments(
     }
     with ExitStack() as stack:
         opened = [stack.enter_context(writers[key]()) for key in formats]
-        for result in chain([first], results):
+
+        def write(result: FrameSegments):
             for writer in opened:
                 writer.write(result.index, result.frame, result.masks, result.objects, result.time)
+
+        # A frame is drawn and encoded while the next one is segmented. The thread ends before the writers close.
+        thread = stack.enter_context(ThreadPoolExecutor(1))
+        written = thread.submit(write, first)
+        for result in results:
+            written.result()
+            written = thread.submit(write, result)
+        written.result()
         for writer in opened:
             writer.finish()
     return [writer.path for writer in opened]
