@@ -4,7 +4,7 @@
 # make train-smoke         train the paper's three stages in a tiny size: killed, resumed, evaluated, pushed, loaded
 # make bench               time and memory on the CPU, beside the peers (about 15 minutes): benchmarks/README.md
 # make soak                streams under random commands for 30 minutes; SOAK_ARGS='--minutes 2' for fewer
-# make lint                check the style
+# make lint                check the style and the types
 # PYTHON=... chooses the interpreter (3.10 or newer), VENV=... where the environment goes.
 
 PYTHON ?= python3
@@ -42,6 +42,8 @@ bench: $(VENV)/.dev-ready
 
 lint: $(VENV)/.dev-ready
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The environment is made once; a change of pyproject.toml makes it anew.
 $(VENV)/.torch-ready:

@@ -70,13 +70,14 @@ class StreamingStep(nn.Module):
         features = torch.where(started.view(1, 1, 1, 1), features, initial)
         history = AusmHistory(features, tuple(zip(states[::2], states[1::2])), self.slots, taken, masks)
         output = self.model.step(pixel_values, history, self.label_set)
-        assert output.history.states is not None  # it comes out of the network
+        new_features = output.history.features
+        assert new_features is not None and output.history.states is not None  # they come out of the network
         new_states = [tensor for state in output.history.states for tensor in state]
         return (
             output.masks_queries_logits,
             output.class_queries_logits,
             output.foreground_queries_logits,
-            output.history.features,
+            new_features,
             *new_states,
         )
 

@@ -218,6 +218,7 @@ class AusmCompressorLayer(GradientCheckpointingLayer):
             "expand": config.mamba_expand,
         }
         self.temporal_norm = nn.LayerNorm(config.hidden_size)
+        self.temporal_mixer: TemporalMamba | TemporalMamba2
         if config.temporal_mixer == "mamba2":
             self.temporal_mixer = TemporalMamba2(config.hidden_size, head_dim=config.mamba_head_dim, **sizes)
         else:
@@ -253,11 +254,10 @@ class AusmHistoryDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: AusmConfig):
         super().__init__()
         self.key_stride = config.history_key_stride
+        self.self_attention: AusmAttention | None = None
         if config.history_self_attention:
             self.self_norm = nn.LayerNorm(config.hidden_size)
             self.self_attention = AusmAttention(config)
-        else:
-            self.self_attention = None
         self.cross_norm = nn.LayerNorm(config.hidden_size)
         self.cross_attention = AusmAttention(config)
         self.feedforward_norm = nn.LayerNorm(config.hidden_size)

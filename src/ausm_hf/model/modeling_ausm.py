@@ -17,11 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
+from transformers import AutoBackbone, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoder,
@@ -82,9 +83,10 @@ class AusmModelOutput(ModelOutput):
             is the number of pixels of the map.
     """
 
-    masks_queries_logits: Tensor | None = None
-    query_hidden_states: Tensor | None = None
-    history: AusmHistory | None = None
+    # Always given; the defaults are there because a ModelOutput may have one field at most without.
+    masks_queries_logits: Tensor = None  # type: ignore[assignment]
+    query_hidden_states: Tensor = None  # type: ignore[assignment]
+    history: AusmHistory = None  # type: ignore[assignment]
     intermediate_masks_queries_logits: tuple[Tensor, ...] | None = None
     intermediate_query_hidden_states: tuple[Tensor, ...] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
@@ -123,10 +125,10 @@ class AusmForUniversalSegmentationOutput(ModelOutput):
 
     loss: Tensor | None = None
     loss_dict: dict[str, Tensor] | None = None
-    masks_queries_logits: Tensor | None = None
-    class_queries_logits: Tensor | None = None
-    foreground_queries_logits: Tensor | None = None
-    history: AusmHistory | None = None
+    masks_queries_logits: Tensor = None  # type: ignore[assignment]  # see above
+    class_queries_logits: Tensor = None  # type: ignore[assignment]
+    foreground_queries_logits: Tensor = None  # type: ignore[assignment]
+    history: AusmHistory = None  # type: ignore[assignment]
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
@@ -139,7 +141,7 @@ class AusmPreTrainedModel(PreTrainedModel):
     config: AusmConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values_videos"
-    input_modalities = ("video",)
+    input_modalities = ["video"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -148,6 +150,18 @@ class AusmPreTrainedModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> None:
         """There are none; Accelerate asks before it shards a network."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes, also when Accelerate keeps its weights elsewhere."""
+        device = super().device
+        if device.type == "meta" and (device_map := getattr(self, "hf_device_map", None)):
+            return torch.device(next((x for x in device_map.values() if x not in ("cpu", "disk")), "cpu"))
+        return device
+
+    def init_history(self, batch_size: int = 1) -> AusmHistory:
+        """The history of `batch_size` streams before their first frame."""
+        return AusmHistory.empty(batch_size, self.device, self.dtype)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -169,10 +183,11 @@ class AusmPreTrainedModel(PreTrainedModel):
         elif isinstance(module, AusmHistoryEncoder):
             init.normal_(module.initial_features)
             init.constant_(module.gate, self.config.history_gate_init)
+            layer: Any
             for layer in module.decoder:
                 # Frames start by looking at what is alike in the past, and near.
                 init.copy_(layer.cross_attention.k_proj.weight, layer.cross_attention.q_proj.weight)
-            if module.local_read is not None:
+            if module.local_read is not None and module.mark_projection is not None:
                 # Marks start loud, with something in common, and reach the same place of the next frame unchanged:
                 # a network learns to heed quickly what it can't overlook.
                 identity = torch.eye(self.config.hidden_size)
@@ -180,7 +195,7 @@ class AusmPreTrainedModel(PreTrainedModel):
                 init.normal_(module.mark_projection.bias, std=3)
                 init.dirac_(module.local_read.weight, groups=self.config.hidden_size)
                 init.copy_(module.local_read.weight, 3 * module.local_read.weight)
-                init.zeros_(module.local_read.bias)
+                init.zeros_(cast(Tensor, module.local_read.bias))
                 init.copy_(module.output_projection.weight, 2 * identity)
         elif isinstance(module, Mask2FormerPixelDecoder):
             init.normal_(module.level_embed)
@@ -197,7 +212,7 @@ class AusmPreTrainedModel(PreTrainedModel):
             init.zeros_(module.attention_weights.bias)
 
 
-def _make_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+def _make_backbone(config: Any) -> Any:
     # By name: code loaded from a checkpoint may hold a second copy of the class.
     if config.model_type == EfficientNetLiteConfig.model_type:
         return EfficientNetLiteBackbone(config)
@@ -228,7 +243,7 @@ class AusmModel(AusmPreTrainedModel):
                 f"{len(self.backbone.channels)}. Set its `out_features`."
             )
         encoders = {"msdeform": AusmDeformablePixelEncoder, "fpn": AusmPyramidPixelEncoder}
-        self.pixel_encoder = encoders[config.pixel_encoder](config, self.backbone.channels)
+        self.pixel_encoder: Any = encoders[config.pixel_encoder](config, self.backbone.channels)
         # B and V, each with the positions that Mask2Former's queries have. An ID vector is mark and query in one.
         self.id_vectors = nn.Embedding(config.num_id_vectors, config.hidden_size)
         self.id_positions = nn.Embedding(config.num_id_vectors, config.hidden_size)
@@ -237,10 +252,6 @@ class AusmModel(AusmPreTrainedModel):
         self.history_encoder = AusmHistoryEncoder(config)
         self.pixel_decoder = AusmPixelDecoder(config)
         self.post_init()
-
-    def init_history(self, batch_size: int = 1) -> AusmHistory:
-        """The history of `batch_size` streams before their first frame."""
-        return AusmHistory.empty(batch_size, self.device, self.dtype)
 
     def step(
         self, pixel_values: Tensor, history: AusmHistory | None = None, output_intermediate: bool = False
@@ -256,7 +267,8 @@ class AusmModel(AusmPreTrainedModel):
         Returns:
             [`AusmModelOutput`] without the T axis. It is the caller who decides what `A_t` and `M_t` are.
         """
-        history = self.init_history(pixel_values.shape[0]) if history is None else history
+        if history is None:
+            history = AusmHistory.empty(pixel_values.shape[0], pixel_values.device, self.dtype)
         output = self(
             pixel_values.unsqueeze(1),
             history_masks=history.masks.unsqueeze(1),
@@ -309,11 +321,12 @@ class AusmModel(AusmPreTrainedModel):
             )
         _check_frames(pixel_values_videos)
         batch, frames = pixel_values_videos.shape[:2]
-        history = self.init_history(batch) if history is None else history
+        if history is None:
+            history = AusmHistory.empty(batch, pixel_values_videos.device, self.dtype)
         given = [x is not None for x in (history_masks, id_slots, taken)]
         if any(given) != all(given):
             raise ValueError("`history_masks`, `id_slots` and `taken` go together: give all of them or none.")
-        if history_masks is None:
+        if history_masks is None or id_slots is None or taken is None:
             history_masks = history.masks.unsqueeze(1).expand(-1, frames, -1, -1, -1)
             id_slots, taken = history.slots, history.taken.unsqueeze(1).expand(-1, frames, -1)
         if taken.shape != (batch, frames, id_slots.shape[1]) or history_masks.shape[:3] != taken.shape:
@@ -329,7 +342,7 @@ class AusmModel(AusmPreTrainedModel):
         feature_maps = self.backbone(images).feature_maps
         levels = self.pixel_encoder(feature_maps)
         features = levels[0]
-        size = tuple(features.shape[-2:])
+        size = features.shape[-2], features.shape[-1]
 
         # What the history says of it
         id_vectors = self.id_vectors(id_slots)
@@ -350,8 +363,10 @@ class AusmModel(AusmPreTrainedModel):
         def over_frames(x: Tensor) -> Tensor:
             return x.unsqueeze(1).expand(-1, frames, *x.shape[1:]).flatten(0, 1)
 
-        detections = self.detection_queries.weight.expand(batch, -1, -1)
-        detection_positions = self.detection_positions.weight.expand(batch, -1, -1)
+        # Called, not read: see `HeldConv1d`.
+        numbers = torch.arange(self.config.num_detection_queries, device=images.device)
+        detections = self.detection_queries(numbers).expand(batch, -1, -1)
+        detection_positions = self.detection_positions(numbers).expand(batch, -1, -1)
         query_mask = F.pad(taken.flatten(0, 1), (0, detections.shape[1]), value=True)[:, None, None, :]
         states_per_layer, masks_per_layer = self.pixel_decoder(
             over_frames(torch.cat([id_vectors, detections], dim=1)),
@@ -390,7 +405,7 @@ def _drop_time(value):
     return tuple(x.squeeze(1) for x in value) if isinstance(value, tuple) else value
 
 
-def _recorded(output: AusmModelOutput) -> dict[str, tuple[Tensor, ...]]:
+def _recorded(output: AusmModelOutput) -> dict[str, Any]:
     """Hidden states and attentions, where they were asked for."""
     return {name: output[name] for name in AusmModel._can_record_outputs if name in output}
 
@@ -409,15 +424,11 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         self.criterion = AusmLoss(config)
         self.post_init()
 
-    def init_history(self, batch_size: int = 1) -> AusmHistory:
-        """The history of `batch_size` streams before their first frame."""
-        return self.model.init_history(batch_size)
-
     def _class_head(self, label_set: str | None) -> nn.Linear:
         name = self.config.default_label_set if label_set is None else label_set
         if name not in self.class_heads:
             raise ValueError(f"`label_set` must be one of {sorted(self.class_heads)}, got {label_set!r}.")
-        return self.class_heads[name]
+        return cast(nn.Linear, self.class_heads[name])
 
     def layer_predictions(self, output: AusmModelOutput) -> list[dict]:
         """The heads on the query states of every layer, as the loss takes them."""
@@ -482,7 +493,7 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-    ) -> AusmForUniversalSegmentationOutput | AusmVideoSegmentationOutput:
+    ) -> AusmForUniversalSegmentationOutput | AusmVideoSegmentationOutput | tuple:
         """
         All frames of a clip at once with teacher forcing (the parallel form, for training), or, with
         `inference_session` and `frame`, the next frame of a stream.

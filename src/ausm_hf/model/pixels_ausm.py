@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,9 @@ class AusmDeformablePixelEncoder(Mask2FormerPixelDecoder):
     Mask2Former's pixel decoder in two halves, so that the history can enter between them: `forward` gives the maps at
     strides 8, 16, 32; `mask_features` the stride-4 map from the stride-8 one.
     """
+
+    adapter_1: nn.Module
+    layer_1: nn.Module
 
     def __init__(self, config: AusmConfig, feature_channels: list[int]):
         super().__init__(
@@ -116,7 +120,7 @@ class AusmPyramidPixelEncoder(nn.Module):
 
     def forward(self, feature_maps: list[Tensor]) -> list[Tensor]:
         top = None
-        levels = []
+        levels: list[Tensor] = []
         for lateral, smooth, feature_map in reversed(list(zip(self.laterals, self.smooth, feature_maps[1:]))):
             merged = lateral(feature_map)
             if top is not None:
@@ -173,15 +177,10 @@ class AusmPixelDecoder(nn.Module):
         self.level_embed = nn.Embedding(3, size)
         self.layers = nn.ModuleList(AusmPixelDecoderLayer(config) for _ in range(config.num_decoder_layers))
         self.layernorm = nn.LayerNorm(size)
-        self.mask_embedder = nn.Sequential(
-            nn.Linear(size, size),
-            nn.ReLU(),
-            nn.Linear(size, size),
-            nn.ReLU(),
-            nn.Linear(size, config.mask_feature_size),
-        )
+        last: Any = nn.Linear(size, config.mask_feature_size)
         # Small, or the first masks are so decided that training starts by undoing them.
-        self.mask_embedder[-1].init_gain = 0.1
+        last.init_gain = 0.1
+        self.mask_embedder = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size), nn.ReLU(), last)
 
     def forward(
         self,
@@ -204,30 +203,30 @@ class AusmPixelDecoder(nn.Module):
             Normalised query states and mask logits (N, Q, h, w), one entry per prediction.
         """
         maps, positions, small_mask_features = [], [], []
-        for index, level in enumerate(reversed(levels)):
-            size = tuple(level.shape[-2:])
-            maps.append(to_tokens(level) + self.level_embed.weight[index])
+        # Called, not read: see `HeldConv1d`.
+        level_embeds = self.level_embed(torch.arange(len(levels), device=queries.device))
+        for level_embed, level in zip(level_embeds, reversed(levels)):
+            size = level.shape[-2], level.shape[-1]
+            maps.append(to_tokens(level) + level_embed)
             positions.append(sine_positions(size, level.shape[1], level.device, level.dtype))
             # Interpolation is linear, so it may come before the product with the mask embeddings.
             small = F.interpolate(mask_features.detach(), size=size, mode="bilinear", align_corners=False)
             small_mask_features.append(to_tokens(small).mT)
 
         all_states, all_masks = [], []
-        for index in range(len(self.layers) + 1):
+        for index, layer in enumerate([*self.layers, None]):
             normed = self.layernorm(queries)
-            last = index == len(self.layers)
-            if output_intermediate or last:
-                mask_embeddings = self.mask_embedder(normed)
+            mask_embeddings = self.mask_embedder(normed)
+            if output_intermediate or layer is None:
                 all_states.append(normed)
                 all_masks.append(torch.einsum("nqc,nchw->nqhw", mask_embeddings, mask_features))
-            else:
-                mask_embeddings = self.mask_embedder(normed)
-            if last:
-                return all_states, all_masks
-            level = index % len(levels)
-            foreground = torch.bmm(mask_embeddings.detach(), small_mask_features[level]) >= 0
+            if layer is None:
+                break
+            number = index % len(levels)
+            foreground = torch.bmm(mask_embeddings.detach(), small_mask_features[number]) >= 0
             # A query whose mask is empty looks everywhere.
             foreground = foreground | ~foreground.any(dim=-1, keepdim=True)
-            queries = self.layers[index](
-                queries, query_positions, maps[level], positions[level], foreground.unsqueeze(1), query_mask
+            queries = layer(
+                queries, query_positions, maps[number], positions[number], foreground.unsqueeze(1), query_mask
             )
+        return all_states, all_masks

@@ -103,6 +103,8 @@ class HeldConv1d(nn.Conv1d):
     when to fetch weights that lie on disk or in another memory.
     """
 
+    bias: nn.Parameter  # there always is one
+
     def forward(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return self.weight, self.bias
 
