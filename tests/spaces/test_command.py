@@ -42,8 +42,8 @@ def test_a_checkpoint_that_is_none_is_one_line(capsys, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("with_signal, code", [(signal.SIGTERM, 143), (signal.SIGINT, 0)])
-def test_what_ends_it_leaves_no_files(with_signal, code, tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize("with_signal, codes", [(signal.SIGTERM, {143}), (signal.SIGINT, {0, 130})])
+def test_what_ends_it_leaves_no_files(with_signal, codes, tiny_checkpoint, tmp_path):
     pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'ausm-hf[demo]'")
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     environment.pop("GRADIO_SERVER_PORT", None)
@@ -68,5 +68,5 @@ def test_what_ends_it_leaves_no_files(with_signal, code, tiny_checkpoint, tmp_pa
         output, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == code and "Traceback" not in output
+    assert process.returncode in codes and "Traceback" not in output
     assert not list(tmp_path.glob("ausm-demo-*"))
