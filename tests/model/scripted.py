@@ -42,6 +42,7 @@ class FakeHistory:
     taken: torch.Tensor
     masks: torch.Tensor
     steps: int = 0
+    states: None = None
 
     def replace_objects(self, slots, taken, masks):
         assert slots.shape == taken.shape == masks.shape[:2]

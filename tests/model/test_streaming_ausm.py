@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from scripted import FRAME, NOTHING, SIZE, A, B, C, ScriptedModel, Seen
 
 from ausm_hf import AusmImageProcessor, AusmProcessor, read_video
-from ausm_hf.model import session_ausm
+from ausm_hf.model import session_ausm, streaming_ausm
 from ausm_hf.model.prompts_ausm import ObjectPrompt
 from ausm_hf.model.session_ausm import AusmInferenceSession
 from ausm_hf.model.streaming_ausm import preview_prompts, step_session, step_sessions
@@ -173,6 +174,51 @@ def test_removed_objects_leave_the_history_and_others_stay():
         session.remove_object(object_id)
     model.script.append(({}, [A]))
     assert step_session(model, session, FRAME).object_ids == [10]
+
+
+def test_the_trace_of_an_object_that_is_let_go_is_cleared(tiny_model, clips):
+    """Where it alone marked pixels they begin anew; all others go on as they were."""
+    processor, videos = clips
+    size, frames = videos[0]
+    session = processor.init_video_session(seed=0, find_new_objects=False)
+    masks = np.zeros((2, *size), bool)
+    masks[0, : size[0] // 2, : size[1] // 2] = True
+    masks[1, : size[0] // 2, size[1] // 4 :] = True
+    masks[0] &= ~masks[1]
+    processor.add_inputs_to_inference_session(session, None, [1, 2], input_masks=masks, original_size=size)
+    for frame in frames[:2]:
+        tiny_model(inference_session=session, frame=frame)
+    # The masks of an untrained network may be anywhere: those of the user stand for them.
+    small = F.interpolate(torch.from_numpy(masks)[None].float(), session.history.masks.shape[-2:], mode="area")
+    session.history = replace(session.history, masks=small.gt(0.5).float())
+    before = session.history
+    assert all(state.flatten(1).any(1).all() for layer in before.states for state in layer)
+    first, second = (F.max_pool2d(mask[None, None], 2).flatten() > 0 for mask in before.masks[0])
+    assert (first & ~second).any() and (~first).any()
+    for followed in session.objects:
+        assert before.slots[0].tolist()[followed.object_id - 1] == followed.slot
+    session.remove_object(1)
+    for old, new in zip(before.states, session.history.states, strict=True):
+        for was, now in zip(old, new, strict=True):
+            assert not now[first & ~second].any() and now[~first | second].equal(was[~first | second])
+    assert session.history.features.equal(before.features) and session.history.masks.equal(before.masks[:, 1:])
+
+
+def test_who_gives_way_leaves_no_trace(tiny_model, clips, monkeypatch):
+    processor, videos = clips
+    cleared = []
+    monkeypatch.setattr(streaming_ausm, "without_trace", lambda history, columns: cleared.append(columns) or history)
+    session = processor.init_video_session(seed=0, find_new_objects=True, foreground_threshold=0.0)
+    tiny_model(inference_session=session, frame=videos[0][1][0])
+    ids = session.obj_ids
+    assert cleared == [[]] and len(ids) > 1
+    for object_id in range(50, 54):  # all four slots
+        box = [20 * (object_id - 50), 5, 20 * (object_id - 50) + 18, 40]
+        processor.add_inputs_to_inference_session(
+            session, None, object_id, input_boxes=box, original_size=videos[0][0]
+        )
+    tiny_model(inference_session=session, frame=videos[0][1][1])
+    assert cleared[1:] == [list(range(len(ids)))] and session.obj_ids == [50, 51, 52, 53]
 
 
 class Parade:

@@ -8,10 +8,11 @@ Users see object ids, positive integers that never repeat within a stream. The n
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import ModelOutput
@@ -204,8 +205,8 @@ class AusmInferenceSession:
 
     def remove_object(self, obj_id: int) -> None:
         """
-        Stop following an object, from the next frame on, and forget its prompts in frames to come. Others stay as
-        they are. With `find_new_objects` the same thing may be found again, as a new object.
+        Stop following an object, from the next frame on, and forget it and its prompts in frames to come. Others stay
+        as they are. With `find_new_objects` the same thing may be found again, as a new object.
 
         Args:
             obj_id (`int`): Its id.
@@ -218,8 +219,9 @@ class AusmInferenceSession:
             raise ValueError(f"obj_id must be one of the objects followed now, {known}, got {obj_id!r}")
         staying = [column for column, followed in enumerate(self.objects) if followed.object_id != obj_id]
         if self.history is not None and len(staying) < len(self.objects):
+            gone = [column for column in range(len(self.objects)) if column not in staying]
             self.objects = [self.objects[column] for column in staying]
-            history = self.history
+            history = without_trace(self.history, gone)
             self.history = history.replace_objects(
                 history.slots[:, staying], history.taken[:, staying], history.masks[:, staying]
             )
@@ -352,6 +354,25 @@ class AusmInferenceSession:
         if type(session.next_frame_idx) is not int or type(session.next_object_id) is not int:
             raise ValueError("its frames or objects are not numbered")
         return session
+
+
+def without_trace(history: AusmHistory, columns: list[int]) -> AusmHistory:
+    """
+    The same history, but pixels that only the objects of `columns` mark begin anew: their marks are gone from the
+    compressed past. Otherwise who is marked next, even elsewhere and with another ID vector, is pulled to where they
+    were; `benchmarks/slot_reuse.py` measures it.
+    """
+    if not columns or history.states is None or history.features is None:
+        return history
+    marked = F.adaptive_max_pool2d(history.masks, history.features.shape[-2:]).flatten(2) > 0  # (1, n, pixels)
+    staying = [column for column in range(marked.shape[1]) if column not in columns]
+    anew = marked[0, columns].any(0) & ~marked[0, staying].any(0)
+    # A state is a row for each pixel, and zeros before the first frame.
+    states = tuple(
+        tuple(state.masked_fill(anew.view(-1, *[1] * (state.ndim - 1)), 0) for state in layer)
+        for layer in history.states
+    )
+    return replace(history, states=states)
 
 
 _FILE_TAG = "ausm_session_v1"

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from .history_ausm import AusmHistory
 from .prompts_ausm import history_mask, refine_signals
-from .session_ausm import AusmInferenceSession, AusmVideoSegmentationOutput, FollowedObject
+from .session_ausm import AusmInferenceSession, AusmVideoSegmentationOutput, FollowedObject, without_trace
 
 logger = logging.get_logger(__name__)
 
@@ -395,7 +395,7 @@ def _finish(
             scores[followed.object_id] = answer.foreground[row]
         else:
             followed.absent_frames += 1
-    num_followed = len(objects)
+    before, num_followed = objects, len(objects)
 
     # Prompts are what the user says they are: they replace what the network thought of these objects, and the found
     # objects that they are the same as.
@@ -455,7 +455,9 @@ def _finish(
         scores[new.object_id] = answer.foreground[row]
         masks[new.object_id] = mask
 
-    session.history = _put_objects(answer.history, objects, masks, size, pixel_values)
+    followed_on = {x.object_id for x in objects}
+    history = without_trace(answer.history, [i for i, x in enumerate(before) if x.object_id not in followed_on])
+    session.history = _put_objects(history, objects, masks, size, pixel_values)
     session.objects = objects
     session.slots_held_until |= {x.slot: session.next_frame_idx for x in objects}
     session.find_new_objects = find_new_objects
