@@ -30,11 +30,10 @@ outputs = [x.name for x in step.get_outputs()]
 inputs = {x.name: np.zeros(x.shape, bool if "bool" in x.type else np.float32) for x in step.get_inputs()}
 height, width = inputs["pixel_values"].shape[2:]
 taken, masks = inputs["taken"][0], inputs["masks"][0]  # column i is object i + 1
-if len(sys.argv) > 4:
-    marked = np.array(Image.open(sys.argv[4]))
-    for column in np.unique(marked[marked > 0]) - 1:
-        cover = Image.fromarray(np.float32(marked == column + 1)).resize(masks.shape[:0:-1], Image.Resampling.BOX)
-        taken[column], masks[column] = True, np.array(cover) >= 0.5
+marked = np.array(Image.open(sys.argv[4])) if len(sys.argv) > 4 else None
+for column in [] if marked is None else np.unique(marked[marked > 0]) - 1:
+    cover = Image.fromarray(np.float32(marked == column + 1)).resize(masks.shape[:0:-1], Image.Resampling.BOX)
+    taken[column], masks[column] = True, np.array(cover) >= 0.5
 
 for index, frame in enumerate(av.open(sys.argv[2]).decode(video=0)):
     image = frame.to_image()
@@ -44,16 +43,18 @@ for index, frame in enumerate(av.open(sys.argv[2]).decode(video=0)):
     result = dict(zip(outputs, step.run(None, inputs)))
     logits, sure = result["mask_logits"][0], 1 / (1 + np.exp(-result["foreground_logits"][0]))
     rows = {i: i for i in np.flatnonzero(taken) if sure[i] >= about["foreground_threshold"]}  # column -> query
-    for row in len(taken) + np.argsort(-sure[len(taken) :]) if len(sys.argv) <= 4 else []:
+    for row in len(taken) + np.argsort(-sure[len(taken) :]) if marked is None else []:
         covered = (logits[list(rows.values())] > 0).any(axis=0) & (logits[row] > 0)
         is_new = sure[row] > about["foreground_threshold"] and 2 * covered.sum() < (logits[row] > 0).sum()
         if is_new and not taken.all():
             rows[taken.argmin()], taken[taken.argmin()] = row, True
     inputs |= {name.removeprefix("next_"): x for name, x in result.items() if name.startswith("next_")}
-    inputs["started"][:], masks[:] = True, 0
-    segments = np.zeros((image.height, image.width), np.uint8)
-    if rows:
-        masks[list(rows)] = exclusive(logits[list(rows.values())])
-        large = [np.array(Image.fromarray(logits[row]).resize(image.size, BILINEAR)) for row in rows.values()]
-        segments = (exclusive(np.stack(large)) * (np.uint8(list(rows)) + 1)[:, None, None]).max(axis=0)
+    inputs["started"][:] = True
+    segments = marked if index == 0 else None
+    if segments is None:
+        masks[:], segments = 0, np.zeros((image.height, image.width), np.uint8)
+        if rows:
+            masks[list(rows)] = exclusive(logits[list(rows.values())])
+            large = [np.array(Image.fromarray(logits[row]).resize(image.size, BILINEAR)) for row in rows.values()]
+            segments = (exclusive(np.stack(large)) * (np.uint8(list(rows)) + 1)[:, None, None]).max(axis=0)
     Image.fromarray(segments).save(folder / f"{index:05d}.png")
