@@ -199,7 +199,9 @@ def main():
             for count in counts if size == equal or args.long else counts[:2]:
                 row = {"model": name, "height": size[0], "width": size[1], "objects": count, "frames": args.frames}
                 rows.append(row | apart(name, size, count, args.frames, args.limit))
-        for frames in args.memory_frames + [500] * args.long:
+        # Where a frame takes seconds, a hundred of them are for `--long`.
+        lengths = args.memory_frames[:1] if name in ("ausm-tiny", "videomt") and not args.long else args.memory_frames
+        for frames in lengths + [500] * args.long:
             row = {"model": name, "height": equal[0], "width": equal[1], "objects": 1, "frames": frames}
             rows.append(row | apart(name, equal, 1, frames, args.limit * max(1, frames // 50)))
         print(name, "done", file=sys.stderr, flush=True)

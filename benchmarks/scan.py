@@ -1,10 +1,10 @@
 """
 The scan over time on the CPU against a plain loop: `python benchmarks/scan.py`.
 
-For T from 1 to 64 frames, Mamba-1's scan of this package and the loop over time that one would write down. First the
-scan is checked against the loop in float64. Reports nanoseconds per state number (pixel x frame x channel x state),
-forward, and forward with backward. The loop keeps everything for the backward pass: it gets as many pixels as fit
-`--loop-memory`, and both times are per number.
+For T from 1 to 64 frames of few pixels and of many, Mamba-1's scan of this package and the loop over time that one
+would write down. First the scan is checked against the loop in float64. Reports nanoseconds per state number (pixel x
+frame x channel x state), forward, and forward with backward. The loop keeps everything for the backward pass: it gets
+as many pixels as fit `--loop-memory`, and both times are per number.
 
 The floor: one exponential per state number and pass (two where the states are computed again), at the rate of
 `torch.exp2` in the cache, and inputs and outputs moved once at the rate of a large copy.
@@ -12,6 +12,7 @@ The floor: one exponential per state number and pass (two where the states are c
 
 import argparse
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -54,13 +55,13 @@ def check(c: int, s: int) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pixels", type=int, default=20_000)
+    parser.add_argument("--pixels", type=int, nargs="+", default=[1_000, 20_000])
     parser.add_argument("--channels", type=int, default=128)
     parser.add_argument("--state-size", type=int, default=16)
-    parser.add_argument("--frames", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--numbers", type=float, default=2e8, help="at most this many state numbers at a time")
-    parser.add_argument("--loop-memory", type=float, default=2.0, help="GiB that the loop may keep")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--frames", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--numbers", type=float, default=5e7, help="at most this many state numbers at a time")
+    parser.add_argument("--loop-memory", type=float, default=0.5, help="GiB that the loop may keep")
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--output", type=Path, help="folder of the results (default: beside this file)")
     args = parser.parse_args()
     c, s = args.channels, args.state_size
@@ -70,14 +71,14 @@ def main():
     exponential = seconds(lambda: [torch.exp2(in_cache, out=out) for _ in range(100)], 5) / 100 / len(out)
     moved = copy_rate()
     rows = []
-    for t in args.frames:
-        n = max(16, min(args.pixels, int(args.numbers / (t * c * s))))
+    for pixels, t in product(args.pixels, args.frames):
+        n = max(16, min(pixels, int(args.numbers / (t * c * s))))
         # A decay, a state and their product per frame.
         n_loop = max(min(n, 16), min(n, int(args.loop_memory * 2**30 / (12 * t * c * s))))
         row = {"frames": t, "pixels": n, "pixels of the loop": n_loop}
-        for name, scan, pixels in (("scan", selective_scan, n), ("loop", loop, n_loop)):
-            inputs, d_y = random_inputs(pixels, t, c, s), torch.randn(pixels, t, c)
-            scale = 1e9 / (pixels * t * c * s)
+        for name, scan, number in (("scan", selective_scan, n), ("loop", loop, n_loop)):
+            inputs, d_y = random_inputs(number, t, c, s), torch.randn(number, t, c)
+            scale = 1e9 / (number * t * c * s)
             with torch.no_grad():
                 row[f"{name} forward"] = seconds(partial(scan, *inputs, None), args.repeats) * scale
             row[f"{name} both"] = seconds(partial(backward, scan, inputs, d_y), args.repeats) * scale
@@ -91,7 +92,7 @@ def main():
     print_table(rows, rows[0])
     write_results("scan", rows, args.output, channels=c, state_size=s, exponential_ns=1e9 * exponential, copy=moved)
     lines = {
-        f"{name}, {part}": (args.frames, [row[f"{name} {part}"] for row in rows])
+        f"{name}, {part}": (args.frames, [row[f"{name} {part}"] for row in rows[-len(args.frames) :]])
         for part in ("forward", "both")
         for name in ("loop", "scan", "floor")
     }

@@ -1,16 +1,17 @@
 """
 Time of the streaming step, and of the whole way from video file to video file: `python benchmarks/step.py`.
 
-A synthetic 426 x 240 video with 1, 8 and 20 marked objects goes through the same calls as `ausm segment`, each timed
-by itself; per stage the median over the frames. The floor of the network is its floating point operations (torch's
-counter) over the rate at which this machine multiplies matrices, measured in the same run.
+A synthetic 426 x 240 video with 1, 8 and 20 marked objects
 
-    python benchmarks/step.py --threads 2 --output benchmarks/step.json
+- goes through `segment_video` and `save_segments` as in `ausm segment` (decode, segment, overlay, encode): frames per
+  second;
+- goes through the same calls one after another, each timed by itself: per stage the median over the frames. The floor
+  of the network is its floating point operations (torch's counter) over the rate at which this machine multiplies
+  matrices, measured in the same run;
+- and is profiled: the ten operations of the step that take the most time.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import tempfile
 import time
@@ -18,10 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import machine, matmul_rate, print_table, write_results
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from ausm_hf import VideoWriter, load_model, read_video
+from ausm_hf import VideoWriter, load_model, read_video, segment_video
 from ausm_hf.model.pipeline_ausm import start_session
+from ausm_hf.segment import save_segments
 from ausm_hf.visualization import draw_overlay, object_labels
 
 SIZE = (240, 426)
@@ -94,48 +98,65 @@ def run(video: Path, folder: Path, model, processor, count: int) -> dict:
                     times[stage].append(1000 * seconds)
     finally:
         del model.step
-    totals = [sum(row) for row in zip(*times.values())][WARM_UP:]
-    return {
-        "objects": count,
-        "followed": len(session.objects),
-        "frames": len(totals),
-        **{stage: statistics.median(values[WARM_UP:]) for stage, values in times.items()},
-        "total": statistics.median(totals),
-        "frames_per_second": 1000 * len(totals) / sum(totals),
-    }
+    medians = {stage: statistics.median(values[WARM_UP:]) for stage, values in times.items()}
+    return {"objects": count, **medians, "one after another": sum(medians.values())}
 
 
-def step_flops(model, processor, count: int) -> int:
-    """Floating point operations of one step in mid-stream."""
+def frames_per_second(video: Path, folder: Path, model, processor, count: int) -> float:
+    """Of decoding, segmenting, drawing and encoding, after the first frames."""
+    clock = []
+
+    def timed(results):
+        for result in results:
+            clock.append(time.perf_counter())
+            yield result
+
+    results = segment_video(video, model, processor, masks=object_masks(count))
+    save_segments(timed(results), folder / "out", ["mp4"], fps=24)
+    return (len(clock) - 1 - WARM_UP) / (time.perf_counter() - clock[WARM_UP])
+
+
+def in_mid_stream(model, processor, count: int):
+    """A frame, and the history before it."""
     session = start_session(processor, SIZE, object_masks(count))
     pixel_values = processor(images=np.zeros((*SIZE, 3), np.uint8))["pixel_values"]
     model(inference_session=session, frame=pixel_values)
+    return pixel_values, session.history
+
+
+def step_flops(model, processor, count: int) -> int:
+    """Floating point operations of one step."""
+    pixel_values, history = in_mid_stream(model, processor, count)
     # Written out, attention is matrix products, which the counter knows on every device.
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model.step(pixel_values, session.history)
+        model.step(pixel_values, history)
     model.set_attn_implementation(before)
     return counter.get_total_flops()
 
 
-def matmul_rate() -> float:
-    """Floating point operations per second of a large float32 matrix product, the best of several."""
-    a = torch.randn(1024, 1024)
-    best = float("inf")
-    for _ in range(10):
-        start = time.perf_counter()
-        torch.mm(a, a)
-        best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best
-
-
-def machine() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
+def dearest_operations(model, processor, count: int, steps: int = 10) -> list[dict]:
+    """The ten operations, by name and shapes, in which the step spends the most time of the processor."""
+    pixel_values, history = in_mid_stream(model, processor, count)
+    with torch.inference_mode():
+        model.step(pixel_values, history)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+            for _ in range(steps):
+                model.step(pixel_values, history)
+    found = profiler.key_averages(group_by_input_shape=True)
+    total = sum(event.self_cpu_time_total for event in found)
+    rows = sorted(found, key=lambda event: -event.self_cpu_time_total)[:10]
+    return [
+        {
+            "operation": event.key.removeprefix("aten::"),
+            "shapes": " ".join("x".join(map(str, shape)) for shape in event.input_shapes if shape)[:60],
+            "calls": event.count // steps,
+            "ms": event.self_cpu_time_total / 1e3 / steps,
+            "share": event.self_cpu_time_total / total,
+        }
+        for event in rows
+    ]
 
 
 def main():
@@ -144,13 +165,14 @@ def main():
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
     parser.add_argument("--frames", type=int, default=60, help=f"of the video; {WARM_UP} are not counted")
     parser.add_argument("--objects", type=int, nargs="+", default=[1, 8, 20], help="how many are marked, at most 20")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--output", type=Path, help="folder of the results (default: beside this file)")
     args = parser.parse_args()
-    if args.frames <= WARM_UP or not all(1 <= count <= 20 for count in args.objects):
-        parser.error(f"more than {WARM_UP} frames and 1 to 20 objects are wanted")
+    if args.frames <= WARM_UP + 1 or not all(1 <= count <= 20 for count in args.objects):
+        parser.error(f"more than {WARM_UP + 1} frames and 1 to 20 objects are wanted")
 
     torch.set_num_threads(args.threads)
     model, processor = load_model(args.model, "cpu", "float32")
+    model.requires_grad_(False)  # the counter of operations would look for gradients
     rate = matmul_rate()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -158,26 +180,16 @@ def main():
         write_video(video, args.frames)
         for count in args.objects:
             row = run(video, Path(folder), model, processor, count)
-            row["network_gflop"] = step_flops(model, processor, count) / 1e9
-            row["network_floor"] = 1e12 * row["network_gflop"] / rate
+            row["network floor"] = 1e3 * step_flops(model, processor, count) / rate
+            row["frames per second"] = frames_per_second(video, Path(folder), model, processor, count)
             rows.append(row)
+    operations = dearest_operations(model, processor, args.objects[0])
 
-    columns = ["objects", *STAGES, "total", "network_floor", "frames_per_second"]
-    print(f"{machine()}, {args.threads} threads, {rate / 1e9:.0f} GFLOP/s in matrix products; ms per frame")
-    print("| " + " | ".join(column.replace("_", " ") for column in columns) + " |")
-    print("|" + " --- |" * len(columns))
-    for row in rows:
-        print("| " + " | ".join(str(row["objects"]) if c == "objects" else f"{row[c]:.1f}" for c in columns) + " |")
-    if args.output:
-        result = {
-            "machine": machine(),
-            "threads": args.threads,
-            "torch": torch.__version__,
-            "frame_size": SIZE,
-            "matmul_gflops": rate / 1e9,
-            "milliseconds_per_frame": rows,
-        }
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{machine()}\n{rate / 1e9:.0f} GFLOP/s in matrix products; milliseconds per frame\n")
+    print_table(rows, rows[0])
+    print("the step's dearest operations\n")
+    print_table(operations, operations[0])
+    write_results("step", rows, args.output, frame_size=SIZE, matmul_gflops=rate / 1e9, operations=operations)
 
 
 if __name__ == "__main__":

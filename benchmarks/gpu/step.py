@@ -120,7 +120,7 @@ def main():
             row["least IoU"] = agreement(bench, model, dtype, how, check_size, count)
             if row["least IoU"] < 0.995 and not bench.dry_run:
                 raise AssertionError(f"masks fall to {row['least IoU']:.4f} of eager float32's")
-        own = copy.deepcopy(model).to(dtype)
+        own = copy.deepcopy(model).to(dtype).requires_grad_(False)
         stream = Stream(own, size, objects, how)
         clip = [frame.to(dtype) for frame in frames(8, size, bench.device)]
         row["ms"] = bench.milliseconds([lambda f=f: stream.step(f) for f in clip])
