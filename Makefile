@@ -34,11 +34,7 @@ soak: $(VENV)/.dev-ready
 	$(BIN)/python benchmarks/soak.py $(SOAK_ARGS)
 
 bench: $(VENV)/.dev-ready
-	$(BIN)/python benchmarks/scan.py
-	$(BIN)/python benchmarks/training.py
-	$(BIN)/python benchmarks/start_up.py
-	$(BIN)/python benchmarks/peers.py
-	$(BIN)/python benchmarks/step.py --output benchmarks/results/step.json
+	$(BIN)/python benchmarks/run.py
 
 lint: $(VENV)/.dev-ready
 	$(BIN)/ruff check .
