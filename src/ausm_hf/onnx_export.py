@@ -146,10 +146,13 @@ def export_onnx(
         ModuleNotFoundError: if `onnx` or `onnxscript` isn't installed: they come with `ausm-hf[onnx]`.
     """
     step = StreamingStep(model, num_slots, label_set)
+    input_names = list(step.first_inputs(height, width))
+    import onnxscript  # noqa: F401  torch would miss it only after minutes of work
+
     with _OnnxWriter(path) as writer:
         program = torch.onnx.export(
             export_step(step, height, width),
-            input_names=list(step.first_inputs(height, width)),
+            input_names=input_names,
             output_names=step.output_names(),
             dynamo=True,
             verbose=False,
