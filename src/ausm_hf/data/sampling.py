@@ -132,7 +132,8 @@ def paste_path(clip: Clip, cutout: Cutout, rng: np.random.Generator) -> np.ndarr
         middle = np.array([xs.float().mean().item(), ys.float().mean().item()])
         if steps % 2 == 0:
             time = time - time[steps // 2]
-        distance = max(distance, rng.uniform(0.3, 0.8) * width)  # far enough to be seen on both sides
+        # Far enough to be seen on both sides, but no faster than things move.
+        distance = max(distance, rng.uniform(0.3, 0.8) * width * min(1, (steps - 1) / 8))
         centres = middle + time[:, None] * distance * heading
     elif kind in ("enter", "leave", "return"):
         inside = rng.uniform(0.25, 0.75, 2) * extent
