@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from ausm_hf.training.forms import CarriedForm, IterativeForm, plan_clip, split_clip
+from ausm_hf.training.forms import CarriedForm, IterativeForm, RollOut, plan_clip, split_clip
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_iterative_form_on_true_masks_is_the_parallel_form(network, inputs):
     form = IterativeForm(network)
     instances, _ = plan_clip(network, inputs)
     steps = iter(range(4))
-    form.own_masks = lambda prediction, num_objects: instances.history_masks[:, :, next(steps)]
+    form.own_masks = lambda prediction, tracked: instances.history_masks[:, :, next(steps)]
     output = form(**inputs)
     whole = network(**inputs)
     torch.testing.assert_close(output["masks_queries_logits"], whole.masks_queries_logits, atol=1e-4, rtol=1e-4)
@@ -75,9 +75,9 @@ def test_iterative_form_feeds_back_what_it_predicts_with_gradients(network, inpu
     seen = []
     original = form.own_masks
 
-    def watched(prediction, num_objects):
+    def watched(prediction, tracked):
         prediction["foreground"] = prediction["foreground"] + 100.0  # every object counts as seen
-        masks = original(prediction, num_objects)
+        masks = original(prediction, tracked)
         masks.retain_grad()
         seen.append(masks)
         return masks
@@ -87,3 +87,23 @@ def test_iterative_form_feeds_back_what_it_predicts_with_gradients(network, inpu
     assert seen[2].grad[0, 0].abs().sum() > 0  # the prompted object of the first clip
     assert seen[2].grad[1, 0].abs().sum() > 0  # handed over in frame 2, tracked in frame 3
     assert seen[2].grad[0, 1].abs().sum() == 0  # handed over in frame 3: its history is still the truth
+
+
+def test_roll_out_is_the_stream_on_its_own_masks(network, inputs):
+    """By hand with `step`: given in the first frame, then on with what it says itself, a pixel to one object."""
+    network.foreground_head.bias.data += 0.3  # some are seen and some are not
+    inputs["switch_frames"] = [torch.tensor([0, 0]), torch.tensor([2])]
+    output = RollOut(network)(**inputs)
+    slots, taken = inputs["id_slots"][0][None], torch.ones(1, 2, dtype=torch.bool)
+    given = torch.nn.functional.avg_pool2d(inputs["mask_labels"][0][None, :, 0].float(), 4)
+    history = network.init_history(1).replace_objects(slots, taken, (given >= 0.5).float())
+    for t in range(4):
+        with torch.no_grad():
+            step = network.step(inputs["pixel_values_videos"][:1, t], history)
+        logits, foreground = step.masks_queries_logits[0, :2], step.foreground_queries_logits[0, :2]
+        torch.testing.assert_close(output["masks_queries_logits"][0, t, :2], logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(output["foreground_queries_logits"][0, t, :2], foreground, atol=1e-4, rtol=1e-4)
+        logits = logits.masked_fill((foreground <= 0)[:, None, None], -100.0)
+        masks = torch.stack([(logits[0] > 0) & (logits[0] >= logits[1]), (logits[1] > 0) & (logits[1] >= logits[0])])
+        history = step.history.replace_objects(slots, taken, masks[None].float())
+    assert not output["masks_queries_logits"].requires_grad

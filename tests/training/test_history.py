@@ -115,6 +115,22 @@ def test_sampled_history_takes_predictions_where_the_network_tracks():
     assert torch.equal(untouched, masks)
 
 
+def test_sampled_masks_do_not_overlap():
+    masks = squares(num_objects=2)
+    logits = torch.full((5, 2, 16, 16), -9.0)
+    logits[:, 0, :, :10] = 2.0
+    logits[:, 1, :, 6:] = 5.0
+    foreground = torch.full((5, 2), 9.0)
+    sampled = sample_history(masks, logits, foreground, torch.tensor([0, 0]), 1.0, 0.5, clip_generator(0, 0))
+    later = sampled[:, 1:].bool()
+    assert not (later[0] & later[1]).any()
+    assert later[1, :, :, 26:].all() and later[0, :, :, :22].all()  # both claim columns 6 to 9; the second more
+    # Who isn't seen takes nothing from others.
+    foreground = torch.tensor([[9.0, -9.0]]).expand(5, 2)
+    sampled = sample_history(masks, logits, foreground, torch.tensor([0, 0]), 1.0, 0.5, clip_generator(0, 0))
+    assert sampled[0, 1:, :, :36].bool().all() and not sampled[1, 1:].any()
+
+
 def test_prompts_are_signals_of_each_kind():
     """Of a disc: a box holds it, clicks and scribbles lie on it, corrected masks are nearly right."""
     y, x = torch.meshgrid(torch.arange(128), torch.arange(160), indexing="ij")

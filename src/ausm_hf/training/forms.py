@@ -107,7 +107,8 @@ class CarriedForm(nn.Module):
 
 
 class IterativeForm(nn.Module):
-    """Frame by frame, with the network's own masks as history and gradients through them.
+    """
+    Frame by frame, with the network's own masks as history and gradients through them.
 
     An object enters the history with its true mask in the frame in which it is handed over (or as its prompt); from
     then on its mask is what the network predicts, unbinarised, so that gradients pass.
@@ -123,9 +124,16 @@ class IterativeForm(nn.Module):
         Returns:
             "loss", "loss_dict" and "masks_queries_logits" (B, T, N + N_det, h, w).
         """
+        instances, plan = plan_clip(self.network, inputs)
+        predictions = self.unroll(inputs["pixel_values_videos"], plan)
+        loss, loss_dict = self.network.criterion(
+            predictions, instances, plan, inputs["label_sets"], num_instances=inputs.get("num_instances")
+        )
+        return {"loss": loss, "loss_dict": loss_dict, "masks_queries_logits": predictions[-1]["masks"]}
+
+    def unroll(self, frames: Tensor, plan: TeacherForcing) -> list[dict[str, Any]]:
+        """What `layer_predictions` of the network gives of clips (B, T, 3, H, W), all frames joined."""
         network = self.network
-        instances, plan = plan_clip(network, inputs)
-        frames = inputs["pixel_values_videos"]
         history = network.init_history(frames.shape[0])
         own_masks = None
         steps = []
@@ -145,17 +153,41 @@ class IterativeForm(nn.Module):
             predictions = network.layer_predictions(output)
             steps.append(predictions)
             history = output.history
-            own_masks = self.own_masks(predictions[-1], masks.shape[1])
-        predictions = [_join_frames(layer) for layer in zip(*steps)]
-        loss, loss_dict = network.criterion(
-            predictions, instances, plan, inputs["label_sets"], num_instances=inputs.get("num_instances")
-        )
-        return {"loss": loss, "loss_dict": loss_dict, "masks_queries_logits": predictions[-1]["masks"]}
+            own_masks = self.own_masks(predictions[-1], plan.taken[:, t])
+        return [_join_frames(layer) for layer in zip(*steps)]
 
-    def own_masks(self, prediction: dict[str, Any], num_objects: int) -> Tensor:
-        """(B, N, h, w) in [0, 1]; as at inference an object that isn't seen leaves no mask."""
-        seen = prediction["foreground"][:, 0, :num_objects].sigmoid() > self.network.config.foreground_threshold
-        return prediction["masks"][:, 0, :num_objects].sigmoid() * seen[..., None, None]
+    def own_masks(self, prediction: dict[str, Any], tracked: Tensor) -> Tensor:
+        """(B, N, h, w) in [0, 1], of what is tracked, bool (B, N); an object that isn't seen leaves no mask."""
+        return prediction["masks"][:, 0, : tracked.shape[1]].sigmoid() * self.seen(prediction, tracked)
+
+    def seen(self, prediction: dict[str, Any], tracked: Tensor) -> Tensor:
+        """Which objects of the frame are in it, bool (B, N, 1, 1)."""
+        probabilities = prediction["foreground"][:, 0, : tracked.shape[1]].sigmoid()
+        return (probabilities > self.network.config.foreground_threshold)[..., None, None]
+
+
+class RollOut(IterativeForm):
+    """The network left alone with a clip, without gradient, as at inference: where its own errors lead it."""
+
+    @torch.no_grad()
+    def forward(self, **inputs) -> dict[str, Any]:
+        """Takes what [`IterativeForm`] takes.
+
+        Returns:
+            "masks_queries_logits" (B, T, N + N_det, h, w) and "foreground_queries_logits" (B, T, N + N_det).
+        """
+        _, plan = plan_clip(self.network, inputs)
+        prediction = self.unroll(inputs["pixel_values_videos"], plan)[-1]
+        return {
+            "masks_queries_logits": prediction["masks"],
+            "foreground_queries_logits": prediction["foreground"],
+        }
+
+    def own_masks(self, prediction: dict[str, Any], tracked: Tensor) -> Tensor:
+        """Binary masks that do not overlap: a pixel belongs to the object with the highest logit, if to any."""
+        logits = prediction["masks"][:, 0, : tracked.shape[1]]
+        rivals = logits.masked_fill(~(self.seen(prediction, tracked) & tracked[..., None, None]), -torch.inf)
+        return ((rivals > 0) & (rivals == rivals.amax(dim=1, keepdim=True))).to(logits.dtype)
 
 
 def _join_frames(predictions: tuple[dict[str, Any], ...]) -> dict[str, Any]:

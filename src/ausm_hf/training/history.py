@@ -168,7 +168,7 @@ def sample_history(
     """True masks, some of them replaced by what the network predicted (scheduled sampling).
 
     Only masks that the network tracks can be its own: those after frame s_i, and not the prompt in the first frame.
-    As at inference, a mask is empty where its foreground probability is below the threshold.
+    As at inference, a mask is empty where its foreground probability is below the threshold, and no two overlap.
 
     Args:
         masks: (N, T, H, W) bool, uint8 or float; not changed.
@@ -181,15 +181,17 @@ def sample_history(
         (N, T, H, W) in the dtype and on the device of `masks`.
     """
     num_objects, num_frames, height, width = masks.shape
+    if num_objects == 0:
+        return masks
     tracked = torch.arange(num_frames) >= switch_frames.cpu().clamp(min=1)[:, None]
     replaced = torch.rand(num_objects, num_frames, generator=generator) < probability
-    where = (tracked & replaced).to(masks.device)
-    logits = mask_logits.float().transpose(0, 1)[where]
-    predicted = F.interpolate(logits[:, None], size=(height, width), mode="bilinear", align_corners=False)[:, 0] > 0
-    seen = foreground_logits.float().sigmoid().transpose(0, 1)[where] > foreground_threshold
-    sampled = masks.clone()
-    sampled[where] = (predicted & seen[:, None, None]).to(masks.dtype)
-    return sampled
+    seen = foreground_logits.float().sigmoid().T > foreground_threshold
+    logits = F.interpolate(mask_logits.float(), size=(height, width), mode="bilinear", align_corners=False)
+    # A pixel belongs to the object with the highest logit, of those that are tracked and seen.
+    candidates = (tracked.to(masks.device) & seen)[..., None, None]
+    logits = logits.transpose(0, 1).masked_fill(~candidates, -torch.inf)
+    predicted = (logits > 0) & (logits == logits.amax(dim=0))
+    return torch.where((tracked & replaced).to(masks.device)[..., None, None], predicted.to(masks.dtype), masks)
 
 
 def _dilate(masks: torch.Tensor, radius: int) -> torch.Tensor:

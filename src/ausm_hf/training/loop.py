@@ -42,7 +42,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .data import build_data
-from .forms import CarriedForm, IterativeForm, split_clip
+from .forms import CarriedForm, IterativeForm, RollOut, split_clip
 from .history import clip_generator, corrupt_history, draw_prompts, sample_history, switch_frames_of_clip
 from .initialization import load_imagenet_weights
 from .optimizer import build_optimizer, is_backbone_parameter, learning_rate_factor, set_learning_rate
@@ -379,8 +379,9 @@ def training_inputs(recipe: Recipe, network: Any, indices: list[int], batch: dic
     }
     if recipe.scheduled_sampling:
         network.eval()
+        form = RollOut(network) if recipe.scheduled_sampling_form == "iterative" else network
         with torch.no_grad():
-            first_pass = network(**inputs)
+            first_pass = form(**inputs)
         train_mode(network, recipe)
         # Queries are in the order [A; V], the ID vectors in the order of the objects.
         inputs["history_masks"] = [

@@ -111,6 +111,9 @@ class Recipe:
         prompt_signals: probability that an object of the first frame is given as a box, clicks or a scribble, not as
             a mask.
         scheduled_sampling: probability that a mask in the history is the network's own prediction.
+        scheduled_sampling_form: how these predictions are made. "parallel": all frames at once from the true history,
+            so they hold the errors of a single step. "iterative": frame by frame from the network's own masks, so
+            errors add up as at inference.
         carried_state: clips are cut into this many pieces of `data.num_frames`; the state passes, detached, from each
             piece to the next, so the network trains on a history longer than T. 1 is off.
         ema_decay: also keep an exponential moving average of the weights; None is off.
@@ -133,6 +136,7 @@ class Recipe:
     history_corruption: float = 0.0
     prompt_signals: float = 0.0
     scheduled_sampling: float = 0.0
+    scheduled_sampling_form: str = "parallel"
     carried_state: int = 1
     ema_decay: float | None = None
     freeze_backbone: bool = False
@@ -149,6 +153,7 @@ class Recipe:
     def validate(self) -> None:
         """Raises ValueError naming the first key whose value cannot work. Loads nothing."""
         _check_choice("mode", self.mode, ("parallel", "iterative"))
+        _check_choice("scheduled_sampling_form", self.scheduled_sampling_form, ("parallel", "iterative"))
         _check_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         _check_choice("optim.schedule", self.optim.schedule, ("linear", "cosine", "step", "constant"))
         for key in ("switch_frame_prompt_probability", "history_corruption", "prompt_signals", "scheduled_sampling"):
