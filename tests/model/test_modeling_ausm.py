@@ -380,3 +380,34 @@ def test_tokens_and_maps_share_memory():
     assert maps.stride() == (96, 1, 32, 8)
     assert to_tokens(maps).data_ptr() == tokens.data_ptr()
     torch.testing.assert_close(to_tokens(maps), tokens)
+
+
+def test_followed_objects_first_look_where_they_were_last_seen():
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    masks = torch.zeros(1, 3, 32, 32)
+    masks[0, 0, :8, :8] = 1  # one cell of stride 32
+    masks[0, 1, 20:, 4:30] = 1  # the two cells below; the third object is away and looks everywhere
+    slots, taken = torch.tensor([[3, 0, 5]]), torch.ones(1, 3, dtype=torch.bool)
+    history = model.init_history(1).replace_objects(slots, taken, masks)
+    with torch.no_grad():
+        output = model.model(torch.randn(1, 1, 3, 128, 128), history=history, output_attentions=True)
+    first = output.cross_attentions[0][0].sum(dim=0).unflatten(-1, (4, 4))  # (Q, h, w) at stride 32
+    assert (first[0] > 0).nonzero().tolist() == [[0, 0]]
+    assert (first[1] > 0).nonzero().tolist() == [[row, column] for row in (2, 3) for column in range(4)]
+    assert (first[2] > 0).all()
+
+
+def test_untrained_marks_already_say_whose_pixel_is_whose():
+    """In a picture with three marked squares, each ID vector has the highest logit in its own square."""
+    torch.manual_seed(0)
+    model = AusmForUniversalSegmentation(AusmConfig.from_preset("nano")).eval()
+    masks = torch.zeros(1, 3, 32, 32)
+    for index, (top, left) in enumerate([(0, 0), (16, 0), (8, 18)]):
+        masks[0, index, top : top + 14, left : left + 14] = 1
+    slots, taken = torch.tensor([[3, 0, 25]]), torch.ones(1, 3, dtype=torch.bool)
+    history = model.init_history(1).replace_objects(slots, taken, masks)
+    with torch.no_grad():
+        winner = model.step(torch.randn(1, 3, 128, 128), history).masks_queries_logits[0, :3].argmax(dim=0)
+    for index in range(3):
+        assert (winner[masks[0, index] > 0] == index).float().mean() > 0.95

@@ -135,9 +135,10 @@ class AusmConfig(PreTrainedConfig):
             Transformer decoder layer does. The paper only says "Transformer decoder layers".
         history_local_kernel (`int`, *optional*, defaults to 0):
             Side of a depthwise convolution that brings the compressed past to the same place of the current frame,
-            before the History Decoder looks further; odd. Marks then pass a linear layer that starts them louder than
-            the features. 0, the paper's form, has neither. Without them a small network that is trained briefly hardly
-            learns to heed its history.
+            before the History Decoder looks further; odd. Marks then pass a linear layer of their own, and what the
+            history says of a pixel is read out again with the ID vector of each followed object, as a start for the
+            logits of its mask. 0, the paper's form, has none of this. Without it a small network that is trained
+            briefly hardly learns to heed its history, and confuses objects.
         history_gate_init (`float`, *optional*, defaults to 0.0):
             Initial gate of what the history adds to the frame's features. 0 makes a fresh network reproduce the
             Mask2Former that it was initialised from; networks that start without one start at 1.

@@ -276,6 +276,23 @@ class AusmHistoryDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.feedforward(self.feedforward_norm(hidden_states))
 
 
+class AusmMarkReadout(nn.Module):
+    """
+    How much of each ID vector the history sees at each pixel, as a logit: the product of the vector, as it is painted,
+    with what the history says. Followed objects' masks start from it, so whose pixel is whose needs no learning.
+    """
+
+    def __init__(self, config: AusmConfig):
+        super().__init__()
+        self.scaling = config.hidden_size**-0.5
+        self.projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.offset = nn.Parameter(torch.zeros(1))
+
+    def forward(self, id_vectors: Tensor, change: Tensor) -> Tensor:
+        """ID vectors (N, n, D) and `G - X` (N, D, h, w) to logits (N, n, h, w)."""
+        return torch.einsum("nid,ndhw->nihw", self.projection(id_vectors) * self.scaling, change) + self.offset
+
+
 class AusmHistoryEncoder(nn.Module):
     """
     From marked past frames to what they say about the present one: `E_t = X_{t-1} + marks`,
@@ -290,11 +307,12 @@ class AusmHistoryEncoder(nn.Module):
         self.initial_features = nn.Parameter(torch.zeros(config.hidden_size))
         self.compressor = nn.ModuleList(AusmCompressorLayer(config) for _ in range(config.num_compressor_layers))
         self.memory_norm = nn.LayerNorm(config.hidden_size)
-        self.mark_projection = self.local_read = None
+        self.mark_projection = self.local_read = self.mark_readout = None
         if config.history_local_kernel:
             size, kernel = config.hidden_size, config.history_local_kernel
             self.mark_projection = nn.Linear(size, size)
             self.local_read = nn.Conv2d(size, size, kernel, padding=kernel // 2, groups=size)
+            self.mark_readout = AusmMarkReadout(config)
         self.decoder = nn.ModuleList(AusmHistoryDecoderLayer(config) for _ in range(config.num_history_decoder_layers))
         self.output_norm = nn.LayerNorm(config.hidden_size)
         self.output_projection = nn.Linear(config.hidden_size, config.hidden_size)
@@ -303,6 +321,10 @@ class AusmHistoryEncoder(nn.Module):
     def mark_vectors(self, id_vectors: Tensor) -> Tensor:
         """What ID vectors (..., D) are painted as."""
         return id_vectors if self.mark_projection is None else self.mark_projection(id_vectors)
+
+    def read_marks(self, id_vectors: Tensor, change: Tensor) -> Tensor | None:
+        """Logits (N, n, h, w) of ID vectors (N, n, D) in `change` (N, D, h, w); None without a read-out."""
+        return None if self.mark_readout is None else self.mark_readout(id_vectors, change)
 
     def forward(
         self, features: Tensor, marks: Tensor, positions: Tensor, history: AusmHistory

@@ -183,20 +183,25 @@ class AusmPreTrainedModel(PreTrainedModel):
         elif isinstance(module, AusmHistoryEncoder):
             init.normal_(module.initial_features)
             init.constant_(module.gate, self.config.history_gate_init)
-            layer: Any
-            for layer in module.decoder:
+            encoder: Any = module  # of its parts some may be None
+            for layer in encoder.decoder:
                 # Frames start by looking at what is alike in the past, and near.
                 init.copy_(layer.cross_attention.k_proj.weight, layer.cross_attention.q_proj.weight)
-            if module.local_read is not None and module.mark_projection is not None:
-                # Marks start loud, with something in common, and reach the same place of the next frame unchanged:
-                # a network learns to heed quickly what it can't overlook.
+            if self.config.history_local_kernel:
+                # Marks start with something in common, and reach the same place of the next frame, and what looks
+                # alike, unchanged: a network learns to heed quickly what it can't overlook.
                 identity = torch.eye(self.config.hidden_size)
-                init.copy_(module.mark_projection.weight, 3 * identity)
-                init.normal_(module.mark_projection.bias, std=3)
-                init.dirac_(module.local_read.weight, groups=self.config.hidden_size)
-                init.copy_(module.local_read.weight, 3 * module.local_read.weight)
-                init.zeros_(cast(Tensor, module.local_read.bias))
-                init.copy_(module.output_projection.weight, 2 * identity)
+                init.copy_(encoder.mark_projection.weight, 1.5 * identity)
+                init.normal_(encoder.mark_projection.bias)
+                init.dirac_(encoder.local_read.weight, groups=self.config.hidden_size)
+                init.copy_(encoder.local_read.weight, 3 * encoder.local_read.weight)
+                init.zeros_(encoder.local_read.bias)
+                for layer in encoder.decoder:
+                    init.copy_(layer.cross_attention.v_proj.weight, identity)
+                    init.copy_(layer.cross_attention.out_proj.weight, identity)
+                init.copy_(encoder.output_projection.weight, 2 * identity)
+                init.copy_(encoder.mark_readout.projection.weight, 0.7 * identity)
+                init.constant_(encoder.mark_readout.offset, -3.0)
         elif isinstance(module, Mask2FormerPixelDecoder):
             init.normal_(module.level_embed)
         elif isinstance(module, Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention):
@@ -345,12 +350,12 @@ class AusmModel(AusmPreTrainedModel):
         size = features.shape[-2], features.shape[-1]
 
         # What the history says of it
+        def over_frames(x: Tensor) -> Tensor:
+            return x.unsqueeze(1).expand(-1, frames, *x.shape[1:]).flatten(0, 1)
+
         id_vectors = self.id_vectors(id_slots)
-        marks = mark_history(
-            self.history_encoder.mark_vectors(id_vectors).unsqueeze(1).expand(-1, frames, -1, -1).flatten(0, 1),
-            (history_masks * taken[..., None, None]).flatten(0, 1),
-            size,
-        )
+        history_masks_seen = (history_masks * taken[..., None, None]).flatten(0, 1)
+        marks = mark_history(over_frames(self.history_encoder.mark_vectors(id_vectors)), history_masks_seen, size)
         positions = sine_positions(size, features.shape[1], features.device, features.dtype)
         stacked = features.unflatten(0, (batch, frames))
         change, states = self.history_encoder(stacked, marks.unflatten(0, (batch, frames)), positions, history)
@@ -359,10 +364,9 @@ class AusmModel(AusmPreTrainedModel):
         levels = [features + change, *coarser]
         mask_features = self.pixel_encoder.mask_features(levels[0], feature_maps[0])
 
-        # Who is where
-        def over_frames(x: Tensor) -> Tensor:
-            return x.unsqueeze(1).expand(-1, frames, *x.shape[1:]).flatten(0, 1)
+        tracked_logits = self.history_encoder.read_marks(over_frames(id_vectors), change)
 
+        # Who is where
         # Called, not read: see `HeldConv1d`.
         numbers = torch.arange(self.config.num_detection_queries, device=images.device)
         detections = self.detection_queries(numbers).expand(batch, -1, -1)
@@ -374,6 +378,8 @@ class AusmModel(AusmPreTrainedModel):
             query_mask if id_slots.shape[1] else None,
             levels,
             mask_features,
+            history_masks_seen,
+            tracked_logits,
             output_intermediate,
         )
         hidden_states = [x.unflatten(0, (batch, frames)) for x in states_per_layer]

@@ -189,6 +189,8 @@ class AusmPixelDecoder(nn.Module):
         query_mask: Tensor | None,
         levels: list[Tensor],
         mask_features: Tensor,
+        tracked_masks: Tensor,
+        tracked_logits: Tensor | None,
         output_intermediate: bool,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """
@@ -197,16 +199,28 @@ class AusmPixelDecoder(nn.Module):
             query_mask (`torch.BoolTensor` of shape `(N, 1, 1, Q)`, *optional*): False where a query is padding.
             levels (`list[torch.Tensor]`): Maps (N, D, ., .) at strides 8, 16, 32.
             mask_features (`torch.Tensor` of shape `(N, C, h, w)`): The map that masks are read from.
+            tracked_masks (`torch.Tensor` of shape `(N, n, ., .)`): `M_{t-1}`: where the first n queries were last
+                seen. They start by looking there.
+            tracked_logits (`torch.Tensor` of shape `(N, n, ., .)`, *optional*): Added to the masks of the first n
+                queries.
             output_intermediate (`bool`): Whether to give masks for every layer or only for the last one.
 
         Returns:
             Normalised query states and mask logits (N, Q, h, w), one entry per prediction.
         """
+        tracked = tracked_masks.shape[1]
+
+        def with_tracked_logits(masks: Tensor) -> Tensor:
+            if tracked_logits is None or not tracked:
+                return masks
+            logits = F.interpolate(tracked_logits, size=masks.shape[-2:], mode="bilinear", align_corners=False)
+            return torch.cat([masks[:, :tracked] + logits, masks[:, tracked:]], dim=1)
+
+        sizes = [(level.shape[-2], level.shape[-1]) for level in reversed(levels)]
         maps, positions, small_mask_features = [], [], []
         # Called, not read: see `HeldConv1d`.
         level_embeds = self.level_embed(torch.arange(len(levels), device=queries.device))
-        for level_embed, level in zip(level_embeds, reversed(levels)):
-            size = level.shape[-2], level.shape[-1]
+        for level_embed, level, size in zip(level_embeds, reversed(levels), sizes):
             maps.append(to_tokens(level) + level_embed)
             positions.append(sine_positions(size, level.shape[1], level.device, level.dtype))
             # Interpolation is linear, so it may come before the product with the mask embeddings.
@@ -219,11 +233,17 @@ class AusmPixelDecoder(nn.Module):
             mask_embeddings = self.mask_embedder(normed)
             if output_intermediate or layer is None:
                 all_states.append(normed)
-                all_masks.append(torch.einsum("nqc,nchw->nqhw", mask_embeddings, mask_features))
+                masks = torch.einsum("nqc,nchw->nqhw", mask_embeddings, mask_features)
+                all_masks.append(with_tracked_logits(masks))
             if layer is None:
                 break
             number = index % len(levels)
-            foreground = torch.bmm(mask_embeddings.detach(), small_mask_features[number]) >= 0
+            small_masks = torch.bmm(mask_embeddings.detach(), small_mask_features[number])
+            foreground = with_tracked_logits(small_masks.unflatten(-1, sizes[number])) >= 0
+            if index == 0 and tracked:
+                last_seen = F.interpolate(tracked_masks, size=sizes[number], mode="area") > 0
+                foreground = torch.cat([last_seen, foreground[:, tracked:]], dim=1)
+            foreground = foreground.flatten(2)
             # A query whose mask is empty looks everywhere.
             foreground = foreground | ~foreground.any(dim=-1, keepdim=True)
             queries = layer(
