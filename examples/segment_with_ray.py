@@ -11,8 +11,13 @@ Each actor holds the model once and takes one video at a time; on a cluster with
 import sys
 
 import numpy as np
+import pyarrow as pa
 import ray
 from pycocotools import mask as rle_tools
+
+INTEGERS, TEXTS = ("frame", "id", "height", "width"), ("video", "path", "label", "counts", "error")
+# Said beforehand, or a file in which all of a column is missing would not go together with the others.
+SCHEMA = pa.schema([(x, pa.int32()) for x in INTEGERS] + [("score", pa.float64())] + [(x, pa.string()) for x in TEXTS])
 
 
 class Segment:
@@ -24,23 +29,17 @@ class Segment:
 
     def __call__(self, row: dict):
         """The rows of one video; of one that can't be read, a row that says why."""
-        empty = dict.fromkeys(["frame", "id", "label", "score", "height", "width", "counts"])
+        row = dict.fromkeys(SCHEMA.names) | row
         try:
             for result in self.segment_video(row["path"], self.model, self.processor):
                 height, width = result.masks.shape
                 for item in result.objects:
                     rle = rle_tools.encode(np.asfortranarray(result.masks == item["id"]).view(np.uint8))
-                    yield {
-                        **row,
-                        "frame": result.index,
-                        **{key: item[key] for key in ("id", "label", "score")},
-                        "height": height,
-                        "width": width,
-                        "counts": rle["counts"].decode(),
-                        "error": None,
-                    }
+                    row |= {key: item[key] for key in ("id", "label", "score")}
+                    row |= {"frame": result.index, "height": height, "width": width, "counts": rle["counts"].decode()}
+                    yield row.copy()
         except ValueError as error:
-            yield {**row, **empty, "error": str(error)}
+            yield dict.fromkeys(SCHEMA.names) | {"video": row["video"], "path": row["path"], "error": str(error)}
 
 
 def main(output: str, pattern: str, model_name: str | None = None, num_actors: int = 1):
@@ -52,7 +51,7 @@ def main(output: str, pattern: str, model_name: str | None = None, num_actors: i
         fn_constructor_args=[model_name],
         compute=ray.data.ActorPoolStrategy(size=num_actors),
     )
-    rows.write_parquet(output)
+    rows.write_parquet(output, schema=SCHEMA)
 
 
 if __name__ == "__main__":
