@@ -1,10 +1,11 @@
 """Does the model find all objects of a photograph, and does it know what they are?
 
-    python benchmarks/stills_ap.py --root ROOT [--model ID_OR_PATH] [--output DIR]
+    python benchmarks/stills_ap.py --root ROOT [--model ID_OR_PATH] [--output DIR] [--passes 2 | --traversal]
 
 ROOT is what `python -m ausm_hf.data.prepare` wrote. Measured are the photographs of four sets that are kept out of
 training: every tenth of `coco_mini`, `cats`, `balloon` and `fashion`, in which every object of the set's classes is
-labelled. Nothing is prompted; every photograph is a stream of its own, of one frame.
+labelled. Nothing is prompted; every photograph is a stream of its own, of one frame, or of as many as `--passes` or
+`--traversal` make of it (the paper's inference compute scaling).
 
 - **class-aware**: AP of pycocotools over COCO's classes. A set speaks only for the classes it labels: in `cats` what
   is called a chair counts neither for nor against. Balloons are no class of COCO.
@@ -23,7 +24,6 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
-import torch
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -32,6 +32,7 @@ from tqdm import tqdm
 from ausm_hf.data.clips import load_frames, load_masks
 from ausm_hf.data.labels import COCO_LABELS
 from ausm_hf.data.stills import stills
+from ausm_hf.evaluation.runner import Inference, predict_video
 from ausm_hf.segment import load_model
 
 SETS = ("coco_mini", "cats", "balloon", "fashion")
@@ -50,21 +51,11 @@ def held_out_photographs(root: str) -> list[dict]:
     return photographs
 
 
-def find_objects(frame: np.ndarray, model, processor, threshold: float) -> list[dict]:
-    """What the model finds in a photograph (H, W, 3): `{"mask": bool (H, W), "label", "score"}` each."""
-    session = processor.init_video_session(
-        foreground_threshold=threshold, find_new_objects=True, label_set="coco", seed=0
-    )
-    pixel_values = processor(images=frame)["pixel_values"]
-    with torch.no_grad():
-        output = model(inference_session=session, frame=pixel_values)
-    result = processor.post_process_instance_segmentation(
-        output, target_sizes=[frame.shape[:2]], return_binary_maps=True
-    )[0]
-    masks = result["segmentation"].cpu().numpy()
+def find_objects(row: dict, model, processor, inference: Inference) -> list[dict]:
+    """What the model finds in a photograph: `{"mask": bool (H, W), "label", "score"}` each."""
+    ((_, result),) = predict_video(row, model, processor, inference)
     return [
-        {"mask": mask, "label": info["label"], "score": info["score"]}
-        for mask, info in zip(masks, result["segments_info"])
+        {"mask": result.masks == item["id"], "label": item["label"], "score": item["score"]} for item in result.objects
     ]
 
 
@@ -169,8 +160,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--threshold", type=float, default=0.05, help="least foreground probability; AP ranks what is above"
     )
+    parser.add_argument("--passes", type=int, default=1, help="times to show each photograph; the last result counts")
+    parser.add_argument("--traversal", action="store_true", help="four views of 90%% between two full ones")
     args = parser.parse_args(arguments)
+    if args.traversal and args.passes > 1:
+        parser.error("--traversal and --passes don't go together")
 
+    inference = Inference(
+        "unprompted", label_set="coco", threshold=args.threshold, passes=args.passes, traversal=args.traversal
+    )
     rows = held_out_photographs(args.root)
     model, processor = load_model(args.model)
     if "coco" not in model.config.label_sets:
@@ -179,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
     for row in tqdm(rows, "photographs"):
         frame = load_frames(row, [0])[0]
         true, ignore = true_objects(row, frame.shape[:2])
-        found = find_objects(frame, model, processor, args.threshold)
+        found = find_objects(row, model, processor, inference)
         for item in found:
             item["mask"] &= ~ignore
         found = [item for item in found if item["mask"].any()]
@@ -190,6 +188,8 @@ def main(arguments: list[str] | None = None) -> None:
         "photographs": {name: sum(row["video_id"].startswith(f"{name}/") for row in rows) for name in SETS},
         "objects": sum(len(photograph["true"]) for photograph in photographs),
         "threshold": args.threshold,
+        "passes": args.passes,
+        "traversal": args.traversal,
         "class-aware": average_precision(photographs, True),
         "class-agnostic": average_precision(photographs, False),
         "labels": right_labels(photographs),
