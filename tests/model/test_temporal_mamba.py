@@ -1,6 +1,7 @@
 """The temporal mixers against transformers, against mamba-ssm's reference functions, and against themselves."""
 
 import importlib.util
+import inspect
 import sys
 from unittest import mock
 
@@ -75,6 +76,9 @@ def transformers_mixer(mixer: nn.Module):
         modeling = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
         from transformers import Mamba2Config
 
+        groups_known = "group_size" in inspect.signature(modeling.MambaRMSNormGated.__init__).parameters
+        if mixer.n_groups > 1 and not groups_known:
+            pytest.skip("this version of transformers normalises over all groups together")
         heads, head_dim, state_size = mixer.ssm_shape
         config = Mamba2Config(
             hidden_size=HIDDEN,
