@@ -698,3 +698,15 @@ def test_network_camera(web):
     source = read_video(f"{web}/camera")
     seen = [frame for _, frame in zip(range(40), source)]
     assert source.size == (48, 64) and psnr(seen[0], smooth_frames(1)[0]) > 33
+
+
+def test_a_title_in_any_encoding(tmp_path):
+    path = tmp_path / "titled.mkv"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "abcdefgh"
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for frame in (av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24"), None):
+            container.mux(stream.encode(frame))
+    path.write_bytes(path.read_bytes().replace(b"abcdefgh", b"ab\xff\xfe\xe9fgh"))  # no UTF-8
+    assert len(list(read_video(path))) == 1

@@ -18,7 +18,7 @@ from fractions import Fraction
 from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -27,6 +27,8 @@ from PIL import Image, ImageOps
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 STREAM_SCHEMES = tuple(f"{x}://" for x in ("http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "srt", "tcp", "udp"))
 FPS_WHEN_UNKNOWN = 24
+# Titles and the like come in any encoding. From version 19 on PyAV takes them as they are, and has no such argument.
+ANY_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 HELD_BYTES = 256 * 2**20  # of frames, for reading backwards
 
 
@@ -365,7 +367,7 @@ def _read_container(
 
     def open_stream():
         try:
-            container = av.open(location, metadata_errors="replace", **options)
+            container = av.open(location, **ANY_METADATA, **options)
         except (av.FFmpegError, OSError) as error:
             # `from None`: the original names the whole URL, with the password that may be in it.
             raise ValueError(f"video {name!r} can't be opened: {error.strerror or 'unknown reason'}") from None

@@ -81,6 +81,8 @@ def unpack(path: str | os.PathLike, folder: Path, limits: Limits):
     """Writes the frames of a video and what is known of them. Raises Refused."""
     import av
 
+    from ..video import ANY_METADATA
+
     options = {
         "protocol_whitelist": "file",
         "codec_whitelist": ",".join(DECODERS),
@@ -89,7 +91,7 @@ def unpack(path: str | os.PathLike, folder: Path, limits: Limits):
     times: list[float | None] = []
     try:
         demuxer = demuxer_of(path)
-        with av.open(os.path.abspath(path), format=demuxer, options=options, metadata_errors="replace") as container:
+        with av.open(os.path.abspath(path), format=demuxer, options=options, **ANY_METADATA) as container:
             if not container.streams.video:
                 raise Refused("There are no pictures in this file.")
             stream = container.streams.video[0]
