@@ -114,5 +114,8 @@ def test_sharded_processes_have_the_gradients_of_one_and_go_on_exactly(tiny, tin
     assert stopped.keys() == whole.keys() and all(torch.equal(stopped[name], whole[name]) for name in whole)
     with pytest.raises(AssertionError):  # the recipe is refused in both processes
         run_two(run_sharded, tiny, network, tmp_path / "average", ("ema_decay=0.9", *options))
+    sampling = ("scheduled_sampling=0.5", "scheduled_sampling_form=iterative")
+    with pytest.raises(AssertionError):
+        run_two(run_sharded, tiny, network, tmp_path / "average", (*sampling, *options))
     assert not (tmp_path / "average").exists()
     assert checkpoints(tmp_path / "one")[-1].name == "step-00000002"

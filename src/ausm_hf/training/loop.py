@@ -118,6 +118,8 @@ def train(
         )
     if sharded and recipe.ema_decay is not None:
         raise ValueError("ema_decay: the moving average is of whole parameters; want null with FSDP")
+    if sharded and recipe.scheduled_sampling and recipe.scheduled_sampling_form == "iterative":
+        raise ValueError("scheduled_sampling_form: 'iterative' calls parts of the network; want 'parallel' with FSDP")
     set_seed(recipe.seed)
     config = build_config(recipe) if model is None else model.config
     processor: Any = build_processor(recipe, config) if isinstance(config, AusmConfig) else None
