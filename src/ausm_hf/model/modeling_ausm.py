@@ -200,7 +200,8 @@ class AusmPreTrainedModel(PreTrainedModel):
                     init.copy_(layer.cross_attention.v_proj.weight, identity)
                     init.copy_(layer.cross_attention.out_proj.weight, identity)
                 init.copy_(encoder.output_projection.weight, 2 * identity)
-                init.copy_(encoder.mark_readout.projection.weight, 0.7 * identity)
+                # About 8 where the vector was painted, whatever the hidden size; 5 with the offset.
+                init.copy_(encoder.mark_readout.projection.weight, 8 * encoder.mark_readout.scaling * identity)
                 init.constant_(encoder.mark_readout.offset, -3.0)
         elif isinstance(module, Mask2FormerPixelDecoder):
             init.normal_(module.level_embed)
