@@ -26,22 +26,20 @@ def build_optimizer(model: nn.Module, recipe: OptimRecipe) -> torch.optim.AdamW:
         AdamW whose groups carry "base_lr", the value that `set_learning_rate` scales.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
-                continue
-            backbone = is_backbone_parameter(f"{module_name}.{name}")
-            groups.setdefault((backbone, _decays(module, name, parameter)), []).append(parameter)
     # A tied parameter shows up under every module that holds it; the optimizer wants it once.
     seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            backbone = is_backbone_parameter(f"{module_name}.{name}")
+            groups.setdefault((backbone, _decays(module, name, parameter)), []).append(parameter)
     param_groups = []
     for (backbone, decays), parameters in sorted(groups.items(), key=lambda item: item[0]):
-        once = [p for p in parameters if id(p) not in seen]
-        seen.update(map(id, once))
         lr = recipe.lr * (recipe.backbone_lr_factor if backbone else 1.0)
         decay = recipe.weight_decay if decays else 0.0
-        if once:
-            param_groups.append({"params": once, "lr": lr, "base_lr": lr, "weight_decay": decay})
+        param_groups.append({"params": parameters, "lr": lr, "base_lr": lr, "weight_decay": decay})
     if not param_groups:
         raise ValueError("model: no parameter needs a gradient, there is nothing to train")
     first, second = recipe.betas
