@@ -241,7 +241,8 @@ class AusmPixelDecoder(nn.Module):
             small_masks = torch.bmm(mask_embeddings.detach(), small_mask_features[number])
             foreground = with_tracked_logits(small_masks.unflatten(-1, sizes[number])) >= 0
             if index == 0 and tracked:
-                last_seen = F.interpolate(tracked_masks, size=sizes[number], mode="area") > 0
+                seen = (tracked_masks > 0.5).to(tracked_masks.dtype)  # soft masks are nowhere zero
+                last_seen = F.interpolate(seen, size=sizes[number], mode="area") > 0
                 foreground = torch.cat([last_seen, foreground[:, tracked:]], dim=1)
             foreground = foreground.flatten(2)
             # A query whose mask is empty looks everywhere.
