@@ -23,9 +23,12 @@ def test_import_is_light():
 def test_import_takes_no_longer_than_transformers():
     def seconds(modules: str) -> float:
         # Of the processor, so that a busy machine doesn't count.
-        return min(float(run(f"import time, {modules}; print(time.process_time())")) for _ in range(3))
+        return float(run(f"import time, {modules}; print(time.process_time())"))
 
-    assert seconds("ausm_hf, transformers") <= 1.2 * seconds("transformers")
+    # By turns, and the least of each: a busy machine slows both.
+    turns = [(seconds("ausm_hf, transformers"), seconds("transformers")) for _ in range(4)]
+    ours, theirs = map(min, zip(*turns))
+    assert ours <= 1.2 * theirs
 
 
 @pytest.mark.parametrize("name", ausm_hf.__all__)

@@ -5,10 +5,11 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as rle_tools
 
-from ausm_hf import AusmProcessor, load_model, read_video, segment_video
+from ausm_hf import AusmForUniversalSegmentation, AusmProcessor, load_model, read_video, segment_video
 from ausm_hf.demo.clips import unpack_clip
 from ausm_hf.demo.network import Network, News, Result, Stopped, show_alone
 from ausm_hf.demo.unpack import Limits
@@ -62,7 +63,10 @@ def test_files_of_a_followed_object(network, clip, moving_square, tmp_path):
     assert row["frames"] == sum((ids == 3).any() for ids in wanted)
 
 
-def test_found_objects_take_threshold_number_and_label_set(network, clip, tmp_path):
+def test_found_objects_take_threshold_number_and_label_set(network, tiny_config, clip, tmp_path):
+    torch.manual_seed(6)  # of random networks, one that finds several objects
+    network.model.load_state_dict(AusmForUniversalSegmentation(tiny_config).state_dict())
+
     def found(name, **how):
         (tmp_path / name).mkdir()
         *_, result = network.run(clip, tmp_path / name, label_set="pets", **how)
