@@ -107,3 +107,10 @@ def test_roll_out_is_the_stream_on_its_own_masks(network, inputs):
         masks = torch.stack([(logits[0] > 0) & (logits[0] >= logits[1]), (logits[1] > 0) & (logits[1] >= logits[0])])
         history = step.history.replace_objects(slots, taken, masks[None].float())
     assert not output["masks_queries_logits"].requires_grad
+
+
+def test_roll_out_of_clips_without_objects(network, inputs):
+    nothing = {"mask_labels": torch.zeros(0, 4, 64, 64, dtype=torch.bool)}
+    nothing |= {name: torch.zeros(0, dtype=torch.long) for name in ("class_labels", "switch_frames", "id_slots")}
+    output = RollOut(network)(**{**inputs, **{name: [value] * 2 for name, value in nothing.items()}})
+    assert output["masks_queries_logits"].shape[:3] == (2, 4, network.config.num_detection_queries)

@@ -186,6 +186,8 @@ class RollOut(IterativeForm):
     def own_masks(self, prediction: dict[str, Any], tracked: Tensor) -> Tensor:
         """Binary masks that do not overlap: a pixel belongs to the object with the highest logit, if to any."""
         logits = prediction["masks"][:, 0, : tracked.shape[1]]
+        if not tracked.shape[1]:
+            return logits
         rivals = logits.masked_fill(~(self.seen(prediction, tracked) & tracked[..., None, None]), -torch.inf)
         return ((rivals > 0) & (rivals == rivals.amax(dim=1, keepdim=True))).to(logits.dtype)
 
