@@ -24,8 +24,9 @@ demo: $(VENV)/.demo-ready
 space: $(VENV)/.space-ready
 	$(BIN)/python spaces/app.py
 
+# A worker per core; each takes whole files, whose fixtures are made once.
 test: $(VENV)/.dev-ready
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 train-smoke: $(VENV)/.dev-ready
 	$(BIN)/python -m pytest -m slow tests/test_train_smoke.py
