@@ -314,6 +314,7 @@ def test_bad_input_is_refused(change, message):
         ({"default_label_set": "b"}, "`default_label_set`"),
         ({"temporal_mixer": "lstm"}, "temporal_mixer"),
         ({"history_local_kernel": 4}, "`history_local_kernel` must be 0 or odd, got 4"),
+        ({"mask_refinement_layers": -1}, "`mask_refinement_layers` must be at least 0, got -1"),
         ({"history_local_kernel": -1}, "`history_local_kernel` must be 0 or odd, got -1"),
         ({"backbone_config": {"model_type": "nothing"}}, "`backbone_config`"),
     ],
@@ -353,6 +354,16 @@ def test_how_a_network_starts():
     assert gain >= 1
     torch.testing.assert_close(read, gain * maps)
     assert tiny_model().model.history_encoder.local_read is None
+
+
+def test_refinement_starts_by_changing_nothing():
+    plain, refined = tiny_model().model.pixel_encoder, tiny_model(mask_refinement_layers=2).model.pixel_encoder
+    refined.load_state_dict(plain.state_dict(), strict=False)
+    features = torch.randn(2, 32, 4, 6), torch.randn(2, plain.mask_lateral.in_channels, 8, 12)
+    with torch.no_grad():
+        assert torch.equal(refined.mask_features(*features), plain.mask_features(*features))
+        torch.nn.init.ones_(refined.mask_refinement[1].projection.weight)
+        assert not torch.equal(refined.mask_features(*features), plain.mask_features(*features))
 
 
 def test_positions_are_mask2formers():

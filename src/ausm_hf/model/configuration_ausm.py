@@ -26,6 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pixel_encoder": "fpn",
         "hidden_size": 128,
         "mask_feature_size": 64,
+        "mask_refinement_layers": 2,
         "num_attention_heads": 4,
         "temporal_mixer": "mamba2",
         "mamba_expand": 1,
@@ -108,6 +109,8 @@ class AusmConfig(PreTrainedConfig):
             D: channels of the features `X_t`, of ID vectors and of queries.
         mask_feature_size (`int`, *optional*, defaults to 256):
             Channels of the stride-4 map that a query's mask embedding is multiplied with.
+        mask_refinement_layers (`int`, *optional*, defaults to 0):
+            Convolutions that sharpen this map for `"fpn"`, whose own are few. Ignored by `"msdeform"`.
         num_attention_heads (`int`, *optional*, defaults to 8):
             Heads of every attention of the compressor, the history decoder and the pixel decoder.
         temporal_mixer (`str`, *optional*, defaults to `"mamba"`):
@@ -203,6 +206,7 @@ class AusmConfig(PreTrainedConfig):
     pixel_encoder_feedforward_size: int = 1024
     hidden_size: int = 256
     mask_feature_size: int = 256
+    mask_refinement_layers: int = 0
     num_attention_heads: int = 8
     temporal_mixer: Literal["mamba", "mamba2"] = "mamba"
     mamba_state_size: int = 16
@@ -293,8 +297,16 @@ class AusmConfig(PreTrainedConfig):
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.mask_refinement_layers < 0:
+            raise ValueError(f"`mask_refinement_layers` must be at least 0, got {self.mask_refinement_layers}.")
         # A broken or hostile file must not take all memory. No network of use comes near.
-        for name in (*positive, "pixel_encoder_layers", "pixel_encoder_feedforward_size", "history_local_kernel"):
+        for name in (
+            *positive,
+            "pixel_encoder_layers",
+            "pixel_encoder_feedforward_size",
+            "mask_refinement_layers",
+            "history_local_kernel",
+        ):
             most = MAX_LAYERS if name.endswith("_layers") else MAX_SIZE
             if getattr(self, name) > most:
                 raise ValueError(f"`{name}` must be at most {most}, got {getattr(self, name)}.")

@@ -171,6 +171,8 @@ class AusmPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="linear")
+            if (gain := getattr(module, "init_gain", 1.0)) != 1.0:
+                init.copy_(module.weight, gain * module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):

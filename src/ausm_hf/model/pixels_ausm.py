@@ -103,6 +103,21 @@ def separable_conv(channels: int) -> nn.Sequential:
     )
 
 
+class AusmMaskRefinementLayer(nn.Module):
+    """Sharpens mask features (N, C, h, w) from what is around each pixel. It starts by changing nothing."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
+        self.norm = nn.GroupNorm(8, channels)
+        last: Any = PointwiseConv2d(channels, channels)
+        last.init_gain = 0.0
+        self.projection = last
+
+    def forward(self, mask_features: Tensor) -> Tensor:
+        return mask_features + self.projection(F.relu(self.norm(self.conv(mask_features))))
+
+
 class AusmPyramidPixelEncoder(nn.Module):
     """A light top-down pyramid with the interface of [`AusmDeformablePixelEncoder`]."""
 
@@ -117,6 +132,9 @@ class AusmPyramidPixelEncoder(nn.Module):
         self.mask_lateral = PointwiseConv2d(stride4, config.mask_feature_size)
         self.mask_top = PointwiseConv2d(config.hidden_size, config.mask_feature_size)
         self.mask_smooth = separable_conv(config.mask_feature_size)
+        self.mask_refinement = nn.Sequential(
+            *(AusmMaskRefinementLayer(config.mask_feature_size) for _ in range(config.mask_refinement_layers))
+        )
 
     def forward(self, feature_maps: list[Tensor]) -> list[Tensor]:
         top = None
@@ -133,7 +151,7 @@ class AusmPyramidPixelEncoder(nn.Module):
         lateral = self.mask_lateral(feature_map)
         top = F.interpolate(self.mask_top(features), size=lateral.shape[-2:], mode="bilinear", align_corners=False)
         merged = lateral + top
-        return merged + self.mask_smooth(merged)
+        return self.mask_refinement(merged + self.mask_smooth(merged))
 
 
 class AusmPixelDecoderLayer(GradientCheckpointingLayer):
