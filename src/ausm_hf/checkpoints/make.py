@@ -43,7 +43,7 @@ def make_checkpoint(run: Path, folder: Path) -> Path:
         raise ValueError(f"These weights do not fit into float16: {infinite}.")
     # What EfficientNet-Lite's ImageNet weights expect, (x - 127) / 128
     image_processor = AusmImageProcessor(
-        size={"shortest_edge": 256, "longest_edge": 512}, image_mean=[127 / 255] * 3, image_std=[128 / 255] * 3
+        size={"shortest_edge": 320, "longest_edge": 640}, image_mean=[127 / 255] * 3, image_std=[128 / 255] * 3
     )
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
