@@ -26,7 +26,7 @@ def test_import_takes_no_longer_than_transformers():
         return float(run(f"import time, {modules}; print(time.process_time())"))
 
     # By turns, and the least of each: a busy machine slows both.
-    turns = [(seconds("ausm_hf, transformers"), seconds("transformers")) for _ in range(4)]
+    turns = [(seconds("ausm_hf, transformers"), seconds("transformers")) for _ in range(6)]
     ours, theirs = map(min, zip(*turns))
     assert ours <= 1.2 * theirs
 
