@@ -1,9 +1,10 @@
 """
 AUSM beside its peers on the same frames: `python benchmarks/peers.py`.
 
-Each measurement runs in a process of its own: a synthetic video of which N objects are marked in the first frame, each
-model by its own streaming calls, in float32, without gradients, the first two frames not counted. Weights are random
-but for ausm-nano, whose time doesn't depend on them either. Sizes are each model's own default and one equal for all.
+Synthetic videos of which N objects are marked in the first frame, each model by its own streaming calls, in float32,
+without gradients, the first two frames not counted. Weights are random but for ausm-nano, whose time doesn't depend on
+them either. Sizes are each model's own default and one equal for all. Each model and size has a process of its own, in
+which the numbers of objects grow; the memory after many frames is measured in another one.
 
 - `Sam2VideoModel` (tiny), `EdgeTamVideoModel`: masks through the session, as their documentation streams; scaled
   dot-product attention; no vision features cached but the current frame's. SAM 2 keeps every frame it is given,
@@ -12,8 +13,8 @@ but for ausm-nano, whose time doesn't depend on them either. Sizes are each mode
 - Cutie (`rf-cutie`, with its `omegaconf`) as its evaluation runs it: short side of 480, memory every 5 frames.
 - AUSM: `ausm-nano` and the preset `tiny` (Swin-T, random), through its session.
 
-A model whose package is missing is left out, and said so. `--long` adds 20 objects at the
-default sizes and the peak memory after 500 frames.
+A model whose package is missing is left out, and said so. `--long` adds several objects at the default sizes and the
+peak memory after 500 frames.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from common import machine, plot_lines, print_table, write_results
 
 # (height, width) by default; what the network is given, whatever the video's size
 SIZES = {
-    "ausm-nano": (240, 432),
+    "ausm-nano": (320, 576),
     "ausm-tiny": (480, 864),
     "sam2-tiny": (1024, 1024),
     "edgetam": (1024, 1024),
@@ -147,31 +148,52 @@ MAKERS = {
 }
 
 
-def measure(name: str, size, count: int, frames: int) -> dict:
-    torch.manual_seed(0)
-    step, times = MAKERS[name](name, size, count), []
+def measure(name: str, size, counts: list[int], lengths: list[int]) -> list[dict]:
+    """
+    A stream for each number of objects, with a row when it has reached each of `lengths`. One that is quick at the
+    end goes on for a few seconds, so that more frames are counted.
+    """
+    rows = []
     with torch.inference_mode():
-        for _ in range(frames):
-            frame = torch.randn(1, 3, *size)
-            start = time.perf_counter()
-            step(frame)
-            times.append(time.perf_counter() - start)
-    return {
-        "ms per frame": 1e3 * statistics.median(times[2:] or times),
-        "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
+        for count in counts:
+            torch.manual_seed(0)
+            step, times = MAKERS[name](name, tuple(size), count), []
+            for length in lengths:
+                last = length == lengths[-1]
+                while len(times) < length or (last and sum(times) < 3 and len(times) < 20):
+                    frame = torch.randn(1, 3, *size)
+                    start = time.perf_counter()
+                    step(frame)
+                    times.append(time.perf_counter() - start)
+                rows.append(
+                    {
+                        "model": name,
+                        "height": size[0],
+                        "width": size[1],
+                        "objects": count,
+                        "frames": len(times),
+                        "ms per frame": 1e3 * statistics.median(times[2:] or times),
+                        "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                    }
+                )
+    return rows
 
 
-def apart(name: str, size, count: int, frames: int, limit: float) -> dict:
+def apart(name: str, size, counts: list[int], lengths: list[int], limit: float) -> list[dict]:
     """`measure` in a process of its own; what went wrong otherwise."""
-    command = [sys.executable, __file__, "--one", name, *map(str, (*size, count, frames))]
+    work = json.dumps([name, size, counts, lengths])
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        done = subprocess.run([sys.executable, __file__, "--one", work], capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
-        return {"not measured": f"took more than {limit:.0f} s"}
-    if done.returncode:
-        return {"not measured": done.stderr.strip().splitlines()[-1][:150]}
-    return json.loads(done.stdout.splitlines()[-1])
+        problem = f"took more than {limit:.0f} s"
+    else:
+        if not done.returncode:
+            return json.loads(done.stdout.splitlines()[-1])
+        problem = done.stderr.strip().splitlines()[-1][:150]
+    return [
+        {"model": name, "height": size[0], "width": size[1], "objects": count, "not measured": problem}
+        for count in counts
+    ]
 
 
 def main():
@@ -181,41 +203,36 @@ def main():
     parser.add_argument("--frames", type=int, default=3, help="for times (default: %(default)s)")
     parser.add_argument("--equal-size", type=int, default=256, help="both sides (default: %(default)s)")
     parser.add_argument("--memory-frames", type=int, nargs="*", default=[10, 100], help="at the equal size, 1 object")
-    parser.add_argument("--long", action="store_true", help="also 20 objects at the default sizes, and 500 frames")
+    parser.add_argument(
+        "--long", action="store_true", help="also several objects at the default sizes, and memory after 500 frames"
+    )
     parser.add_argument("--limit", type=float, default=300, help="seconds that one process may take")
-    parser.add_argument("--one", nargs=5, metavar=("MODEL", "H", "W", "N", "FRAMES"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="folder of the results (default: beside this file)")
     args = parser.parse_args()
     if args.one:
-        name, *numbers = args.one
-        height, width, count, frames = map(int, numbers)
-        print(json.dumps(measure(name, (height, width), count, frames)))
+        print(json.dumps(measure(*json.loads(args.one))))
         return
-    equal, rows = (args.equal_size, args.equal_size), []
+    equal, rows, lines = (args.equal_size, args.equal_size), [], {}
     for name in args.models:
         counts = args.objects if name != "videomt" else args.objects[:1]
-        for size in (SIZES[name], equal):
-            # Twenty objects at 1024 x 1024 take SAM 2 a minute per frame on two cores.
-            for count in counts if size == equal or args.long else counts[:2]:
-                row = {"model": name, "height": size[0], "width": size[1], "objects": count, "frames": args.frames}
-                rows.append(row | apart(name, size, count, args.frames, args.limit))
+        # Five objects at 1024 x 1024 take SAM 2 eighteen seconds a frame on two cores.
+        rows += apart(name, SIZES[name], counts if args.long else counts[:1], [args.frames], args.limit * len(counts))
+        timed = apart(name, equal, counts, [args.frames], args.limit)
+        rows += timed
         # Where a frame takes seconds, a hundred of them are for `--long`.
         lengths = args.memory_frames[:1] if name in ("ausm-tiny", "videomt") and not args.long else args.memory_frames
-        for frames in lengths + [500] * args.long:
-            row = {"model": name, "height": equal[0], "width": equal[1], "objects": 1, "frames": frames}
-            rows.append(row | apart(name, equal, 1, frames, args.limit * max(1, frames // 50)))
+        if lengths := lengths + [500] * args.long:
+            rows += apart(name, equal, [1], lengths, args.limit * max(1, lengths[-1] // 50))
+        if all("ms per frame" in row for row in timed):
+            lines[name] = [row["objects"] for row in timed], [row["ms per frame"] for row in timed]
         print(name, "done", file=sys.stderr, flush=True)
     print(f"{machine()}\n")
     columns = ["model", "height", "width", "objects", "frames", "ms per frame", "peak MiB", "not measured"]
     print_table(rows, columns)
     write_results("peers", rows, args.output)
-    lines = {}
-    for row in rows:
-        if row["frames"] == args.frames and row["height"] == row["width"] == args.equal_size and "ms per frame" in row:
-            xs, ys = lines.setdefault(row["model"], ([], []))
-            xs.append(row["objects"])
-            ys.append(row["ms per frame"])
-    plot_lines("peers", lines, "objects", f"ms per frame of {equal[0]} x {equal[1]}", args.output)
+    if lines:
+        plot_lines("peers", lines, "objects", f"ms per frame of {equal[0]} x {equal[1]}", args.output)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,13 @@ NAMES = ["scan", "training", "start_up", "step", "peers"]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=NAMES, default=NAMES, help="which (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which of {', '.join(NAMES)} (default: all)")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of results/ and plots/ (default: this one)")
     args = parser.parse_args()
+    if unknown := set(args.names) - set(NAMES):
+        parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     failed, parts = [], []
-    for name in args.names:
+    for name in args.names or NAMES:
         start = time.perf_counter()
         command = [sys.executable, str(HERE / f"{name}.py")]
         if args.output != HERE:
