@@ -150,8 +150,8 @@ MAKERS = {
 
 def measure(name: str, size, counts: list[int], lengths: list[int]) -> list[dict]:
     """
-    A stream for each number of objects, with a row when it has reached each of `lengths`. One that is quick at the
-    end goes on for a few seconds, so that more frames are counted.
+    A stream for each number of objects, with a row when it has reached each of `lengths`. A quick one of few frames
+    goes on for a few seconds, so that more frames are counted.
     """
     rows = []
     with torch.inference_mode():
@@ -159,8 +159,7 @@ def measure(name: str, size, counts: list[int], lengths: list[int]) -> list[dict
             torch.manual_seed(0)
             step, times = MAKERS[name](name, tuple(size), count), []
             for length in lengths:
-                last = length == lengths[-1]
-                while len(times) < length or (last and sum(times) < 3 and len(times) < 20):
+                while len(times) < length or (length < 10 and sum(times) < 3 and len(times) < 20):
                     frame = torch.randn(1, 3, *size)
                     start = time.perf_counter()
                     step(frame)
