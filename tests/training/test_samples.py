@@ -1,6 +1,7 @@
 import torch
 from PIL import Image
 
+from ausm_hf.model.prompts_ausm import history_mask
 from ausm_hf.training.samples import FIRST_CLIP, SampleWriter, follow, iou
 
 
@@ -33,19 +34,32 @@ def test_sheet_and_score(tiny_model, tmp_path):
 
 
 @torch.no_grad()
-def test_following_is_what_the_inference_session_does(tiny_model):
-    """Against the streaming loop of the network itself, on the masks at the frames' size."""
+def test_following_is_what_the_inference_session_does(tiny_model, monkeypatch):
+    """Against the streaming loop written out, on masks as small and as decided as a session hands them on."""
     clip = Clips()[0]
     frames = collate([clip])["pixel_values_videos"]
     prompts = clip["masks"][:1, 0]
+    step, histories, wanted = tiny_model.step, [], []
+
+    def recording_step(frame, history):
+        histories.append(history.masks)
+        return step(frame, history)
+
+    monkeypatch.setattr(tiny_model, "step", recording_step)
     followed = follow(tiny_model, frames, prompts)
     assert followed.shape == (1, 3, 64, 64) and followed.dtype == torch.bool
+
     slots, taken = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
-    history = tiny_model.init_history(1).replace_objects(slots, taken, prompts[None].float())
-    first = tiny_model.step(frames[:, 0], history)
-    wanted = torch.nn.functional.interpolate(first.masks_queries_logits[:, :1], size=(64, 64), mode="bilinear") > 0
-    wanted &= first.foreground_queries_logits[:, :1, None, None] > 0
-    assert torch.equal(followed[0, 0], wanted[0, 0])
+    masks = history_mask(prompts[0], (16, 16))[None, None]
+    history = tiny_model.init_history(1).replace_objects(slots, taken, masks)
+    for t in range(3):
+        torch.testing.assert_close(histories[t], masks)
+        output = step(frames[:, t], history)
+        logits, seen = output.masks_queries_logits[:, :1], output.foreground_queries_logits[:, :1, None, None] > 0
+        wanted.append((torch.nn.functional.interpolate(logits, size=(64, 64), mode="bilinear") > 0) & seen)
+        masks = ((logits > 0) & seen).float()
+        history = output.history.replace_objects(slots, taken, masks)
+    assert torch.equal(followed, torch.cat(wanted, dim=1))
 
 
 def test_iou():

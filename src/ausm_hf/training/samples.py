@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ausm_hf.model.history_ausm import binarize
 from ausm_hf.model.modeling_ausm import AusmForUniversalSegmentation
 from ausm_hf.visualization import contact_sheet, draw_overlay
 
@@ -66,16 +67,18 @@ def follow(model: AusmForUniversalSegmentation, frames: Tensor, prompts: Tensor)
     count, size = len(prompts), frames.shape[-2:]
     slots = torch.arange(count, device=frames.device)[None]
     taken = torch.ones_like(slots, dtype=torch.bool)
-    masks = prompts[None].to(frames)
-    history = model.init_history(1).replace_objects(slots, taken, masks)
+    # The history takes masks as small as the network gives them.
+    small = binarize(F.interpolate(prompts[None].to(frames), size=(size[0] // 4, size[1] // 4), mode="area"))
+    history = model.init_history(1).replace_objects(slots, taken, small)
     predicted = []
     for t in range(frames.shape[1]):
         output = model.step(frames[:, t], history)
-        logits = F.interpolate(output.masks_queries_logits[:, :count].float(), size=size, mode="bilinear")
+        logits = output.masks_queries_logits[:, :count].float()
         seen = output.foreground_queries_logits[:, :count].sigmoid() > model.config.foreground_threshold
-        masks = (logits > 0) & seen[..., None, None]
+        masks = (F.interpolate(logits, size=size, mode="bilinear") > 0) & seen[..., None, None]
         predicted.append(masks[0].cpu())
-        history = output.history.replace_objects(slots, taken, masks.to(frames))
+        small = (logits > 0) & seen[..., None, None]
+        history = output.history.replace_objects(slots, taken, small.to(frames))
     return torch.stack(predicted, dim=1)
 
 
