@@ -19,7 +19,6 @@ peak memory after 500 frames.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import machine, plot_lines, print_table, write_results
+from common import machine, peak_memory, plot_lines, print_table, write_results
 
 # (height, width) by default; what the network is given, whatever the video's size
 SIZES = {
@@ -172,7 +171,7 @@ def measure(name: str, size, counts: list[int], lengths: list[int]) -> list[dict
                         "objects": count,
                         "frames": len(times),
                         "ms per frame": 1e3 * statistics.median(times[2:] or times),
-                        "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                        "peak MiB": peak_memory(),
                     }
                 )
     return rows

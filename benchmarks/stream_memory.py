@@ -6,12 +6,12 @@ through `segment_video`, with the object prompted. Prints one JSON line per leng
 """
 
 import json
-import resource
 import subprocess
 import sys
 import time
 
 import numpy as np
+from common import peak_memory
 
 SIZE = (240, 426)
 
@@ -42,7 +42,7 @@ def measure(count: int) -> dict:
     done = sum(1 for _ in segment_video(frames(count), model, processor, object_mask()))
     return {
         "frames": done,
-        "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "peak_rss_mib": round(peak_memory(), 1),
         "seconds_per_frame": round((time.perf_counter() - start) / done, 4),
     }
 

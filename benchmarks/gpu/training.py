@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from timing import Bench
-from torch.utils.flop_counter import FlopCounterMode
 
 spec = importlib.util.spec_from_file_location("training_cpu", Path(__file__).parents[1] / "training.py")
 forms = importlib.util.module_from_spec(spec)
@@ -45,9 +44,7 @@ def main():
         row = {"ms": bench.milliseconds([lambda b=b: train(form, b) for b in batches], 5)}
         if bench.device.type == "cuda":
             row["peak MiB"] = torch.cuda.max_memory_allocated() / 2**20
-        with FlopCounterMode(display=False) as counter:
-            train(form, batches[0])
-        return row | {"floor ms": 1e3 * counter.get_total_flops() / rate}
+        return row | {"floor ms": 1e3 * forms.training_flops(model, batches[0]) / rate}
 
     for t in [1, 2] if bench.dry_run else [16, 1, 2, 4, 8, 32]:
         for name, form in forms.FORMS.items():
