@@ -10,6 +10,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as rle_tools
 
@@ -235,12 +236,19 @@ def test_many_videos(tiny_model, processor, moving_square, tmp_path, run):
 def test_each_process_takes_the_device_of_its_number(monkeypatch, tiny_checkpoint):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert load_model(tiny_checkpoint)[0].device.type in ("cpu", "cuda", "mps")  # one device: that one
-    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: __import__("torch").device("meta"))
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("meta"))
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
     seen = []
     monkeypatch.setattr("torch.nn.Module.to", lambda self, device, *_, **__: seen.append(device) or self)
     load_model(tiny_checkpoint)
     assert seen[-1] == "meta:1"
+
+
+def test_a_build_for_cuda_without_a_gpu_takes_the_cpu(monkeypatch, tiny_checkpoint):
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert load_model(tiny_checkpoint)[0].device.type == "cpu"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep memory by rules of their own")

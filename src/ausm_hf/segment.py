@@ -78,7 +78,8 @@ def load_model(
     """
     name = str(BUNDLED_CHECKPOINT if model is None else model)
     if device == "auto":
-        accelerator = torch.accelerator.current_accelerator()
+        # A build of torch for CUDA names it also on a machine that has no GPU.
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = "cpu" if accelerator is None else accelerator.type
         # `torchrun` and `accelerate launch` number the processes of a machine: each takes a device of its own.
         if accelerator is not None and "LOCAL_RANK" in os.environ and torch.accelerator.device_count() > 1:
