@@ -34,7 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_compressor_layers": 2,
         "num_history_decoder_layers": 2,
         "history_feedforward_size": 256,
-        "history_key_stride": 2,
+        "history_key_stride": 4,
         "history_self_attention": False,
         "history_local_kernel": 5,
         "history_gate_init": 1.0,
