@@ -9,6 +9,9 @@ import torch
 from hub_double import HubDouble
 from tiny_backbones import TINY_LITE
 
+if not torch.cuda.is_available():
+    environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, which many modules may do
+
 # Tiny tensors gain nothing from more threads, and lose much where other programs want the cores too.
 torch.set_num_threads(1)
 

@@ -1,13 +1,8 @@
-"""The Triton kernels against plain torch in float64: on a GPU where there is one, else in Triton's interpreter."""
-
-import os
+"""The Triton kernels against plain torch in float64: on a GPU, or else in the interpreter (see conftest.py)."""
 
 import pytest
 import torch
 from torch.nn import functional as F
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
