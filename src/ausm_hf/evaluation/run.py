@@ -78,9 +78,6 @@ def evaluate(
         raise ValueError("top_k and threshold are for finding objects; prompted objects are all reported")
     output = Path(output or f"ausm-evaluation/{benchmark}-{split}-{found.mode}")
     with _processes() as (rank, world_size):
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        if device == "auto" and world_size > 1 and accelerator is not None:
-            device = f"{accelerator.type}:{os.environ.get('LOCAL_RANK', rank)}"
         network, processor = load_model(model, device, dtype)
         if found.label_set is not None and found.label_set not in network.config.label_sets:
             raise ValueError(

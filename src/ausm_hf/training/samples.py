@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ausm_hf.model.history_ausm import binarize
 from ausm_hf.model.modeling_ausm import AusmForUniversalSegmentation
+from ausm_hf.model.prompts_ausm import history_mask
 from ausm_hf.visualization import contact_sheet, draw_overlay
 
 FIRST_CLIP = 2**30  # no training gets so far
@@ -68,17 +68,17 @@ def follow(model: AusmForUniversalSegmentation, frames: Tensor, prompts: Tensor)
     slots = torch.arange(count, device=frames.device)[None]
     taken = torch.ones_like(slots, dtype=torch.bool)
     # The history takes masks as small as the network gives them.
-    small = binarize(F.interpolate(prompts[None].to(frames), size=(size[0] // 4, size[1] // 4), mode="area"))
-    history = model.init_history(1).replace_objects(slots, taken, small)
+    small = [history_mask(prompt, (size[0] // 4, size[1] // 4)) for prompt in prompts]
+    history = model.init_history(1).replace_objects(slots, taken, torch.stack(small)[None].to(frames))
     predicted = []
     for t in range(frames.shape[1]):
         output = model.step(frames[:, t], history)
         logits = output.masks_queries_logits[:, :count].float()
         seen = output.foreground_queries_logits[:, :count].sigmoid() > model.config.foreground_threshold
-        masks = (F.interpolate(logits, size=size, mode="bilinear") > 0) & seen[..., None, None]
+        seen = seen[..., None, None]
+        masks = (F.interpolate(logits, size=size, mode="bilinear") > 0) & seen
         predicted.append(masks[0].cpu())
-        small = (logits > 0) & seen[..., None, None]
-        history = output.history.replace_objects(slots, taken, small.to(frames))
+        history = output.history.replace_objects(slots, taken, ((logits > 0) & seen).to(frames))
     return torch.stack(predicted, dim=1)
 
 
