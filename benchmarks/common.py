@@ -39,14 +39,14 @@ def seconds(function: Callable[[], object], repeats: int = 3) -> float:
     return statistics.median(times)
 
 
-def peak_memory() -> float:
+def memory(which: str = "now") -> float:
     """
-    MiB that this process has held at most. On Linux not `ru_maxrss`, in which a process inherits the peak of the one
-    that started it.
+    MiB that this process holds `"now"`, or held at its `"peak"`; where there is no /proc, the peak either way. On
+    Linux not `ru_maxrss`, in which a process inherits the peak of the one that started it.
     """
     status = Path("/proc/self/status")
     if status.is_file():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+        return int(status.read_text().split({"now": "VmRSS:", "peak": "VmHWM:"}[which])[1].split()[0]) / 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -13,14 +13,12 @@ memory after 1,000 frames and before the last 1,000.
 
 import argparse
 import json
-import resource
 import statistics
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
-from common import machine
+from common import machine, memory
 
 from ausm_hf import load_model
 
@@ -69,11 +67,6 @@ class Stream:
         self.index += 1
 
 
-def resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return round(pages * resource.getpagesize() / 2**20, 1)
-
-
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=10_000)
@@ -83,12 +76,12 @@ def main(arguments: list[str] | None = None) -> dict:
     torch.set_num_threads(1)
     model, processor = load_model(args.model, device="cpu")
     old = Stream(model, processor)
-    memory = {}
+    mib = {}
     while old.index < args.frames - span:
         old.step()
         if old.index == span:
-            memory["mib_after_first"], bytes_after_first = resident_mib(), old.session.history.num_bytes
-    memory["mib_before_last"] = resident_mib()  # the young stream would count as well
+            mib["mib_after_first"], bytes_after_first = round(memory(), 1), old.session.history.num_bytes
+    mib["mib_before_last"] = round(memory(), 1)  # the young stream would count as well
     young = Stream(model, processor)
     for _ in range(span):
         old.step()
@@ -106,7 +99,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "ms_young": round(of_young, 2),
         "last_to_first": round(last / first, 3),
         "old_to_young": round(last / of_young, 3),
-        **memory,
+        **mib,
         "history_bytes_unchanged": old.session.history.num_bytes == bytes_after_first,
         "machine": machine(),
     }

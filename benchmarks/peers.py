@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import machine, peak_memory, plot_lines, print_table, write_results
+from common import machine, memory, plot_lines, print_table, write_results
 
 # (height, width) by default; what the network is given, whatever the video's size
 SIZES = {
@@ -147,39 +147,30 @@ MAKERS = {
 }
 
 
-def measure(name: str, size, counts: list[int], lengths: list[int]) -> list[dict]:
-    """
-    A stream for each number of objects, with a row when it has reached each of `lengths`. A quick one of few frames
-    goes on for a few seconds, so that more frames are counted.
-    """
-    rows = []
+def measure(name: str, size, counts: list[int], lengths: list[int], least: float) -> list[dict]:
+    """A stream for each number of objects; see `stream`."""
     with torch.inference_mode():
-        for count in counts:
-            torch.manual_seed(0)
-            step, times = MAKERS[name](name, tuple(size), count), []
-            for length in lengths:
-                while len(times) < length or (length < 10 and sum(times) < 3 and len(times) < 20):
-                    frame = torch.randn(1, 3, *size)
-                    start = time.perf_counter()
-                    step(frame)
-                    times.append(time.perf_counter() - start)
-                rows.append(
-                    {
-                        "model": name,
-                        "height": size[0],
-                        "width": size[1],
-                        "objects": count,
-                        "frames": len(times),
-                        "ms per frame": 1e3 * statistics.median(times[2:] or times),
-                        "peak MiB": peak_memory(),
-                    }
-                )
+        return [row for count in counts for row in stream(name, tuple(size), count, lengths, least)]
+
+
+def stream(name: str, size, count: int, lengths: list[int], least: float) -> list[dict]:
+    """Rows of when a stream has reached each of `lengths`, in frames, and run for `least` seconds or 20 frames."""
+    torch.manual_seed(0)
+    step, times, rows = MAKERS[name](name, size, count), [], []
+    for length in lengths:
+        while len(times) < length or (sum(times) < least and len(times) < 20):
+            frame = torch.randn(1, 3, *size)
+            start = time.perf_counter()
+            step(frame)
+            times.append(time.perf_counter() - start)
+        row = {"model": name, "height": size[0], "width": size[1], "objects": count, "frames": len(times)}
+        rows.append(row | {"ms per frame": 1e3 * statistics.median(times[2:] or times), "peak MiB": memory("peak")})
     return rows
 
 
-def apart(name: str, size, counts: list[int], lengths: list[int], limit: float) -> list[dict]:
+def apart(limit: float, name: str, size, counts: list[int], lengths: list[int], least: float) -> list[dict]:
     """`measure` in a process of its own; what went wrong otherwise."""
-    work = json.dumps([name, size, counts, lengths])
+    work = json.dumps([name, size, counts, lengths, least])
     try:
         done = subprocess.run([sys.executable, __file__, "--one", work], capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
@@ -198,7 +189,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MAKERS, default=list(MAKERS))
     parser.add_argument("--objects", type=int, nargs="+", default=[1, 5, 20])
-    parser.add_argument("--frames", type=int, default=3, help="for times (default: %(default)s)")
+    parser.add_argument("--frames", type=int, default=3, help="at least, for times (default: %(default)s)")
     parser.add_argument("--equal-size", type=int, default=256, help="both sides (default: %(default)s)")
     parser.add_argument("--memory-frames", type=int, nargs="*", default=[10, 100], help="at the equal size, 1 object")
     parser.add_argument(
@@ -215,13 +206,14 @@ def main():
     for name in args.models:
         counts = args.objects if name != "videomt" else args.objects[:1]
         # Five objects at 1024 x 1024 take SAM 2 eighteen seconds a frame on two cores.
-        rows += apart(name, SIZES[name], counts if args.long else counts[:1], [args.frames], args.limit * len(counts))
-        timed = apart(name, equal, counts, [args.frames], args.limit)
+        default_counts = counts if args.long else counts[:1]
+        rows += apart(args.limit * len(counts), name, SIZES[name], default_counts, [args.frames], 3)
+        timed = apart(args.limit, name, equal, counts, [args.frames], 3)
         rows += timed
         # Where a frame takes seconds, a hundred of them are for `--long`.
         lengths = args.memory_frames[:1] if name in ("ausm-tiny", "videomt") and not args.long else args.memory_frames
         if lengths := lengths + [500] * args.long:
-            rows += apart(name, equal, [1], lengths, args.limit * max(1, lengths[-1] // 50))
+            rows += apart(args.limit * max(1, lengths[-1] // 50), name, equal, [1], lengths, 0)
         if all("ms per frame" in row for row in timed):
             lines[name] = [row["objects"] for row in timed], [row["ms per frame"] for row in timed]
         print(name, "done", file=sys.stderr, flush=True)

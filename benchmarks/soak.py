@@ -11,29 +11,20 @@ command: `--seed` repeats it.
 import argparse
 import json
 import random
-import resource
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import torch
+from common import memory
 
 import ausm_hf
 
 SIZES = [(60, 90), (96, 64), (64, 120)]  # of videos, height and width
 GROWTH = 1.05  # memory in the last quarter, as a multiple of that in the second, that counts as flat
-
-
-def memory() -> float:
-    """MiB that this process holds now."""
-    status = Path("/proc/self/status")
-    if not status.is_file():  # not Linux: the peak
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmRSS")) / 1024
 
 
 class Stream:

@@ -11,7 +11,7 @@ import sys
 import time
 
 import numpy as np
-from common import peak_memory
+from common import memory
 
 SIZE = (240, 426)
 
@@ -42,7 +42,7 @@ def measure(count: int) -> dict:
     done = sum(1 for _ in segment_video(frames(count), model, processor, object_mask()))
     return {
         "frames": done,
-        "peak_rss_mib": round(peak_memory(), 1),
+        "peak_rss_mib": round(memory("peak"), 1),
         "seconds_per_frame": round((time.perf_counter() - start) / done, 4),
     }
 

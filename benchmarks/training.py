@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import machine, matmul_rate, peak_memory, plot_lines, print_table, seconds, write_results
+from common import machine, matmul_rate, memory, plot_lines, print_table, seconds, write_results
 from torch.utils.flop_counter import FlopCounterMode
 
 from ausm_hf import AusmConfig, AusmModel
@@ -103,9 +103,9 @@ def main():
     model = make_model(args.preset)
     if args.peak_of:
         batch = clip(model, args.frames[0], args.size, args.objects)
-        before = peak_memory()
+        before = memory("peak")
         train_step(FORMS[args.peak_of], model, batch)
-        print(json.dumps(peak_memory() - before))
+        print(json.dumps(memory("peak") - before))
         return
     check(model, args.size, args.objects)
     rate = matmul_rate()
