@@ -177,6 +177,16 @@ def test_process_that_is_gone_from_this_machine_is_not_waited_for(tmp_path):
     assert time.monotonic() - started < archive.LEASE / 4
 
 
+def test_claims_of_who_died_when_all_was_done_are_removed(tmp_path):
+    out = tmp_path / "out"
+    videos = find_videos([make(tmp_path / "in", "a.mp4", "broken.mp4") / "*"])
+    lines = list(work_through(videos, out, copy, {}))
+    assert [line["status"] for line in lines] == ["done", "failed"]
+    claims = [claim_of_another(out, "a", number=number) for number in (0, 1)] + [claim_of_another(out, "broken")]
+    assert list(work_through(videos, out, copy, {})) == lines
+    assert not any(path.exists() for path in claims)
+
+
 @pytest.mark.parametrize("notices", [False, True])
 def test_who_was_taken_for_dead_drops_its_work(tmp_path, notices):
     out = tmp_path / "out"

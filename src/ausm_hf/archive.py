@@ -137,7 +137,11 @@ def work_through(
         while waiting:
             still_waiting = []
             for name in waiting:
-                line = archive.finished(name) or archive.try_to_work(name, work)
+                line = archive.finished(name)
+                if line is not None:
+                    archive.forget(name)  # the claims of who was killed when all else was done
+                else:
+                    line = archive.try_to_work(name, work)
                 if line is None:  # another process is at it; should it die, a later round takes over
                     still_waiting.append(name)
                     continue
@@ -210,7 +214,7 @@ class _Archive:
             return None
         line = self.finished(name)  # perhaps in the moment before
         if line is not None:
-            self._forget(claim)
+            self.forget(name)
             return line
         *dead_places, place = (self.hidden / "work" / f"{name}.{number}" for number in range(claim.number + 1))
         for dead in dead_places:
@@ -240,13 +244,11 @@ class _Archive:
                 with suppress(OSError):
                     os.utime(claim.path, (0, 0))  # dead: free for others. Removed, two could make the same claim.
             else:
-                self._forget(claim)
+                self.forget(name)
         return self.finished(name)
 
     def _claim(self, name: str) -> _Claim | None:
-        newest = -1
-        while self._claim_path(name, newest + 1).exists():
-            newest += 1
+        newest = self._newest_claim(name)
         if newest >= 0 and not self._is_dead(self._claim_path(name, newest)):
             return None
         path = self._claim_path(name, newest + 1)
@@ -260,6 +262,13 @@ class _Archive:
 
     def _claim_path(self, name: str, number: int) -> Path:
         return self.hidden / "claims" / f"{name}.{number}"
+
+    def _newest_claim(self, name: str) -> int:
+        """Its number; -1 if there is none."""
+        number = 0
+        while self._claim_path(name, number).exists():
+            number += 1
+        return number - 1
 
     def _is_dead(self, path: Path) -> bool:
         try:
@@ -276,10 +285,10 @@ class _Archive:
         """Whether another process, which thought this one dead, has the video now."""
         return self._claim_path(claim.name, claim.number + 1).exists() or not claim.path.exists()
 
-    def _forget(self, claim: _Claim):
-        """Removes the claims of a finished video."""
-        for number in range(claim.number + 1):
-            self._claim_path(claim.name, number).unlink(missing_ok=True)
+    def forget(self, name: str):
+        """Removes the claims of a finished video, the newest first: who dies halfway leaves none that is not found."""
+        for number in reversed(range(self._newest_claim(name) + 1)):
+            self._claim_path(name, number).unlink(missing_ok=True)
 
     def write_manifest(self, lines: dict[str, dict]):
         """Adds `lines` to the manifest. Those of videos that are no longer there stay."""
