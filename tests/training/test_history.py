@@ -4,7 +4,13 @@ import torch
 from scipy import ndimage
 
 from ausm_hf.training import history
-from ausm_hf.training.history import clip_generator, corrupt_history, draw_prompts, sample_history
+from ausm_hf.training.history import (
+    add_lasting_errors,
+    clip_generator,
+    corrupt_history,
+    draw_prompts,
+    sample_history,
+)
 
 
 def squares(num_objects=3, num_frames=5, size=64):
@@ -72,6 +78,36 @@ def test_all_kinds_happen():
                 else:
                     kinds.add("shifted")
     assert kinds == {"dropped", "swapped", "dilated", "eroded or cut", "shifted"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
+def test_lasting_errors_last_and_stay_at_their_place(dtype):
+    masks = squares(num_objects=2, num_frames=6, size=128).to(dtype).roll((40, 40), dims=(-2, -1))
+    masks[:, 3:] = masks[:, 3:].roll(9, dims=-1)  # both objects move to the right
+    masks[1, 4] = 0  # and one is away for a frame
+    before, switch_frames, kinds = masks.clone(), torch.tensor([0, 2]), set()
+    for i in range(60):
+        wrong = add_lasting_errors(masks, switch_frames, 1.0, clip_generator(0, i))
+        assert torch.equal(masks, before) and wrong.dtype == dtype
+        assert not wrong[1, 4].any()
+        for n, first in enumerate([1, 2]):
+            different = wrong[n] != masks[n]
+            assert not different[:first].any()  # the mark, and what was before it
+            there = [t for t in range(first, 6) if different[t].any()]
+            if not there:
+                continue
+            kinds.add("hole" if masks[n, there[0]][different[there[0]]].bool().all() else "growth")
+            assert there == [t for t in range(there[0], 6) if masks[n, t].any()]
+            assert torch.equal(different[5], different[there[0]].roll(9 if there[0] < 3 else 0, dims=-1))
+    assert kinds == {"hole", "growth"}
+
+
+def test_probability_is_the_share_of_objects_with_lasting_errors():
+    masks, switch_frames = squares(), torch.zeros(3, dtype=torch.long)
+    assert torch.equal(add_lasting_errors(masks, switch_frames, 0.0, clip_generator(0, 0)), masks)
+    wrong = [add_lasting_errors(masks, switch_frames, 0.4, clip_generator(0, i)) != masks for i in range(300)]
+    # Some growths lie on the object.
+    assert 0.3 < torch.stack(wrong).flatten(2).any(2).float().mean().item() < 0.4
 
 
 def test_dilation_and_shift_are_those_of_scipy():

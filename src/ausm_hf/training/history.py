@@ -156,6 +156,52 @@ def corrupt_history(
     return corrupted
 
 
+def add_lasting_errors(
+    masks: torch.Tensor, switch_frames: torch.Tensor, probability: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Masks with a part that is lost, or too much, from some frame on: errors that a tracker makes and then keeps.
+
+    The part is an ellipse at a fixed place of the object's box. The mark by which an object is handed over, or
+    prompted, is left alone: from it the network can know better.
+
+    Args:
+        masks: (N, T, H, W) bool, uint8 or float in [0, 1]; not changed.
+        switch_frames: (N,) int64, s_i.
+        probability: that an object gets such an error.
+
+    Returns:
+        (N, T, H, W) in the dtype and on the device of `masks`.
+    """
+    num_objects, num_frames, height, width = masks.shape
+    if probability == 0:
+        return masks
+    wrong = masks.clone()
+    rows = torch.arange(height, device=masks.device)[:, None]
+    columns = torch.arange(width, device=masks.device)
+    for n in range(num_objects):
+        hit, lost = torch.rand(2, generator=generator) < torch.tensor([probability, 0.5])
+        place, radius, start = torch.rand(5, generator=generator).split([2, 2, 1])
+        first = max(int(switch_frames[n]), 1)  # the first mask after the mark
+        if not hit or first >= num_frames:
+            continue
+        radius = 0.1 + 0.3 * radius
+        if not lost:
+            place = 1.4 * place - 0.2  # also beside the object
+        for t in range(first + int(start * (num_frames - first)), num_frames):
+            y, x = masks[n, t].nonzero(as_tuple=True)
+            if not len(y):
+                continue
+            top, left = y.min(), x.min()
+            tall, wide = y.max() - top + 1, x.max() - left + 1
+            part = ((rows - top) / tall - place[0]) ** 2 / radius[0] ** 2 + (
+                (columns - left) / wide - place[1]
+            ) ** 2 / radius[1] ** 2 < 1
+            changed = masks[n, t] * ~part if lost else masks[n, t] + part.to(masks.dtype) * (masks[n, t] == 0)
+            if changed.any():
+                wrong[n, t] = changed
+    return wrong
+
+
 def sample_history(
     masks: torch.Tensor,
     mask_logits: torch.Tensor,

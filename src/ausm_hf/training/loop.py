@@ -43,7 +43,14 @@ from .checkpoint import (
 )
 from .data import build_data
 from .forms import CarriedForm, IterativeForm, RollOut, split_clip
-from .history import clip_generator, corrupt_history, draw_prompts, sample_history, switch_frames_of_clip
+from .history import (
+    add_lasting_errors,
+    clip_generator,
+    corrupt_history,
+    draw_prompts,
+    sample_history,
+    switch_frames_of_clip,
+)
 from .initialization import load_imagenet_weights
 from .optimizer import build_optimizer, is_backbone_parameter, learning_rate_factor, set_learning_rate
 from .recipe import Recipe, recipe_to_dict
@@ -400,7 +407,7 @@ def training_inputs(recipe: Recipe, network: Any, indices: list[int], batch: dic
         ]
     if recipe.history_corruption:
         inputs["history_masks"] = [
-            corrupt_history(m, s, recipe.history_corruption, g)
+            add_lasting_errors(corrupt_history(m, s, recipe.history_corruption, g), s, recipe.history_corruption, g)
             for m, s, g in zip(inputs.get("history_masks", masks), switch_frames, generators)
         ]
     if recipe.prompt_signals:

@@ -107,7 +107,8 @@ class Recipe:
             frame, feeding the network its own predictions (the baseline the paper compares with).
         switch_frame_prompt_probability: share of the objects visible in the first frame that are given as prompts
             (s_i = 0); the others are detected first and tracked after a random frame.
-        history_corruption: probability that a mask in the history is dilated, eroded, shifted, dropped or swapped.
+        history_corruption: probability that a mask in the history is dilated, eroded, shifted, dropped or swapped, and
+            that an object's masks have a hole or a growth from some frame on.
         prompt_signals: probability that an object of the first frame is given as a box, clicks or a scribble, not as
             a mask.
         scheduled_sampling: probability that a mask in the history is the network's own prediction.
