@@ -187,6 +187,17 @@ def test_claims_of_who_died_when_all_was_done_are_removed(tmp_path):
     assert not any(path.exists() for path in claims)
 
 
+def test_what_the_killed_were_writing_is_removed(tmp_path):
+    out, hidden = tmp_path / "out", tmp_path / "out/.ausm"
+    hidden.mkdir(parents=True)
+    old, young = hidden / "0a.partial", hidden / "0b.partial"
+    for path in (old, young):
+        path.write_text('{"name": ')
+    os.utime(old, (0, 0))
+    list(work_through(find_videos([make(tmp_path / "in", "a.mp4") / "*"]), out, copy, {}))
+    assert not old.exists() and young.exists()  # the other one may still be written
+
+
 @pytest.mark.parametrize("notices", [False, True])
 def test_who_was_taken_for_dead_drops_its_work(tmp_path, notices):
     out = tmp_path / "out"

@@ -132,6 +132,7 @@ def work_through(
         if archive.folder(name).exists() and archive.finished(name) is None:
             raise ValueError(f"output {str(archive.folder(name))!r} exists already, but is no result of this command")
     archive.check_settings(settings)
+    archive.tidy()
     lines, waiting, written = {}, list(videos), time.monotonic()
     try:
         while waiting:
@@ -278,8 +279,12 @@ class _Archive:
             return False  # no claim any more: the video has just been finished
         if owner.get("place") == _place() is not None and not _is_running(owner["process"]):
             return True
-        with tempfile.TemporaryFile(dir=self.hidden) as now:
-            return os.fstat(now.fileno()).st_mtime > touched + LEASE
+        return self._now() > touched + LEASE
+
+    def _now(self) -> float:
+        """The time by the file server's clock."""
+        with tempfile.TemporaryFile(dir=self.hidden) as file:
+            return os.fstat(file.fileno()).st_mtime
 
     def _lost(self, claim: _Claim) -> bool:
         """Whether another process, which thought this one dead, has the video now."""
@@ -289,6 +294,14 @@ class _Archive:
         """Removes the claims of a finished video, the newest first: who dies halfway leaves none that is not found."""
         for number in reversed(range(self._newest_claim(name) + 1)):
             self._claim_path(name, number).unlink(missing_ok=True)
+
+    def tidy(self):
+        """Removes what processes were writing when they were killed; it takes no one a `LEASE` to write a file."""
+        latest = self._now() - LEASE
+        for partial in self.hidden.glob("*.partial"):
+            with suppress(FileNotFoundError):
+                if partial.stat().st_mtime < latest:
+                    partial.unlink()
 
     def write_manifest(self, lines: dict[str, dict]):
         """Adds `lines` to the manifest. Those of videos that are no longer there stay."""
