@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from trees import HEIGHT, WIDTH, index_mask, write_frames, write_mask
 
+from ausm_hf.data import mixture as mixture_module
 from ausm_hf.data.clips import clip_object, clip_row, clips_from_rows, file
 from ausm_hf.data.collate import ClipCollator
 from ausm_hf.data.mixture import ClipMixture, ClipSource, nano_mixture
@@ -55,7 +56,8 @@ def test_items_are_as_promised(sources):
             assert (item["class_labels"] == -100).all()
         else:
             assert set(item["class_labels"].tolist()) <= {15, -100}  # 15 is COCO's cat
-    assert kinds == {(None, False, True), ("coco", True, False)}
+    # The one in the middle is video with an object that nobody marks.
+    assert kinds == {(None, False, True), (None, True, False), ("coco", True, False)}
 
 
 def test_item_depends_on_seed_and_number_alone(sources):
@@ -81,6 +83,41 @@ def test_weights_are_how_often_a_source_is_drawn(sources):
 def test_detect_overrides_what_the_rows_say(sources):
     still = ClipSource(sources[1].clips, pseudo_video=True, detect=True)
     assert not ClipMixture([still], [1], 2, (32, 32))[0]["first_frame_given"]
+
+
+def test_a_group_in_several_pieces_is_a_prompt_only(tmp_path):
+    write_frames(tmp_path, ["picture"])
+    one = np.zeros((HEIGHT, WIDTH), np.uint8)
+    one[10:30, 10:30] = 1
+    one[2, 2] = 1  # a speck is no piece
+    two = one.copy()
+    two[10:30, 40:55] = 1
+    for mask, given in ((one, False), (two, True)):
+        write_mask(tmp_path / "mask.png", mask)
+        row = clip_row("salient", [file(tmp_path / "picture.png")], [], annotations=[file(tmp_path / "mask.png")])
+        for grouped in (True, False):
+            source = ClipSource(clips_from_rows([row]), pseudo_video=True, grouped=grouped)
+            mixture = ClipMixture([source], [1], 2, (64, 96))
+            assert mixture[0]["first_frame_given"] == (given and grouped)
+
+
+def test_the_unmarked_object_is_in_the_picture_and_not_ignored(sources, monkeypatch):
+    monkeypatch.setattr(mixture_module, "UNMARKED", 0.0)
+    marked = ClipMixture(sources[:1], [1], 3, (64, 96), seed=5)
+    before = [marked[i] for i in range(20)]
+    monkeypatch.setattr(mixture_module, "UNMARKED", 1.0)
+    left = 0
+    for i, all_marked in enumerate(before):
+        item, count = marked[i], len(all_marked["masks"])
+        assert torch.equal(item["pixel_values"], all_marked["pixel_values"])
+        if len(item["masks"]) == count:  # nothing was pasted
+            continue
+        left += 1
+        assert len(item["masks"]) == count - 1 and torch.equal(item["ignore_mask"], all_marked["ignore_mask"])
+        assert item["first_frame_given"] and not item["exhaustive"]
+        there = [any(torch.equal(mask, kept) for kept in item["masks"]) for mask in all_marked["masks"]]
+        assert sum(there) == count - 1
+    assert left > 5
 
 
 def test_more_objects_than_fit_leave_the_clip_inexhaustive(tmp_path):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from datasets import Dataset
+from scipy import ndimage
 
 from .augment import drop_small, jitter_colour, random_anchor, random_view, select_objects, view_matrix, warp_clip
 from .clips import Clip, resolve_row
@@ -15,6 +16,8 @@ from .davis import davis
 from .labels import LABEL_SETS
 from .sampling import cut_object, paste_object, paste_path, pseudo_motion, sample_clip
 from .stills import stills
+
+UNMARKED = 0.4  # of the clips with pasted objects, how many have one that nobody marks
 
 
 @dataclass
@@ -29,6 +32,8 @@ class ClipSource:
         paste: Part of the clips that get one or two objects pasted.
         donor: Its objects may be pasted into clips of the mixture.
         detect: False: masks are prompts only, whatever the rows say. None: as the rows say.
+        grouped: A mask may be of several objects, as in salient-object sets. Those in more than one piece are prompts
+            only, lest the network learn to find several objects as one.
     """
 
     clips: Dataset
@@ -38,6 +43,7 @@ class ClipSource:
     paste: float = 0.0
     donor: bool = False
     detect: bool | None = None
+    grouped: bool = False
 
 
 class ClipMixture(torch.utils.data.Dataset):
@@ -113,6 +119,8 @@ class ClipMixture(torch.utils.data.Dataset):
         clip = self._load(source, stride, bool(rng.random() < source.reverse), rng)
         if source.detect is not None:
             clip.first_frame_given = not source.detect
+        if source.grouped and any(pieces(mask) > 1 for mask in clip.masks.flatten(0, 1)):
+            clip.first_frame_given = True
 
         cutouts = []
         if rng.random() < source.paste:
@@ -130,7 +138,10 @@ class ClipMixture(torch.utils.data.Dataset):
         for cutout in cutouts:
             clip = paste_object(clip, cutout, paste_path(clip, cutout, rng), behind=bool(rng.random() < 0.5))
         clip.frames = jitter_colour(clip.frames, rng)
-        return drop_small(clip)
+        clip = drop_small(clip)
+        if cutouts and len(clip.masks) > 1 and rng.random() < UNMARKED:
+            clip = leave_one_unmarked(clip, rng)
+        return clip
 
     def _load(self, source: ClipSource, stride: int, reverse: bool, rng: np.random.Generator) -> Clip:
         """Frames of a random video; for pseudo-video a single one."""
@@ -177,6 +188,26 @@ class ClipMixture(torch.utils.data.Dataset):
         }
 
 
+def pieces(mask: torch.Tensor) -> int:
+    """In how many pieces a mask (H, W) is, without those of less than a twentieth of it."""
+    labelled, number = ndimage.label(mask.numpy())
+    areas = np.bincount(labelled.ravel(), minlength=number + 1)[1:]
+    return int((areas >= 0.05 * areas.sum()).sum())
+
+
+def leave_one_unmarked(clip: Clip, rng: np.random.Generator) -> Clip:
+    """Take away the mask of one object: it is in the picture, and what follows the others must keep off it."""
+    unmarked = int(rng.integers(len(clip.masks)))
+    kept = [n for n in range(len(clip.masks)) if n != unmarked]
+    return replace(
+        clip,
+        masks=clip.masks[kept],
+        labels=[clip.labels[n] for n in kept],
+        exhaustive=False,
+        first_frame_given=True,
+    )
+
+
 def nano_mixture(root: str, num_frames: int, size: tuple[int, int], seed: int = 0) -> ClipMixture:
     """What ausm-nano is trained on: half DAVIS 2016 train clips, half pseudo-video from stills.
 
@@ -186,7 +217,7 @@ def nano_mixture(root: str, num_frames: int, size: tuple[int, int], seed: int = 
         root: What `ausm_hf.data.prepare` wrote: `davis/` and `stills/`.
     """
     video = ClipSource(
-        davis(os.path.join(root, "davis"), 2016, "train"), strides=(1, 2, 3, 5, 8), reverse=0.3, paste=0.6, donor=True
+        davis(os.path.join(root, "davis"), 2016, "train"), strides=(1, 2, 3, 5, 8), reverse=0.3, paste=0.8, donor=True
     )
     # Per set: its part of all clips, and whether its masks are exact enough to be cut out and pasted elsewhere.
     parts = {
@@ -207,8 +238,9 @@ def nano_mixture(root: str, num_frames: int, size: tuple[int, int], seed: int = 
         ClipSource(
             stills(os.path.join(root, "stills", name), split="train" if name in exhaustive else "all"),
             pseudo_video=True,
-            paste=0.5,
+            paste=0.6,
             donor=donor,
+            grouped=name in ("ecssd", "duts", "sod"),
         )
         for name, (_, donor) in parts.items()
     ]
