@@ -202,9 +202,9 @@ def draw(output: Path, scores: dict[str, list[float]], needles: list[dict]) -> N
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for mode in ("prompted", "unprompted"):
+    for mode, style in (("prompted", "o-"), ("unprompted", "s--")):
         rows = [row for row in needles if row["mode"] == mode and row["found"]]
-        axes.plot([r["gap"] for r in rows], [r["kept"] / r["found"] for r in rows], marker="o", label=mode)
+        axes.plot([r["gap"] for r in rows], [r["kept"] / r["found"] for r in rows], style, label=mode)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="frames away", ylabel="share that keeps its id", ylim=(-0.02, 1.02), title="The needle")
     axes.legend(fontsize="small")
@@ -246,7 +246,8 @@ def main(arguments: list[str] | None = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     draw(args.output, scores, summary)
     (args.output / "tables.md").write_text(tables(turns, summary))
-    content = {"times": args.times, "turns": turns, "j": scores, "needle": summary, "needles": needles}
+    rounded = {name: np.round(j, 4).tolist() for name, j in scores.items()}
+    content = {"times": args.times, "turns": turns, "j": rounded, "needle": summary, "needles": needles}
     partial = args.output / ".long_streams.json.part"
     partial.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(partial, args.output / "long_streams.json")
