@@ -1,6 +1,6 @@
 """Can the model keep several objects apart that move, cross and leave?
 
-    python benchmarks/pasted_objects.py --root ROOT [--split dev] [--model ID_OR_PATH] [--output DIR]
+    python benchmarks/pasted_objects.py --root ROOT [--split dev] [--model ID_OR_PATH] [--output DIR] [--own]
 
 ROOT is what `python -m ausm_hf.data.prepare` wrote. DAVIS 2016 has one object per sequence; here two and then three
 more are pasted into every sequence of the split, over its whole length: exactly masked objects cut out of the other
@@ -15,6 +15,8 @@ Each object is given by its mask in the first frame that shows a good part of it
   that of another object;
 - **lost**: the share of these frames in which no id covers any of it.
 
+With `--own` only the sequence's own object is given: does its id keep off the others, which nobody marked?
+
 Writes `pasted_objects.json`, `sheet.png` (truth above, prediction below) and `table.md`.
 """
 
@@ -23,6 +25,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--split", default="dev")
     parser.add_argument("--model", help="checkpoint (default: the ausm-nano of the package)")
     parser.add_argument("--output", type=Path, default=Path("pasted-objects"))
+    parser.add_argument("--own", action="store_true", help="give only the sequence's own object")
     args = parser.parse_args(arguments)
 
     rows = list(davis(os.path.join(args.root, "davis"), 2016, args.split))
@@ -200,6 +204,8 @@ def main(arguments: list[str] | None = None) -> None:
                 clip = make_clip(
                     row, donors, photographs, pasted, seed=zlib.crc32(f"{row['video_id']} {pasted}".encode())
                 )
+                if args.own:
+                    clip = replace(clip, masks=clip.masks[:1])
                 predicted = list(follow(clip, model, processor))
                 for n, result in enumerate(score(clip.masks.numpy(), predicted)):
                     kind = "pasted" if n else "own"
