@@ -11,7 +11,9 @@ from PIL import Image
 
 from ausm_hf import AusmForUniversalSegmentation, AusmProcessor
 from ausm_hf.training import load_recipe, train
+from ausm_hf.training.data import build_data
 from ausm_hf.training.forms import CarriedForm, IterativeForm, RollOut
+from ausm_hf.training.loop import build_config, build_processor
 
 
 @pytest.fixture
@@ -74,6 +76,15 @@ def recipe_file(tmp_path, videos, tiny_config):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+def test_another_seed_draws_other_clips(recipe_file):
+    def first_clip(seed):
+        recipe = load_recipe(recipe_file, [f"seed={seed}"])
+        config = build_config(recipe)
+        return build_data(recipe, config, build_processor(recipe, config).image_processor)[0][0]["pixel_values"]
+
+    assert torch.equal(first_clip(1), first_clip(1)) and not torch.equal(first_clip(1), first_clip(2))
 
 
 def test_two_stages(recipe_file, tmp_path):

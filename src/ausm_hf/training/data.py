@@ -13,41 +13,40 @@ from ausm_hf.data.check import check_clips
 from ausm_hf.data.collate import ClipCollator
 from ausm_hf.data.mixture import ClipMixture, ClipSource, nano_mixture
 
-from .recipe import DataRecipe
+from .recipe import Recipe
 
 if TYPE_CHECKING:
     from ausm_hf.model.configuration_ausm import AusmConfig
     from ausm_hf.model.image_processing_ausm import AusmImageProcessor
 
 
-def build_data(
-    recipe: DataRecipe, config: AusmConfig, processor: AusmImageProcessor, pieces: int = 1
-) -> tuple[ClipMixture, ClipCollator]:
+def build_data(recipe: Recipe, config: AusmConfig, processor: AusmImageProcessor) -> tuple[ClipMixture, ClipCollator]:
     """The clips of a recipe, and the collator that makes normalised batches of them.
 
     Args:
-        recipe: see `DataRecipe`. A source is `{"dataset": NAME, "arguments": {...}, "weight": 1.0, ...}`: NAME is a
-            function of `ausm_hf.data.NAME` that gives `datasets.Dataset` in the clip format, "arguments" are its own,
-            "weight" is how often its clips are drawn, and the rest are fields of `ClipSource`.
+        recipe: its `data`, `seed` and `carried_state` count. A source is
+            `{"dataset": NAME, "arguments": {...}, "weight": 1.0, ...}`: NAME is a function of `ausm_hf.data.NAME` that
+            gives `datasets.Dataset` in the clip format, "arguments" are its own, "weight" is how often its clips are
+            drawn, and the rest are fields of `ClipSource`.
         config: says which label sets have a class head, and how many objects a clip may have.
         processor: says how frames are normalised.
-        pieces: clips are this many times `num_frames` long.
 
     Raises:
         ValueError: names the key of the recipe that can't work.
     """
-    num_frames = pieces * recipe.num_frames
-    height, width = recipe.size
-    if recipe.mixture == "nano":
-        root = str(recipe.root)
+    data = recipe.data
+    num_frames = recipe.carried_state * data.num_frames
+    height, width = data.size
+    if data.mixture == "nano":
+        root = str(data.root)
         for folder in ("davis", "stills"):
             if not (Path(root) / folder).is_dir():
                 raise ValueError(f"data.root: there is no folder {folder} in {root}; see ausm_hf.data.prepare")
         mixture = nano_mixture(root, num_frames, (height, width), recipe.seed)
-    elif recipe.mixture is not None:
-        raise ValueError(f"data.mixture: got {recipe.mixture!r}, want nano")
+    elif data.mixture is not None:
+        raise ValueError(f"data.mixture: got {data.mixture!r}, want nano")
     else:
-        wanted = recipe.sources or []
+        wanted = data.sources or []
         loaders = [_check_source(f"data.sources[{i}]", source) for i, source in enumerate(wanted)]
         sources = [_build_source(loader, source) for loader, source in zip(loaders, wanted)]
         for i, source in enumerate(sources):
@@ -58,7 +57,7 @@ def build_data(
             num_frames,
             (height, width),
             recipe.seed,
-            max_objects=recipe.max_objects,
+            max_objects=data.max_objects,
             label_sets=config.label_sets,
         )
     if mixture.max_objects > config.num_id_vectors:

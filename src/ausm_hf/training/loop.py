@@ -131,7 +131,7 @@ def train(
     config = build_config(recipe) if model is None else model.config
     processor: Any = build_processor(recipe, config) if isinstance(config, AusmConfig) else None
     if dataset is None or collator is None:
-        dataset, collator = build_data(recipe.data, config, processor.image_processor, recipe.carried_state)
+        dataset, collator = build_data(recipe, config, processor.image_processor)
     if model is None:
         model = build_model(recipe, config)
     if evaluate is None:

@@ -53,7 +53,6 @@ class DataRecipe:
         batch_size: clips per process and forward pass.
         workers: processes that prepare clips; 0 prepares them in the training process.
         max_objects: most objects in a clip of `sources`; more are ignored.
-        seed: clip number i is a function of (`seed`, i) alone.
     """
 
     mixture: str | None = None
@@ -64,7 +63,6 @@ class DataRecipe:
     batch_size: int = 1
     workers: int = 0
     max_objects: int = 8
-    seed: int = 0
 
 
 @dataclass
@@ -125,7 +123,8 @@ class Recipe:
         log_every, save_every, eval_every: in optimizer steps; `eval_every` 0 never evaluates (see `train`).
         keep_checkpoints: the newest n are kept.
         tracker: an Accelerate tracker, e.g. "tensorboard"; None writes `log.jsonl` only (always written).
-        seed: of everything random but the clips.
+        seed: of everything random. Clip number i is a function of (`seed`, i) alone, so a run that starts from the
+            result of another on the same data wants another seed, or it sees the same clips again.
     """
 
     output_dir: str
