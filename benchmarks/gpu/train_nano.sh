@@ -27,5 +27,5 @@ python3 -c "import datasets" 2>/dev/null ||
 python3 -m ausm_hf.data.prepare "$folder" "$work/data"
 python3 examples/train.py examples/recipes/nano_gpu.yaml data.root="$work/data" output_dir="$work/run" \
     "${options[@]}" "$@" 2>&1 | tee "$out/train.txt"
-python3 -m ausm_hf.checkpoints.make "$work/run" "$out/ausm-nano"
+python3 -m ausm_hf.checkpoints.make "$work/run" --folder "$out/ausm-nano"
 ls -l "$out/ausm-nano"

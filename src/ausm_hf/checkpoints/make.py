@@ -3,8 +3,8 @@ Makes the checkpoint that comes with the package from a finished training run:
 
     python -m ausm_hf.checkpoints.make runs/nano
 
-The weights are stored as float16, half the size; they load as float32. The recipe and the log of the run lie beside
-them.
+Of several runs, each of which went on from the one before, it takes the mean of the weights. They are stored as
+float16, half the size; they load as float32. The recipe and the log of the last run lie beside them.
 """
 
 import argparse
@@ -23,21 +23,30 @@ from ausm_hf import AusmForUniversalSegmentation, AusmImageProcessor, AusmProces
 MAX_BYTES = 15_000_000
 
 
-def make_checkpoint(run: Path, folder: Path) -> Path:
+def make_checkpoint(runs: list[Path], folder: Path) -> Path:
     """
-    Writes the checkpoint of a training run to `folder`, whole or not at all; an older one there is replaced.
+    Writes the checkpoint of training runs to `folder`, whole or not at all; an older one there is replaced.
 
     Args:
-        run (`Path`): `output_dir` of the run, with `final/`, `recipe.yaml` and `log.jsonl`.
+        runs (`list[Path]`): `output_dir` of each run, with `final/`, `recipe.yaml` and `log.jsonl`.
         folder (`Path`): Where to write it.
 
     Raises:
-        ValueError: If the run is not finished, a weight does not fit into float16, or the file gets too large.
+        ValueError: If a run is not finished, the runs' networks differ, a weight does not fit into float16, or the
+            file gets too large.
     """
-    if not (run / "final").is_dir():
-        raise ValueError(f"{run} has no folder `final`: the run is not finished.")
-    model = AusmForUniversalSegmentation.from_pretrained(run / "final", dtype=torch.float32)
-    weights = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    for run in runs:
+        if not (run / "final").is_dir():
+            raise ValueError(f"{run} has no folder `final`: the run is not finished.")
+    models = [AusmForUniversalSegmentation.from_pretrained(run / "final", dtype=torch.float32) for run in runs]
+    model, states = models[-1], [model.state_dict() for model in models]
+    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
+    if any(other != shapes[0] for other in shapes):
+        raise ValueError("The networks of the runs differ: their weights have no mean.")
+    weights = {
+        name: torch.stack([state[name] for state in states]).mean(dim=0).half() if t.is_floating_point() else t
+        for name, t in states[-1].items()
+    }
     infinite = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if infinite:
         raise ValueError(f"These weights do not fit into float16: {infinite}.")
@@ -64,8 +73,8 @@ def make_checkpoint(run: Path, folder: Path) -> Path:
         size = (partial / "model.safetensors").stat().st_size
         if size > MAX_BYTES:
             raise ValueError(f"The weights take {size:,} bytes, at most {MAX_BYTES:,} are wanted.")
-        shutil.copyfile(run / "log.jsonl", partial / "log.jsonl")
-        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+        shutil.copyfile(runs[-1] / "log.jsonl", partial / "log.jsonl")
+        recipe = yaml.safe_load((runs[-1] / "recipe.yaml").read_text())
         # Where things lay on the machine of the run is nobody's business.
         recipe["output_dir"] = Path(recipe["output_dir"]).name
         recipe["data"]["root"] = Path(recipe["data"]["root"]).name
@@ -84,7 +93,7 @@ def make_checkpoint(run: Path, folder: Path) -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="output_dir of the training run")
-    parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent / "ausm-nano")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output_dir of a training run")
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "ausm-nano", help="where to write it")
     args = parser.parse_args()
-    print(make_checkpoint(args.run, args.folder))
+    print(make_checkpoint(args.runs, args.folder))

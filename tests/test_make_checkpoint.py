@@ -1,0 +1,54 @@
+"""`ausm_hf.checkpoints.make`: the package's checkpoint from training runs."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from ausm_hf import AusmForUniversalSegmentation
+from ausm_hf.checkpoints.make import make_checkpoint
+
+
+@pytest.fixture
+def runs(tmp_path, tiny_config):
+    """Two finished runs of the same network."""
+    paths = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        run = tmp_path / f"run{seed}"
+        AusmForUniversalSegmentation(tiny_config).save_pretrained(run / "final")
+        recipe = {"output_dir": str(run), "model": {"path": str(tmp_path / "before")}, "data": {"root": str(tmp_path)}}
+        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        (run / "log.jsonl").write_text(f'{{"step": {seed}}}\n')
+        paths.append(run)
+    return paths
+
+
+def test_the_mean_of_runs_is_stored_with_the_last_ones_recipe(runs, tmp_path):
+    folder = make_checkpoint(runs, tmp_path / "made")
+    first, second = (load_file(run / "final" / "model.safetensors") for run in runs)
+    made = load_file(folder / "model.safetensors")
+    assert made.keys() == first.keys()
+    for name, tensor in made.items():
+        if tensor.is_floating_point():
+            assert torch.equal(tensor, ((first[name] + second[name]) / 2).half())
+    assert (folder / "log.jsonl").read_text() == '{"step": 1}\n'
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert recipe == {"output_dir": "run1", "model": {"path": "before"}, "data": {"root": tmp_path.name}}
+    assert not list(folder.glob("*.py"))
+    AusmForUniversalSegmentation.from_pretrained(folder)
+
+
+def test_runs_that_make_no_checkpoint(runs, tmp_path, tiny_config):
+    config = copy.deepcopy(tiny_config)
+    config.num_detection_queries += 1
+    AusmForUniversalSegmentation(config).save_pretrained(runs[0] / "final")
+    with pytest.raises(ValueError, match="networks of the runs differ"):
+        make_checkpoint(runs, tmp_path / "made")
+    shutil.rmtree(runs[0] / "final")
+    with pytest.raises(ValueError, match="run0 has no folder `final`"):
+        make_checkpoint(runs, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
