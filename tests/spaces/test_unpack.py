@@ -236,3 +236,22 @@ def test_only_uploads_are_read(tmp_path):
         with pytest.raises(Refused, match="upload the file"):
             rooms.uploaded(path)
     assert rooms.uploaded(str(tmp_path / "root" / "a" / "x.mp4"))
+
+
+def test_sweeping_goes_on_after_files_vanished_under_it():
+    from ausm_hf.demo import launch
+
+    swept = []
+
+    class Page:
+        def sweep(self):
+            swept.append(1)
+            if len(swept) == 1:
+                raise FileNotFoundError("rooms")
+
+    class Stopped:
+        def wait(self, seconds):
+            return len(swept) == 2
+
+    launch._sweep(Page(), Stopped())
+    assert len(swept) == 2

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO, cast
@@ -143,8 +144,12 @@ class Rooms:
         shutil.rmtree(room, ignore_errors=True)
 
     def is_full(self) -> bool:
-        sizes = (path.lstat().st_size for path in self.root.rglob("*") if path.is_file())
-        return sum(sizes) > MOST_GIGABYTES * 2**30
+        size = 0
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                with suppress(OSError):  # removed meanwhile
+                    size += os.lstat(os.path.join(folder, name)).st_size
+        return size > MOST_GIGABYTES * 2**30
 
     def sweep(self, seconds: float = KEPT_SECONDS):
         """Removes what nobody has used for so long; and uploads, the oldest first, while the disk is full."""

@@ -112,4 +112,5 @@ async def _fetch_nothing(*args, **kwargs):
 
 def _sweep(page, stopped: threading.Event):
     while not stopped.wait(60):
-        page.sweep()
+        with suppress(OSError):  # visitors' files come and go while it looks; the next round is soon
+            page.sweep()
