@@ -217,6 +217,23 @@ def test_a_full_disk_takes_no_more(tmp_path, monkeypatch):
         rooms.new()
 
 
+def test_files_that_vanish_while_they_are_counted_do_no_harm(tmp_path, monkeypatch):
+    rooms = Rooms(tmp_path)
+    (rooms.new() / "clip").write_bytes(bytes(2000))
+    (tmp_path / "gone").write_bytes(b"")
+    lstat = os.lstat
+
+    def vanishing(path, **options):
+        if os.fspath(path).endswith("gone"):
+            raise FileNotFoundError(path)
+        return lstat(path, **options)
+
+    monkeypatch.setattr(os, "lstat", vanishing)
+    assert not rooms.is_full()
+    monkeypatch.setattr(clips, "MOST_GIGABYTES", 1e-6)
+    assert rooms.is_full()
+
+
 def test_uploads_of_a_full_disk_go_first(tmp_path, monkeypatch):
     rooms = Rooms(tmp_path)
     room = rooms.new()

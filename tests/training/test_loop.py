@@ -212,6 +212,29 @@ def test_corruption_reaches_the_history_alone(tiny, tmp_path):
         assert not torch.equal(seen["history_masks"][i], clips[i]["masks"])
 
 
+def test_lasting_errors_reach_the_history(tiny, tmp_path, monkeypatch):
+    """The same run with and without them; nothing else is drawn after them."""
+    histories = []
+
+    class Watching(tiny.TinyModel):
+        def forward(self, **inputs):
+            histories.append(inputs["history_masks"])
+            return super().forward(**inputs)
+
+    def run(name):
+        recipe = tiny.make_recipe(
+            tmp_path / name, "history_corruption=1.0", "switch_frame_prompt_probability=1.0", "optim.max_steps=4"
+        )
+        train(recipe, model=Watching(tiny.TinyConfig()), dataset=tiny.TinyClips(), collator=tiny.collate)
+
+    run("with")
+    monkeypatch.setattr("ausm_hf.training.loop.add_lasting_errors", lambda masks, *args: masks)
+    run("without")
+    assert len(histories) == 8
+    pairs = zip(sum(histories[:4], []), sum(histories[4:], []))
+    assert any(not torch.equal(mine, other) for mine, other in pairs)
+
+
 def test_a_frozen_backbone_stays(tiny, tmp_path):
     torch.manual_seed(0)
     before = tiny.TinyModel(tiny.TinyConfig()).state_dict()
