@@ -13,10 +13,13 @@ import torch
 from timing import Bench, error
 from torch.nn import functional as F
 
+from ausm_hf.model import temporal_mamba_triton
 from ausm_hf.model.temporal_mamba_triton import triton, triton_scan
 from ausm_hf.model.temporal_scan import selective_scan, selective_step
 
 S = 16
+# Ways to launch the forward kernel: channels of a program, frames loaded ahead, warps
+LAUNCHES = ((32, 1, 1), (64, 1, 1), (64, 3, 1), (64, 2, 1), (128, 3, 2))
 
 
 def plain(x, dt, A, B, C, D, dt_bias, gate, state=None):
@@ -135,21 +138,31 @@ def main():
     bench.more["variants"] = list(found)
     steps = {"torch": plain} | ({"triton": triton_scan} if "triton" in found else {})
     pixels, channels = (64, [40]) if bench.dry_run else (26_000, [512, 256, 128])
-    # The size of the target first, in case time runs out.
+    frames = [3] if bench.dry_run else [16, 4, 64, 1, 2, 8, 32]
+
+    def add_scan(name: str, function, n: int, t: int, c: int, dtype) -> None:
+        what = {"variant": name, "pixels": n, "frames": t, "channels": c, "dtype": str(dtype)[6:]}
+        bench.add(what, lambda: time_scan(bench, name, function, n, t, c, dtype, copy))
+
+    # The sizes of the targets first, in case time runs out.
     for c in channels:
-        for t in [3] if bench.dry_run else [16, 4, 64, 1, 2, 8, 32]:
+        for name, function in steps.items():
+            what = {"variant": name, "pixels": pixels, "frames": "step", "channels": c, "dtype": "float32"}
+            bench.add(what, lambda f=function, w=what: time_step(bench, w["variant"], f, pixels, w["channels"], copy))
+    usual = temporal_mamba_triton.FORWARD
+    for block, stages, warps in LAUNCHES if "triton" in found else ():
+        temporal_mamba_triton.FORWARD = {"C_BLOCK": block, "STAGES": stages, "num_warps": warps}
+        name = f"triton, {block} channels, {stages} stages, {warps} warps"
+        add_scan(name, found["triton"], pixels, frames[0], channels[0], torch.bfloat16)
+    temporal_mamba_triton.FORWARD = usual
+    for c in channels:
+        for t in frames:
             n = min(pixels, 26_000 * 16 * 512 // (t * c))
             for dtype in (torch.bfloat16, torch.float32):
                 if dtype == torch.float32 and t not in (3, 16):
                     continue
                 for name, function in found.items():
-                    what = {"variant": name, "pixels": n, "frames": t, "channels": c, "dtype": str(dtype)[6:]}
-                    bench.add(what, lambda f=function, w=what, d=dtype: time_scan(
-                        bench, w["variant"], f, w["pixels"], w["frames"], w["channels"], d, copy
-                    ))  # fmt: skip
-        for name, function in steps.items():
-            what = {"variant": name, "pixels": pixels, "frames": "step", "channels": c, "dtype": "float32"}
-            bench.add(what, lambda f=function, w=what: time_step(bench, w["variant"], f, pixels, w["channels"], copy))
+                    add_scan(name, function, n, t, c, dtype)
     columns = ["variant", "pixels", "frames", "channels", "dtype", "error", "ms", "floor ms", "of bound"]
     bench.finish([*columns, "both ms", "floor both ms", "of bound both", "MiB"])
 

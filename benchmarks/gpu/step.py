@@ -2,8 +2,8 @@
 A whole streaming step of the network, all slots fixed so that nothing waits for the host: eager, compiled, and as a
 CUDA graph, in float32, bfloat16 and float16, with 1 and 20 objects.
 
-First every variant must give the masks of eager float32: the pixels that differ, as intersection over union, over
-frames of a stream that carries its own masks on (ausm-nano, 100 frames). The floor is the floating point operations
+Beside each time stands how well its masks agree with those of eager float32: the least intersection over union, over
+100 frames, of ausm-nano with its state carried on and its masks given; below 0.995 the script fails. The floor is the floating point operations
 over the rate of a large matrix product in that type.
 
     benchmarks/gpu/step.sh [--dry-run] [--output FOLDER]
@@ -105,7 +105,7 @@ def main():
     bench = Bench("step", __doc__)
     torch.manual_seed(0)
     size = (64, 64) if bench.dry_run else (480, 864)
-    hows = ["eager"] if bench.dry_run else ["eager", "compiled", "graph"]
+    hows = ["eager"] if bench.dry_run else ["graph", "eager", "compiled"]  # compiling last, it takes minutes
     dtypes = [torch.float32, torch.bfloat16] + ([] if bench.dry_run else [torch.float16])
     nano, _ = load_model(device=bench.device)
     networks = {"ausm-nano": nano.eval()}
@@ -118,8 +118,7 @@ def main():
         row = {}
         if name == "ausm-nano":
             row["least IoU"] = agreement(bench, model, dtype, how, check_size, count)
-            if row["least IoU"] < 0.995 and not bench.dry_run:
-                raise AssertionError(f"masks fall to {row['least IoU']:.4f} of eager float32's")
+            bench.failed |= row["least IoU"] < 0.995 and not bench.dry_run
         own = copy.deepcopy(model).to(dtype).requires_grad_(False)
         stream = Stream(own, size, objects, how)
         clip = [frame.to(dtype) for frame in frames(8, size, bench.device)]
@@ -133,9 +132,9 @@ def main():
         return row | {"floor ms": 1e3 * counter.get_total_flops() / rate, "TFLOP/s": rate / 1e12}
 
     with torch.inference_mode(mode=False), torch.no_grad():
-        for name in networks:
-            for dtype in dtypes:
-                for how in hows:
+        for how in hows:
+            for name in networks:
+                for dtype in dtypes:
                     for objects in (1, 20):
                         what = {"network": name, "dtype": str(dtype)[6:], "how": how, "objects": objects}
                         bench.add(what, lambda n=name, d=dtype, h=how, o=objects: measure(n, d, h, o))

@@ -157,7 +157,7 @@ def test_clips_without_objects_are_passed_over_and_an_empty_source_is_an_error(t
         ({"weights": [1.0]}, "got 2 sources and 1 weights"),
         ({"weights": [1.0, -1.0]}, "weights must be positive"),
         ({"sources": [], "weights": []}, "got 0 sources and 0 weights"),
-        ({"max_objects": 2}, "max_objects must be at least 3, got 2"),
+        ({"max_objects": 2}, "max_objects must be at least 4, got 2"),
     ],
 )
 def test_bad_arguments(sources, arguments, message):

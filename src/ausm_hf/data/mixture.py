@@ -17,6 +17,7 @@ from .labels import LABEL_SETS
 from .sampling import cut_object, paste_object, paste_path, pseudo_motion, sample_clip
 from .stills import stills
 
+PASTED = (0.5, 0.3, 0.2)  # of the clips with pasted objects, how many have one, two and three
 UNMARKED = 0.4  # of the clips with pasted objects, how many have one that nobody marks
 
 
@@ -29,7 +30,7 @@ class ClipSource:
         pseudo_video: Make clips by moving a camera over single frames.
         strides: Frame distances to draw from, for video.
         reverse: Part of the clips that are played backwards, for video.
-        paste: Part of the clips that get one or two objects pasted.
+        paste: Part of the clips that get one to three objects pasted.
         donor: Its objects may be pasted into clips of the mixture.
         detect: False: masks are prompts only, whatever the rows say. None: as the rows say.
         grouped: A mask may be of several objects, as in salient-object sets. Those in more than one piece are prompts
@@ -88,8 +89,8 @@ class ClipMixture(torch.utils.data.Dataset):
             raise ValueError(f"num_frames must be at least 1, got {num_frames}")
         if len(size) != 2 or any(s < 32 or s % 32 for s in size):
             raise ValueError(f"size must be a height and a width in multiples of 32, got {tuple(size)}")
-        if max_objects < 3:
-            raise ValueError(f"max_objects must be at least 3, got {max_objects}: up to two are pasted")
+        if max_objects < 4:
+            raise ValueError(f"max_objects must be at least 4, got {max_objects}: up to three are pasted")
         for number, source in enumerate(sources):
             if len(source.clips) == 0:
                 raise ValueError(f"source {number} has no clips")
@@ -124,7 +125,7 @@ class ClipMixture(torch.utils.data.Dataset):
 
         cutouts = []
         if rng.random() < source.paste:
-            cutouts = [self._cutout(clip, stride, rng) for _ in range(1 if rng.random() < 0.7 else 2)]
+            cutouts = [self._cutout(clip, stride, rng) for _ in range(rng.choice((1, 2, 3), p=PASTED))]
             cutouts = [cutout for cutout in cutouts if cutout is not None]
         clip = select_objects(clip, self.max_objects - len(cutouts), rng)
 

@@ -23,7 +23,9 @@ try:
 except ImportError:
     triton = None
 
-BLOCK = 32  # channels of a program, one per lane
+# Channels of a program, frames that a loop loads ahead, and warps, of the kernel that goes forward
+FORWARD = {"C_BLOCK": 32, "STAGES": 1, "num_warps": 1}
+BLOCK = 32  # channels of a program going backward, one per lane
 PROGRAMS = 132 * 24  # how many run at a time on a large GPU: what exceeds it only waits
 
 if triton is not None:
@@ -59,7 +61,7 @@ if triton is not None:
     def _forward_kernel(
         x, dt, A, B, C, D, dt_bias, gate, state, y, last_state,
         N, T, channels, x_n, x_t, dt_n, dt_t, B_n, B_t, C_n, C_t, gate_n, gate_t,
-        HAS_STATE: tl.constexpr, S: tl.constexpr, S_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+        HAS_STATE: tl.constexpr, S: tl.constexpr, S_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         c = tl.program_id(1) * C_BLOCK + tl.arange(0, C_BLOCK)
         s = tl.arange(0, S_BLOCK)
@@ -73,7 +75,7 @@ if triton is not None:
                 h = tl.load(state + n * S * channels + tile, mask=has, other=0)
             else:
                 h = tl.zeros((S_BLOCK, C_BLOCK), tl.float32)
-            for t in range(T):
+            for t in tl.range(0, T, num_stages=STAGES):
                 x_, raw, delta, B_ = _load_frame(
                     x + n * x_n, dt + n * dt_n, bias, B + n * B_n, t, T, x_t, dt_t, B_t, c, has_c, s, has_s
                 )
@@ -196,13 +198,13 @@ class TritonScanFunction(torch.autograd.Function):
     """Takes x, dt, gate `(N, T, C)`; A `(S, C)`; B, C `(N, T, S)`; D, dt_bias `(C,)`; state `(N, S, C)` or `None`."""
 
     @staticmethod
-    def shape(x: Tensor, A: Tensor, *by_row: Tensor):
+    def shape(block: int, x: Tensor, A: Tensor, *by_row: Tensor):
         """The grid, the sizes and strides that both kernels take, and the sizes known when they are compiled."""
         (n, t, channels), s = x.shape, len(A)
-        blocks = triton.cdiv(channels, BLOCK)
+        blocks = triton.cdiv(channels, block)
         grid = (min(n, triton.cdiv(PROGRAMS, blocks)), blocks)
         strides = [stride for tensor in by_row for stride in tensor.stride()[:2]]
-        return grid, [n, t, channels, *strides], {"S": s, "S_BLOCK": triton.next_power_of_2(s), "C_BLOCK": BLOCK}
+        return grid, [n, t, channels, *strides], {"S": s, "S_BLOCK": triton.next_power_of_2(s)}
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, dt_bias, gate, state):
@@ -211,10 +213,10 @@ class TritonScanFunction(torch.autograd.Function):
         (n, t, channels), s = x.shape, len(A)
         y = torch.empty(n, t, channels, dtype=x.dtype, device=x.device)
         last_state = torch.empty(n, s, channels, dtype=torch.float32, device=x.device)
-        grid, sizes, constants = TritonScanFunction.shape(x, A, x, dt, B, C, gate)
+        grid, sizes, constants = TritonScanFunction.shape(FORWARD["C_BLOCK"], x, A, x, dt, B, C, gate)
         _forward_kernel[grid](
             x, dt, A, B, C, D, dt_bias, gate, A if state is None else state, y, last_state, *sizes,
-            HAS_STATE=state is not None, num_warps=1, **constants,
+            HAS_STATE=state is not None, **FORWARD, **constants,
         )  # fmt: skip
         return y, last_state
 
@@ -223,7 +225,7 @@ class TritonScanFunction(torch.autograd.Function):
     def backward(ctx, d_y, d_last_state):
         x, dt, A, B, C, D, dt_bias, gate, state = ctx.saved_tensors
         (n, t, channels), s = x.shape, len(A)
-        grid, sizes, constants = TritonScanFunction.shape(x, A, x, dt, B, C, gate)
+        grid, sizes, constants = TritonScanFunction.shape(BLOCK, x, A, x, dt, B, C, gate)
         programs = grid[0]
         new = {"dtype": torch.float32, "device": x.device}
         scratch = torch.empty(programs * grid[1], triton.cdiv(t, 4), constants["S_BLOCK"], BLOCK, **new)
@@ -239,7 +241,7 @@ class TritonScanFunction(torch.autograd.Function):
         _backward_kernel[grid](
             x, dt, A, B, C, D, dt_bias, gate, A if state is None else state, d_y.contiguous(),
             d_last_state.contiguous(), scratch, d_x, d_dt, d_A, d_B, d_C, d_D, d_bias, d_gate,
-            A if state is None else d_state, *sizes, HAS_STATE=state is not None, num_warps=1, **constants,
+            A if state is None else d_state, *sizes, HAS_STATE=state is not None, C_BLOCK=BLOCK, num_warps=1, **constants,
         )  # fmt: skip
         d_B, d_C = d_B.to(B.dtype), d_C.to(C.dtype)
         return d_x, d_dt, d_A.sum(0), d_B, d_C, d_D.sum(0), d_bias.sum(0), d_gate, d_state
