@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator
 
-import av
 from datasets import Dataset
 from PIL import Image
 
@@ -89,11 +88,21 @@ def _problem(stored: dict, kind: str, open_file: bool) -> str | None:
                 with Image.open(stored["path"]) as image:
                     image.load()
             elif kind == "video":
-                with av.open(stored["path"]) as video:
-                    next(video.decode(video=0))
+                _decode_frame(stored["path"])
             else:
                 with open(stored["path"]) as text:
                     json.load(text)
-        except (OSError, SyntaxError, ValueError, StopIteration, av.FFmpegError):
+        except (OSError, SyntaxError, ValueError):
             return "broken"
     return None
+
+
+def _decode_frame(path: str) -> None:
+    """Raises ValueError if the first frame can't be decoded."""
+    import av  # where all clips are images it may be missing
+
+    try:
+        with av.open(path) as video:
+            next(video.decode(video=0))
+    except (StopIteration, av.FFmpegError) as error:
+        raise ValueError(f"{path}: {error!r}") from error

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from datasets import Dataset, Features, Image, List, Value, Video, concatenate_datasets
@@ -392,6 +391,8 @@ def _read_mask(stored: dict) -> np.ndarray:
 
 def _read_video(stored: dict, wanted: list[int]) -> list[np.ndarray]:
     """Decode frames of a video file by number, in any order."""
+    import av  # where all clips are images it may be missing
+
     with av.open(_source(stored)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"  # loader workers are the parallelism
