@@ -18,7 +18,7 @@ from ausm_hf.model.temporal_mamba_triton import triton, triton_scan
 from ausm_hf.model.temporal_scan import selective_scan, selective_step
 
 S = 16
-# Ways to launch the forward kernel: channels of a program, frames loaded ahead, warps
+# Ways to launch the forward kernel: channels of a program, frames under way, warps
 LAUNCHES = ((32, 1, 1), (64, 1, 1), (64, 3, 1), (64, 2, 1), (128, 3, 2))
 
 
@@ -149,12 +149,12 @@ def main():
         for name, function in steps.items():
             what = {"variant": name, "pixels": pixels, "frames": "step", "channels": c, "dtype": "float32"}
             bench.add(what, lambda f=function, w=what: time_step(bench, w["variant"], f, pixels, w["channels"], copy))
-    usual = temporal_mamba_triton.FORWARD
+    usual = temporal_mamba_triton.FORWARD_2_BYTES
     for block, stages, warps in LAUNCHES if "triton" in found else ():
-        temporal_mamba_triton.FORWARD = {"C_BLOCK": block, "STAGES": stages, "num_warps": warps}
+        temporal_mamba_triton.FORWARD_2_BYTES = {"C_BLOCK": block, "STAGES": stages, "num_warps": warps}
         name = f"triton, {block} channels, {stages} stages, {warps} warps"
         add_scan(name, found["triton"], pixels, frames[0], channels[0], torch.bfloat16)
-    temporal_mamba_triton.FORWARD = usual
+    temporal_mamba_triton.FORWARD_2_BYTES = usual
     for c in channels:
         for t in frames:
             n = min(pixels, 26_000 * 16 * 512 // (t * c))

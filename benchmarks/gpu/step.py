@@ -3,20 +3,23 @@ A whole streaming step of the network, all slots fixed so that nothing waits for
 CUDA graph, in float32, bfloat16 and float16, with 1 and 20 objects.
 
 Beside each time stands how well its masks agree with those of eager float32: the least intersection over union, over
-100 frames, of ausm-nano with its state carried on and its masks given; below 0.995 the script fails. The floor is the floating point operations
-over the rate of a large matrix product in that type.
+100 frames, of ausm-nano with its state carried on and its masks given; below 0.995 the script fails. The floor is the
+floating point operations over the rate of a large matrix product in that type.
 
     benchmarks/gpu/step.sh [--dry-run] [--output FOLDER]
 """
 
 import copy
+from pathlib import Path
 
 import torch
 from timing import Bench
 from torch.utils.flop_counter import FlopCounterMode
 
-from ausm_hf import AusmConfig, AusmForUniversalSegmentation, AusmModel, load_model
+from ausm_hf import AusmConfig, AusmForUniversalSegmentation, AusmModel
 from ausm_hf.model.history_ausm import AusmHistory
+
+CHECKPOINT = Path(__file__).parents[2] / "src" / "ausm_hf" / "checkpoints" / "ausm-nano"
 
 
 class Stream:
@@ -107,7 +110,8 @@ def main():
     size = (64, 64) if bench.dry_run else (480, 864)
     hows = ["eager"] if bench.dry_run else ["graph", "eager", "compiled"]  # compiling last, it takes minutes
     dtypes = [torch.float32, torch.bfloat16] + ([] if bench.dry_run else [torch.float16])
-    nano, _ = load_model(device=bench.device)
+    # Not by `load_model`, which wants PyAV for the videos that it is there for.
+    nano = AusmForUniversalSegmentation.from_pretrained(CHECKPOINT, dtype=torch.float32).to(bench.device)
     networks = {"ausm-nano": nano.eval()}
     if not bench.dry_run:
         networks["base, random"] = AusmForUniversalSegmentation(AusmConfig.from_preset("base")).eval().to(bench.device)

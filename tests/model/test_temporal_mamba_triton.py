@@ -70,6 +70,7 @@ def test_the_mixer_uses_it_for_clips_steps_and_carried_states(dtype, monkeypatch
     monkeypatch.setattr(temporal_mamba, "triton_kernel", lambda device_type: None)
     wanted, wanted_state = mixer(x)
     calls = []
+    monkeypatch.setattr(temporal_mamba, "mamba_kernels", lambda device_type: pytest.fail("its own kernel is there"))
     monkeypatch.setattr(
         temporal_mamba, "triton_kernel", lambda device_type: lambda *args: calls.append(args) or triton_scan(*args)
     )
@@ -86,7 +87,11 @@ def test_the_mixer_uses_it_for_clips_steps_and_carried_states(dtype, monkeypatch
         torch.testing.assert_close(got[1], wanted_state[1], **tolerance)
 
 
-def test_the_check_tells_right_from_wrong(monkeypatch):
+@pytest.mark.parametrize("wrong_in, factor", [(torch.float32, 1.01), (torch.bfloat16, 1.2)], ids=str)
+def test_the_check_tells_right_from_wrong(wrong_in, factor, monkeypatch):
+    def wrong(x, dt, *rest):
+        return triton_scan(x, dt * factor if dt.dtype == wrong_in else dt, *rest)
+
     assert check_triton_scan(DEVICE, selective_scan)
-    monkeypatch.setattr(temporal_mamba_triton, "triton_scan", lambda x, dt, *rest: triton_scan(x, dt * 1.01, *rest))
+    monkeypatch.setattr(temporal_mamba_triton, "triton_scan", wrong)
     assert not check_triton_scan(DEVICE, selective_scan)

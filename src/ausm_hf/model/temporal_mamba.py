@@ -300,13 +300,13 @@ class TemporalMamba(TemporalMixer):
         self.check(x, state)
         conv_state, ssm_state = (None, None) if state is None else state
         projected = self.in_proj(x)
-        # mamba-ssm's scan cannot begin with a state and takes no single frames; those are for the kernels of our own.
+        # For few frames of many pixels the kernels of our own are the faster ones (benchmarks/README.md), and those of
+        # mamba-ssm cannot begin with a state.
         kernels = own_kernel = None
         if projected.dtype != torch.float64:
-            if x.shape[1] > 1 and ssm_state is None:
+            own_kernel = triton_kernel(x.device.type)
+            if own_kernel is None and x.shape[1] > 1 and ssm_state is None:
                 kernels = mamba_kernels(x.device.type)
-            if kernels is None:
-                own_kernel = triton_kernel(x.device.type)
         # A single frame is little work, and keeps all digits.
         fused = x.shape[1] > 1 and (kernels or own_kernel) is not None
         dtype = projected.dtype if fused else scan_dtype(projected)
