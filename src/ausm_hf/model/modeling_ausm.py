@@ -440,9 +440,9 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         return cast(nn.Linear, self.class_heads[name])
 
     def layer_predictions(self, output: AusmModelOutput) -> list[dict]:
-        """The heads on the query states of every layer, as the loss takes them."""
-        states = (*output.intermediate_query_hidden_states, output.query_hidden_states)
-        masks = (*output.intermediate_masks_queries_logits, output.masks_queries_logits)
+        """The heads on the query states of every layer that `output` has, as the loss takes them."""
+        states = (*(output.intermediate_query_hidden_states or ()), output.query_hidden_states)
+        masks = (*(output.intermediate_masks_queries_logits or ()), output.masks_queries_logits)
         return [
             {
                 "masks": layer_masks,

@@ -131,8 +131,11 @@ class IterativeForm(nn.Module):
         )
         return {"loss": loss, "loss_dict": loss_dict, "masks_queries_logits": predictions[-1]["masks"]}
 
-    def unroll(self, frames: Tensor, plan: TeacherForcing) -> list[dict[str, Any]]:
-        """What `layer_predictions` of the network gives of clips (B, T, 3, H, W), all frames joined."""
+    def unroll(self, frames: Tensor, plan: TeacherForcing, output_intermediate: bool = True) -> list[dict[str, Any]]:
+        """What `layer_predictions` of the network gives of clips (B, T, 3, H, W), all frames joined.
+
+        Without `output_intermediate` it is that of the last layer alone.
+        """
         network = self.network
         history = network.init_history(frames.shape[0])
         own_masks = None
@@ -148,7 +151,7 @@ class IterativeForm(nn.Module):
                 id_slots=plan.id_slots,
                 taken=plan.taken[:, t : t + 1],
                 history=history,
-                output_intermediate=True,
+                output_intermediate=output_intermediate,
             )
             predictions = network.layer_predictions(output)
             steps.append(predictions)
@@ -177,7 +180,7 @@ class RollOut(IterativeForm):
             "masks_queries_logits" (B, T, N + N_det, h, w) and "foreground_queries_logits" (B, T, N + N_det).
         """
         _, plan = plan_clip(self.network, inputs)
-        prediction = self.unroll(inputs["pixel_values_videos"], plan)[-1]
+        prediction = self.unroll(inputs["pixel_values_videos"], plan, output_intermediate=False)[-1]
         return {
             "masks_queries_logits": prediction["masks"],
             "foreground_queries_logits": prediction["foreground"],
