@@ -1,6 +1,7 @@
 """`pipeline("video-segmentation")`."""
 
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,6 +135,9 @@ def test_own_reader_without_the_package(moving_square, clip, tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"not a video")
     with pytest.raises(ValueError, match="can't be decoded"):
         list(read_frames(tmp_path / "broken.mp4"))
+    (tmp_path / "cut.mp4").write_bytes(Path(clip).read_bytes()[:400])  # no codec is named in so little of it
+    with pytest.raises(ValueError, match="can't be decoded: its codec is unknown"):
+        list(read_frames(tmp_path / "cut.mp4"))
     with pytest.raises(ValueError, match="wanted is a path or an iterable"):
         read_frames(3)
 

@@ -375,6 +375,9 @@ def _read_container(
             container.close()
             raise ValueError(f"video {name!r} can't be opened: there are no pictures in it")
         stream = container.streams.video[0]
+        if stream.codec_context is None:  # of no known codec; before version 18 PyAV crashes if it is asked to decode
+            container.close()
+            raise ValueError(f"video {name!r} has no frames that can be decoded: its codec is unknown")
         stream.thread_type = "SLICE" if live else "AUTO"
         return container, stream
 

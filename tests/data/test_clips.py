@@ -8,6 +8,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from trees import HEIGHT, WIDTH, draw_frame, index_mask, write_frames, write_mask
 
+from ausm_hf.data.check import find_problems
 from ausm_hf.data.clips import (
     FEATURES,
     clip_object,
@@ -127,6 +128,20 @@ def test_frames_of_a_video_file_are_found_by_number(tmp_path):
     row["video_frames"] = [40]
     with pytest.raises(ValueError, match="frame 40 is wanted of .*v.mp4, which has 24 frames"):
         load_frames(row, [0])
+
+
+def test_a_video_cut_off_before_its_codec_is_named(tmp_path):
+    with av.open(str(tmp_path / "v.mp4"), "w", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame(WIDTH, HEIGHT, "yuv420p")))
+        container.mux(stream.encode(None))
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes((tmp_path / "v.mp4").read_bytes()[:400])
+    with pytest.raises(ValueError, match="can't be decoded: its codec is unknown"):
+        load_frames(row_of(frames=[], objects=[], video=file(cut), video_frames=[0]), [0])
+    problems = find_problems(clips_from_rows([clip_row("cut", [], [], video=file(cut))]), open_files=True)
+    assert problems["broken"] == [str(cut)]
 
 
 def test_many_rows_keep_their_order_and_none_is_no_error(monkeypatch):

@@ -103,6 +103,8 @@ def _decode_frame(path: str) -> None:
 
     try:
         with av.open(path) as video:
+            if video.streams.video[0].codec_context is None:  # PyAV before version 18 would crash
+                raise ValueError(f"{path}: its codec is unknown")
             next(video.decode(video=0))
-    except (StopIteration, av.FFmpegError) as error:
+    except (StopIteration, IndexError, av.FFmpegError) as error:
         raise ValueError(f"{path}: {error!r}") from error

@@ -395,6 +395,8 @@ def _read_video(stored: dict, wanted: list[int]) -> list[np.ndarray]:
 
     with av.open(_source(stored)) as container:
         stream = container.streams.video[0]
+        if stream.codec_context is None:  # PyAV before version 18 would crash
+            raise ValueError(f"{stored['path']} can't be decoded: its codec is unknown")
         stream.thread_type = "NONE"  # loader workers are the parallelism
         # Times of all frames from the packets, which needs no decoding and holds for a varying frame rate too.
         times = sorted(p.pts for p in container.demux(stream) if p.pts is not None)

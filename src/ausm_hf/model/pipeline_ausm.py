@@ -127,6 +127,8 @@ def read_frames(source: Any) -> Iterable:
     def decode():
         try:
             with av.open(str(path)) as container:
+                if container.streams.video[0].codec_context is None:  # PyAV before version 18 would crash
+                    raise ValueError(f"video {str(path)!r} can't be decoded: its codec is unknown")
                 for frame in container.decode(video=0):
                     yield frame.to_ndarray(format="rgb24")
         except (av.FFmpegError, IndexError) as error:  # IndexError: there is no picture in it
