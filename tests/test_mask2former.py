@@ -31,10 +31,12 @@ def mask2former(backbone: str = "swin", **overrides) -> Mask2FormerForUniversalS
     }
     config = Mask2FormerConfig(backbone_config=BACKBONES[backbone], **{**sizes, **overrides})
     model = Mask2FormerForUniversalSegmentation(config).eval()
-    # Random masks are all but flat; make them as decided as trained ones.
-    predictor = model.model.transformer_module.decoder.mask_predictor
+    # Random masks are all but flat, how flat differs with the version; make them as decided as trained ones.
+    last_layer = model.model.transformer_module.decoder.mask_predictor.mask_embedder.get_submodule("2.0")
     with torch.no_grad():
-        predictor.mask_embedder.get_submodule("2.0").weight.mul_(20)
+        spread = model(pixel_values=torch.randn(1, 3, 64, 96)).masks_queries_logits.std()
+        last_layer.weight.div_(spread)
+        last_layer.bias.div_(spread)
     return model
 
 
