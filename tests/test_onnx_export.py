@@ -286,11 +286,12 @@ def test_the_example_runs_without_torch(nano, shared_data, tmp_path, monkeypatch
         return [slot for slot in range(num_slots) if slot not in held][:number]
 
     monkeypatch.setattr(AusmInferenceSession, "draw_slots", first_free)
-    clip = shared_data / "clips" / "woman_and_dog.mp4"
-    source = read_video(clip)
-    with VideoWriter(tmp_path / "short.mp4", 24, source.size) as writer:
-        for frame in itertools.islice(source, 12):
-            writer.write(frame)
+    # As large as the network wants them: Pillow resizes a little otherwise than the processor, and what that changes
+    # in a mask comes back with it in the next frame.
+    height, width = clip_of(shared_data, 1, processor)[0].shape[-2:]
+    with VideoWriter(tmp_path / "short.mp4", 24, (height, width)) as writer:
+        for frame in itertools.islice(read_video(shared_data / "clips" / "woman_and_dog.mp4"), 12):
+            writer.write(np.asarray(Image.fromarray(frame).resize((width, height))))
     first = next(segment_video(tmp_path / "short.mp4", model, processor))
     assert first.masks.any()
     Image.fromarray(np.uint8(first.masks)).save(tmp_path / "mask.png")
@@ -312,5 +313,4 @@ def test_the_example_runs_without_torch(nano, shared_data, tmp_path, monkeypatch
             iou(result.masks > 0, np.array(Image.open(tmp_path / "out" / f"{result.index:05d}.png")) > 0)
             for result in expected
         ]
-        # Pillow resizes a little otherwise, and what that changes in a mask comes back with it in the next frame.
-        assert len(overlaps) == 12 and np.mean(overlaps) > 0.9 and overlaps[0] > 0.98
+        assert len(overlaps) == 12 and min(overlaps) > 0.98
