@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from datasets import Dataset
 from PIL import Image
 
-from .clips import resolve_row
+from .clips import open_video, resolve_row
 
 
 def find_problems(clips: Dataset, open_files: bool = False) -> dict[str, list[str]]:
@@ -88,7 +88,7 @@ def _problem(stored: dict, kind: str, open_file: bool) -> str | None:
                 with Image.open(stored["path"]) as image:
                     image.load()
             elif kind == "video":
-                _decode_frame(stored["path"])
+                _decode_frame(stored)
             else:
                 with open(stored["path"]) as text:
                     json.load(text)
@@ -97,14 +97,12 @@ def _problem(stored: dict, kind: str, open_file: bool) -> str | None:
     return None
 
 
-def _decode_frame(path: str) -> None:
+def _decode_frame(stored: dict) -> None:
     """Raises ValueError if the first frame can't be decoded."""
     import av  # where all clips are images it may be missing
 
     try:
-        with av.open(path) as video:
-            if video.streams.video[0].codec_context is None:  # PyAV before version 18 would crash
-                raise ValueError(f"{path}: its codec is unknown")
-            next(video.decode(video=0))
-    except (StopIteration, IndexError, av.FFmpegError) as error:
-        raise ValueError(f"{path}: {error!r}") from error
+        with open_video(stored) as (container, stream):
+            next(container.decode(stream))
+    except (StopIteration, av.FFmpegError) as error:
+        raise ValueError(f"{stored['path']}: {error!r}") from error

@@ -389,14 +389,23 @@ def _read_mask(stored: dict) -> np.ndarray:
         return np.array(image if image.mode in ("P", "L", "1") else image.convert("L")).astype(np.uint8)
 
 
-def _read_video(stored: dict, wanted: list[int]) -> list[np.ndarray]:
-    """Decode frames of a video file by number, in any order."""
+@contextmanager
+def open_video(stored: dict):
+    """The container of a video file and its stream of pictures. Raises ValueError if there is none to be decoded."""
     import av  # where all clips are images it may be missing
 
     with av.open(_source(stored)) as container:
+        if not container.streams.video:
+            raise ValueError(f"{stored['path']} can't be decoded: there are no pictures in it")
         stream = container.streams.video[0]
         if stream.codec_context is None:  # PyAV before version 18 would crash
             raise ValueError(f"{stored['path']} can't be decoded: its codec is unknown")
+        yield container, stream
+
+
+def _read_video(stored: dict, wanted: list[int]) -> list[np.ndarray]:
+    """Decode frames of a video file by number, in any order."""
+    with open_video(stored) as (container, stream):
         stream.thread_type = "NONE"  # loader workers are the parallelism
         # Times of all frames from the packets, which needs no decoding and holds for a varying frame rate too.
         times = sorted(p.pts for p in container.demux(stream) if p.pts is not None)

@@ -172,9 +172,10 @@ def train(
     bar = tqdm(total=recipe.optim.max_steps, initial=first_step, disable=None if accelerator.is_main_process else True)
     for step in range(first_step, recipe.optim.max_steps):
         set_learning_rate(optimizer, step, recipe.optim)
-        passes = [_to_device(next(batches), accelerator.device) for _ in range(recipe.gradient_accumulation_steps)]
+        passes = [next(batches) for _ in range(recipe.gradient_accumulation_steps)]
         num_instances = instances_per_pass(recipe, passes, accelerator)
         for indices, batch in passes:
+            batch = _to_device(batch, accelerator.device)
             with accelerator.accumulate(model):
                 with accelerator.autocast():
                     inputs = training_inputs(recipe, network, indices, batch)
@@ -463,7 +464,7 @@ def _init_worker(worker: int) -> None:
 def _to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return [_to_device(item, device) for item in value]
     if isinstance(value, dict):
         return {key: _to_device(item, device) for key, item in value.items()}
