@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -118,6 +119,19 @@ def test_the_unmarked_object_is_in_the_picture_and_not_ignored(sources, monkeypa
         there = [any(torch.equal(mask, kept) for kept in item["masks"]) for mask in all_marked["masks"]]
         assert sum(there) == count - 1
     assert left > 5
+
+
+def test_one_to_three_objects_are_pasted(sources, monkeypatch):
+    source = replace(sources[0], paste=1.0)
+    asked = []
+    original = ClipMixture._cutout
+    monkeypatch.setattr(ClipMixture, "_cutout", lambda self, *args: asked.append(1) or original(self, *args))
+    mixture, numbers = ClipMixture([source], [1], 2, (32, 64), seed=3), set()
+    for i in range(30):
+        asked.clear()
+        mixture[i]
+        numbers.add(len(asked))
+    assert numbers == {1, 2, 3}
 
 
 def test_more_objects_than_fit_leave_the_clip_inexhaustive(tmp_path):
