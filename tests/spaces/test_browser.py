@@ -60,7 +60,7 @@ def server(tmp_path_factory, temporary):
         yield address
     finally:
         process.terminate()
-        process.wait(30)
+        assert process.wait(30) == 143
         assert "Traceback" not in (folder / "log").read_text()
         assert not list(temporary.glob("ausm-demo-*"))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import time
 from pathlib import Path
@@ -214,6 +215,13 @@ def test_a_full_disk_takes_no_more(tmp_path, monkeypatch):
     (rooms.new() / "clip").write_bytes(bytes(2000))
     monkeypatch.setattr(clips, "MOST_GIGABYTES", 1e-6)
     with pytest.raises(Refused, match="no room for more"):
+        rooms.new()
+
+
+def test_a_demo_that_ends_takes_no_more(tmp_path):
+    rooms = Rooms(tmp_path / "root")
+    shutil.rmtree(tmp_path / "root")
+    with pytest.raises(Refused, match="being stopped"):
         rooms.new()
 
 

@@ -127,11 +127,14 @@ class Rooms:
         (root / "rooms").mkdir(parents=True, exist_ok=True)
 
     def new(self) -> Path:
-        """Raises Refused when the visitors' files fill the disk."""
+        """Raises Refused when the visitors' files fill the disk, or are gone because the demo ends."""
         if self.is_full():
             raise Refused("There is no room for more videos at the moment. Please try again in an hour.")
         room = self.root / "rooms" / secrets.token_urlsafe(24)
-        room.mkdir()
+        try:
+            room.mkdir()
+        except FileNotFoundError as error:
+            raise Refused("The demo is being stopped.") from error
         return room
 
     def uploaded(self, file: str) -> str:

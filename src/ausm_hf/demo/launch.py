@@ -79,8 +79,14 @@ def launch(
     threading.Thread(target=_sweep, args=(page, sweeper), daemon=True).start()
     if not wait:
         return page
+
+    def stop(*_):
+        shutil.rmtree(root, ignore_errors=True)
+        sys.stdout.flush()
+        os._exit(143)  # at once: a thread in the middle of a frame would abort an orderly end
+
     with suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the temporary files are removed
+        signal.signal(signal.SIGTERM, stop)
     page.block_thread()
 
 
