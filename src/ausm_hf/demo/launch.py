@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -81,9 +82,13 @@ def launch(
         return page
 
     def stop(*_):
-        shutil.rmtree(root, ignore_errors=True)
+        # A thread in the middle of a frame goes on meanwhile: what it writes goes too, and what it misses is no news.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        give_up = time.monotonic() + 5
+        while root.exists() and time.monotonic() < give_up:
+            shutil.rmtree(root, ignore_errors=True)
         sys.stdout.flush()
-        os._exit(143)  # at once: a thread in the middle of a frame would abort an orderly end
+        os._exit(143)  # at once: such a thread would abort an orderly end
 
     with suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, stop)
