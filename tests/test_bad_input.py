@@ -296,6 +296,7 @@ ABSURD = {
     "mamba_state_size": 10**9,
     "history_local_kernel": 10**9 + 1,
     "mask_refinement_layers": 10**9,
+    "mask_propagation_radius": 33,
     "decoder_feedforward_size": 10**12,
     "pixel_encoder_layers": 10**9,
     "hidden_size ": 0,

@@ -1,5 +1,7 @@
 """The network in its two forms: all frames at once, and frame by frame."""
 
+import math
+
 import pytest
 import torch
 from tiny_backbones import TINY_SWIN
@@ -10,7 +12,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from ausm_hf.model.configuration_ausm import AusmConfig
-from ausm_hf.model.history_ausm import mark_history, to_maps, to_tokens
+from ausm_hf.model.history_ausm import AusmMaskPropagation, mark_history, to_maps, to_tokens
 from ausm_hf.model.modeling_ausm import AusmForUniversalSegmentation, AusmModel
 from ausm_hf.model.pixels_ausm import PointwiseConv2d, sine_positions
 
@@ -76,14 +78,15 @@ def outputs_of(result, index: int | slice):
 
 
 @pytest.mark.parametrize("temporal_mixer", ["mamba", "mamba2"])
-@pytest.mark.parametrize("pixel_encoder, key_stride, local_kernel", [("fpn", 2, 3), ("msdeform", 1, 0)])
-def test_parallel_form_equals_recurrent_form(temporal_mixer, pixel_encoder, key_stride, local_kernel):
+@pytest.mark.parametrize("pixel_encoder, key_stride, local_kernel, radius", [("fpn", 2, 3, 2), ("msdeform", 1, 0, 0)])
+def test_parallel_form_equals_recurrent_form(temporal_mixer, pixel_encoder, key_stride, local_kernel, radius):
     """The most important test of the project: what is trained is what runs."""
     model = tiny_model(
         temporal_mixer=temporal_mixer,
         pixel_encoder=pixel_encoder,
         history_key_stride=key_stride,
         history_local_kernel=local_kernel,
+        mask_propagation_radius=radius,
     )
     pixels, masks, switch, slots = clips()
     labels = [torch.tensor([0, 1, -100]), torch.tensor([1])]
@@ -316,6 +319,7 @@ def test_bad_input_is_refused(change, message):
         ({"history_local_kernel": 4}, "`history_local_kernel` must be 0 or odd, got 4"),
         ({"mask_refinement_layers": -1}, "`mask_refinement_layers` must be at least 0, got -1"),
         ({"history_local_kernel": -1}, "`history_local_kernel` must be 0 or odd, got -1"),
+        ({"mask_propagation_radius": -1}, "`mask_propagation_radius` must lie in 0 .. 32, got -1"),
         ({"backbone_config": {"model_type": "nothing"}}, "`backbone_config`"),
     ],
 )
@@ -335,7 +339,7 @@ def test_presets():
         assert (config.hidden_size, config.num_id_vectors, config.num_detection_queries) == (256, 100, 100)
         assert (config.num_compressor_layers, config.num_history_decoder_layers) == (6, 6)
         assert config.backbone_config.embed_dim == channels
-        assert config.history_local_kernel == 0  # the paper's form
+        assert config.history_local_kernel == config.mask_propagation_radius == 0  # the paper's form
 
 
 def test_how_a_network_starts():
@@ -354,6 +358,80 @@ def test_how_a_network_starts():
     assert gain >= 1
     torch.testing.assert_close(read, gain * maps)
     assert tiny_model().model.history_encoder.local_read is None
+
+
+def mask_propagation(radius: int) -> AusmMaskPropagation:
+    return tiny_model(mask_propagation_radius=radius).model.history_encoder.mask_propagation
+
+
+@pytest.mark.parametrize("radius", [1, 3])
+def test_masks_are_propagated_as_pixel_by_pixel(radius):
+    propagation = mask_propagation(radius)
+    torch.manual_seed(2)
+    features, previous = torch.randn(2, 2, 32, 8, 12)
+    masks = (torch.rand(2, 3, 16, 24) > 0.5).float()
+    with torch.no_grad():
+        torch.nn.init.normal_(propagation.projection.weight)
+        propagation.log_sharpness.fill_(1.5)
+        logits = propagation(features, previous, masks)
+        weight = propagation.projection.weight
+        shares = torch.nn.functional.avg_pool2d(masks, 2)
+        for n, y, x in [(0, 0, 0), (1, 3, 4), (0, 5, 11), (1, 7, 6)]:
+            near = [(j, i) for j in range(8) for i in range(12) if max(abs(j - y), abs(i - x)) <= radius]
+            alike = [
+                torch.cosine_similarity(weight @ features[n, :, y, x], weight @ previous[n, :, j, i], 0)
+                for j, i in near
+            ]
+            shared = torch.stack([shares[n, :, j, i] for j, i in near])
+            expected = (torch.stack(alike) * math.exp(1.5)).softmax(0) @ shared
+            torch.testing.assert_close(logits[n, :, y, x], 8 * expected - 4)
+
+
+def test_untrained_propagation_follows_what_moves():
+    """Two patches move over an even ground in different directions: each takes its mask along."""
+    propagation = mask_propagation(4)
+    torch.manual_seed(3)
+    ground, (first, second) = torch.randn(32, 1, 1).expand(-1, 16, 20), torch.randn(2, 32, 5, 5)
+    masks = torch.zeros(2, 2, 16, 20)  # of the frame before and of this one
+    frames = torch.stack([ground, ground])
+    for frame, (top, left), (low, far) in ((0, (4, 4), (6, 12)), (1, (7, 2), (3, 13))):
+        frames[frame, :, top : top + 5, left : left + 4] = first[..., :4]
+        frames[frame, :, low : low + 4, far : far + 5] = second[:, :4]
+        masks[frame, 0, top : top + 5, left : left + 4] = 1
+        masks[frame, 1, low : low + 4, far : far + 5] = 1
+    with torch.no_grad():
+        logits = propagation(frames[1:], frames[:1], masks[:1])
+    assert torch.equal(logits[0] > 0, masks[1] > 0)
+
+
+def test_propagation_says_nothing_of_an_object_that_was_away():
+    masks = torch.zeros(1, 2, 8, 8)
+    masks[0, 1, 2:5, 2:5] = 1
+    with torch.no_grad():
+        away, seen = mask_propagation(2)(*torch.randn(2, 1, 32, 8, 8), masks)[0]
+    assert (away == 0).all()
+    assert (seen != 0).all()
+
+
+def test_propagated_masks_reach_the_logits():
+    """Untrained, a prompt's mask comes back in the first frame, and in the next one if it is alike."""
+    model = tiny_model(mask_propagation_radius=4)
+    torch.manual_seed(4)
+    masks = torch.zeros(1, 1, 32, 32)
+    masks[0, 0, 8:20, 10:24] = 1
+    history = model.init_history(1).replace_objects(torch.tensor([[2]]), torch.ones(1, 1, dtype=torch.bool), masks)
+    pixels = torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        without = tiny_model().step(pixels, history)
+        first = model.step(pixels, history)
+        second = model.step(pixels, first.history)
+    assert iou(without.masks_queries_logits[0, 0] > 0, masks[0, 0] > 0) < 0.8
+    assert iou(first.masks_queries_logits[0, 0] > 0, masks[0, 0] > 0) > 0.8
+    assert iou(second.masks_queries_logits[0, 0] > 0, masks[0, 0] > 0) > 0.8
+
+
+def iou(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one & other).sum() / (one | other).sum())
 
 
 def test_refinement_starts_by_changing_nothing():

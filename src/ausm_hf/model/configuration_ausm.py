@@ -37,6 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "history_key_stride": 4,
         "history_self_attention": False,
         "history_local_kernel": 5,
+        "mask_propagation_radius": 4,
         "history_gate_init": 1.0,
         "num_decoder_layers": 3,
         "decoder_feedforward_size": 512,
@@ -71,6 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 MAX_SIZE = 2**14
 MAX_LAYERS = 2**8
+MAX_RADIUS = 32
 
 
 def _largest(values: Any) -> int:
@@ -142,6 +144,10 @@ class AusmConfig(PreTrainedConfig):
             history says of a pixel is read out again with the ID vector of each followed object, as a start for the
             logits of its mask. 0, the paper's form, has none of this. Without it a small network that is trained
             briefly hardly learns to heed its history, and confuses objects.
+        mask_propagation_radius (`int`, *optional*, defaults to 0):
+            How many stride-8 pixels far, in each direction, a pixel looks in the previous frame for what is like it.
+            The masks of followed objects come along and become a start for the logits of their masks, so their
+            outlines need not pass through ID vectors. 0, the paper's form, has none of this.
         history_gate_init (`float`, *optional*, defaults to 0.0):
             Initial gate of what the history adds to the frame's features. 0 makes a fresh network reproduce the
             Mask2Former that it was initialised from; networks that start without one start at 1.
@@ -219,6 +225,7 @@ class AusmConfig(PreTrainedConfig):
     history_key_stride: int = 1
     history_self_attention: bool = True
     history_local_kernel: int = 0
+    mask_propagation_radius: int = 0
     history_gate_init: float = 0.0
     num_decoder_layers: int = 9
     decoder_feedforward_size: int = 2048
@@ -299,6 +306,10 @@ class AusmConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.mask_refinement_layers < 0:
             raise ValueError(f"`mask_refinement_layers` must be at least 0, got {self.mask_refinement_layers}.")
+        if not 0 <= self.mask_propagation_radius <= MAX_RADIUS:
+            raise ValueError(
+                f"`mask_propagation_radius` must lie in 0 .. {MAX_RADIUS}, got {self.mask_propagation_radius}."
+            )
         # A broken or hostile file must not take all memory. No network of use comes near.
         for name in (
             *positive,

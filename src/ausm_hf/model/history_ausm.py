@@ -293,6 +293,68 @@ class AusmMarkReadout(nn.Module):
         return torch.einsum("nid,ndhw->nihw", self.projection(id_vectors) * self.scaling, change) + self.offset
 
 
+class AusmMaskPropagation(nn.Module):
+    """
+    Carries the masks of the previous frame to where their pixels are now: attention of each pixel to the square of
+    side `2 * radius + 1` around its place in the previous frame, by how alike they are, whose values are the masks
+    themselves. So each followed object's logits start from its own outline, and nothing of it has to pass through the
+    ID vectors.
+    """
+
+    BLOCK = 4  # pixels that are looked up together, in each direction; divides every stride-8 map
+
+    def __init__(self, config: AusmConfig):
+        super().__init__()
+        self.radius = config.mask_propagation_radius
+        self.projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.log_sharpness = nn.Parameter(torch.zeros(1))
+        self.scale = nn.Parameter(torch.zeros(1))
+        self.offset = nn.Parameter(torch.zeros(1))
+
+    def forward(self, features: Tensor, previous: Tensor, masks: Tensor) -> Tensor:
+        """
+        Args:
+            features, previous (`torch.Tensor` of shape `(N, D, h, w)`): `X_t` and `X_{t-1}`.
+            masks (`torch.Tensor` of shape `(N, n, height, width)`): `M_{t-1}`.
+
+        Returns:
+            Logits of shape `(N, n, h, w)`; 0 for an object without a mask, which may be anywhere.
+        """
+        height, width = features.shape[-2:]
+        queries, keys = (
+            F.normalize(self.projection(x.permute(0, 2, 3, 1)), dim=-1).to(features.dtype)
+            for x in (features, previous)
+        )
+        shares = F.interpolate(masks, size=(height, width), mode="area").to(features.dtype).permute(0, 2, 3, 1)
+        inside = self._windows(torch.ones_like(shares[:1, :, :, :1])).mT > 0
+        scores = self._blocks(queries) @ self._windows(keys).mT * self.log_sharpness.exp()
+        weights = scores.masked_fill(~(self._near(scores.device) & inside), -torch.inf).softmax(-1)
+        moved = weights @ self._windows(shares)  # (N, blocks, BLOCK^2, n)
+        moved = moved.unflatten(2, (self.BLOCK, self.BLOCK)).unflatten(1, (height // self.BLOCK, width // self.BLOCK))
+        moved = moved.permute(0, 5, 1, 3, 2, 4).reshape(*masks.shape[:2], height, width)
+        known = (masks > 0.5).flatten(2).any(dim=-1)[..., None, None]
+        return (self.scale * moved + self.offset) * known
+
+    def _blocks(self, maps: Tensor) -> Tensor:
+        """Maps (N, h, w, C) as blocks of tokens (N, blocks, BLOCK^2, C)."""
+        blocks = maps.unflatten(2, (-1, self.BLOCK)).unflatten(1, (-1, self.BLOCK))
+        return blocks.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    def _windows(self, maps: Tensor) -> Tensor:
+        """What lies in and around each block of maps (N, h, w, C): (N, blocks, side^2, C)."""
+        side = self.BLOCK + 2 * self.radius
+        maps = F.pad(maps, (0, 0, *(self.radius,) * 4))
+        windows = maps.unfold(1, side, self.BLOCK).unfold(2, side, self.BLOCK)  # (N, ., ., C, side, side)
+        return windows.permute(0, 1, 2, 4, 5, 3).flatten(3, 4).flatten(1, 2)
+
+    def _near(self, device: torch.device) -> Tensor:
+        """Which pixels of its window each pixel of a block looks at, bool (BLOCK^2, side^2)."""
+        places = torch.arange(self.BLOCK, device=device)
+        window = torch.arange(self.BLOCK + 2 * self.radius, device=device) - self.radius
+        near = (window - places[:, None]).abs() <= self.radius
+        return (near[:, None, :, None] & near[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
 class AusmHistoryEncoder(nn.Module):
     """
     From marked past frames to what they say about the present one: `E_t = X_{t-1} + marks`,
@@ -313,6 +375,7 @@ class AusmHistoryEncoder(nn.Module):
             self.mark_projection = nn.Linear(size, size)
             self.local_read = nn.Conv2d(size, size, kernel, padding=kernel // 2, groups=size)
             self.mark_readout = AusmMarkReadout(config)
+        self.mask_propagation = AusmMaskPropagation(config) if config.mask_propagation_radius else None
         self.decoder = nn.ModuleList(AusmHistoryDecoderLayer(config) for _ in range(config.num_history_decoder_layers))
         self.output_norm = nn.LayerNorm(config.hidden_size)
         self.output_projection = nn.Linear(config.hidden_size, config.hidden_size)
@@ -325,6 +388,23 @@ class AusmHistoryEncoder(nn.Module):
     def read_marks(self, id_vectors: Tensor, change: Tensor) -> Tensor | None:
         """Logits (N, n, h, w) of ID vectors (N, n, D) in `change` (N, D, h, w); None without a read-out."""
         return None if self.mark_readout is None else self.mark_readout(id_vectors, change)
+
+    def move_masks(self, features: Tensor, masks: Tensor, history: AusmHistory) -> Tensor | None:
+        """
+        Logits (B, T, n, h, w) of where the masks `M_0 .. M_{T-1}` (B, T, n, height, width) are in the frames of
+        features `X_1 .. X_T` (B, T, D, h, w); None without propagation.
+        """
+        if self.mask_propagation is None:
+            return None
+        # `M_0` is drawn on the first frame itself: it is looked for there, not in `X_0`, which is alike everywhere.
+        first = features[:, 0]
+        if history.features is not None:
+            initial = self.initial_features[:, None, None]
+            started = (history.features != initial).flatten(1).any(dim=1)
+            first = torch.where(started[:, None, None, None], history.features.to(first.dtype), first)
+        previous = torch.cat([first.unsqueeze(1), features[:, :-1]], dim=1)
+        logits = self.mask_propagation(*(x.flatten(0, 1) for x in (features, previous, masks)))
+        return logits.unflatten(0, features.shape[:2])
 
     def forward(
         self, features: Tensor, marks: Tensor, positions: Tensor, history: AusmHistory

@@ -37,6 +37,7 @@ from .history_ausm import (
     AusmAttention,
     AusmHistory,
     AusmHistoryEncoder,
+    AusmMaskPropagation,
     mark_history,
 )
 from .loss_ausm import AusmLoss, TeacherForcing, pad_instances, plan_teacher_forcing
@@ -205,6 +206,11 @@ class AusmPreTrainedModel(PreTrainedModel):
                 # About 8 where the vector was painted, whatever the hidden size; 5 with the offset.
                 init.copy_(encoder.mark_readout.projection.weight, 8 * encoder.mark_readout.scaling * identity)
                 init.constant_(encoder.mark_readout.offset, -3.0)
+        elif isinstance(module, AusmMaskPropagation):
+            init.copy_(module.projection.weight, torch.eye(self.config.hidden_size))
+            init.constant_(module.log_sharpness, math.log(30.0))
+            init.constant_(module.scale, 8.0)
+            init.constant_(module.offset, -4.0)
         elif isinstance(module, Mask2FormerPixelDecoder):
             init.normal_(module.level_embed)
         elif isinstance(module, Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention):
@@ -368,6 +374,9 @@ class AusmModel(AusmPreTrainedModel):
         mask_features = self.pixel_encoder.mask_features(levels[0], feature_maps[0])
 
         tracked_logits = self.history_encoder.read_marks(over_frames(id_vectors), change)
+        moved = self.history_encoder.move_masks(stacked, history_masks_seen.unflatten(0, (batch, frames)), history)
+        if moved is not None:
+            tracked_logits = moved.flatten(0, 1) + (0 if tracked_logits is None else tracked_logits)
 
         # Who is where
         # Called, not read: see `HeldConv1d`.
