@@ -240,6 +240,20 @@ def test_sampled_points_estimate_the_full_loss():
     assert points["mask"].item() == pytest.approx(full["mask"].item(), rel=0.25)
 
 
+@pytest.mark.parametrize("kind, left, right", [("uncertain", 0, 1), ("wrong", 1, 0)])
+def test_hard_points_lie_where_the_mask_is_uncertain_or_wrong(kind, left, right):
+    """The mask is sure and wrong on the left, sure and right in the middle, unsure and right on the right."""
+    config = tiny_loss().config
+    config.train_num_points, config.importance_sampling = 400, kind
+    logits = torch.tensor([9.0, 9, 9, 9, 9, 9, 0.1, 0.1]).expand(2, 8, 8)
+    targets = torch.tensor([0.0, 0, 1, 1, 1, 1, 1, 1]).repeat_interleave(4).expand(2, 32, 32)
+    points = AusmLoss(config)._hard_points(logits, targets, 400, torch.Generator().manual_seed(0))
+    assert points.shape == (2, 400, 2) and 0 <= points.min() and points.max() <= 1
+    hard = points[:, :300, 0]
+    assert ((hard < 0.25) == left).float().mean() > 0.9
+    assert ((hard > 0.7) == right).float().mean() > 0.9
+
+
 def test_no_instances_at_all():
     frames = torch.zeros(1, 2, 3, SIZE, SIZE)
     instances = pad_instances(frames, [torch.zeros(0, 2, SIZE, SIZE)], None, None, None, None)

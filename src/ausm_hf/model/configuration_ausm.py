@@ -183,6 +183,9 @@ class AusmConfig(PreTrainedConfig):
             Points at which the mask losses are computed, drawn as in Mask2Former. `None`: all pixels at stride 4.
         oversample_ratio, importance_sample_ratio (`float`, *optional*):
             Mask2Former's point sampling: candidates per point, and the share taken where the mask is most uncertain.
+        importance_sampling (`str`, *optional*, defaults to `"uncertain"`):
+            `"wrong"` takes them where the mask is most wrong instead: also where it is sure, as in the middle of an
+            object that another one's mask has taken over.
 
     Example:
 
@@ -242,6 +245,7 @@ class AusmConfig(PreTrainedConfig):
     train_num_points: int | None = 12544
     oversample_ratio: float = 3.0
     importance_sample_ratio: float = 0.75
+    importance_sampling: Literal["uncertain", "wrong"] = "uncertain"
 
     def __post_init__(self, **kwargs):
         if self.backbone_config is None:

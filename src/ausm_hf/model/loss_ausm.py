@@ -436,8 +436,9 @@ class AusmLoss(nn.Module):
             targets = instances.small_masks[clips, objects, frames].flatten(1)
             logits, weights = logits.flatten(1), weights.flatten(1)
         else:
-            points = self._uncertain_points(logits.detach(), self.config.train_num_points, generator)
-            targets = sample_points(instances.masks[clips, objects, frames].float(), points)
+            targets = instances.masks[clips, objects, frames].float()
+            points = self._hard_points(logits.detach(), targets, self.config.train_num_points, generator)
+            targets = sample_points(targets, points)
             logits, weights = sample_points(logits, points), sample_points(weights, points)
         bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none") * weights
         bce = bce.sum(-1) / weights.sum(-1).clamp(min=1)
@@ -446,16 +447,23 @@ class AusmLoss(nn.Module):
         dice = 1 - (2 * (probabilities * targets).sum(-1) + 1) / (probabilities.sum(-1) + targets.sum(-1) + 1)
         return {"mask": bce.sum(), "dice": (dice * present).sum()}
 
-    def _uncertain_points(self, logits: Tensor, wanted: int, generator: torch.Generator | None) -> Tensor:
-        """Mask2Former's points: most where the mask is least certain, the rest anywhere. (M, P, 2) in [0, 1]."""
+    def _hard_points(self, logits: Tensor, targets: Tensor, wanted: int, generator: torch.Generator | None) -> Tensor:
+        """
+        Mask2Former's points: most where the mask is least certain, or most wrong, the rest anywhere; (M, P, 2) in
+        [0, 1].
+        """
         config = self.config
         device = generator.device if generator is not None else logits.device
-        certain = int(config.importance_sample_ratio * wanted)
+        hard = int(config.importance_sample_ratio * wanted)
         shape = (len(logits), int(config.oversample_ratio * wanted), 2)
         candidates = torch.rand(shape, generator=generator, device=device).to(logits.device)
-        uncertainty = -sample_points(logits, candidates).abs()
-        chosen = uncertainty.topk(certain, dim=1).indices.unsqueeze(-1).expand(-1, -1, 2)
-        anywhere = torch.rand(len(logits), wanted - certain, 2, generator=generator, device=device).to(logits.device)
+        hardness = -sample_points(logits, candidates)
+        if config.importance_sampling == "wrong":
+            hardness = hardness * (2 * sample_points(targets, candidates) - 1)
+        else:
+            hardness = -hardness.abs()
+        chosen = hardness.topk(hard, dim=1).indices.unsqueeze(-1).expand(-1, -1, 2)
+        anywhere = torch.rand(len(logits), wanted - hard, 2, generator=generator, device=device).to(logits.device)
         return torch.cat([candidates.gather(1, chosen), anywhere], dim=1)
 
     def _label_losses(self, prediction, instances, plan, matched, label_sets):

@@ -208,7 +208,7 @@ class AusmPreTrainedModel(PreTrainedModel):
                 init.constant_(encoder.mark_readout.offset, -3.0)
         elif isinstance(module, AusmMaskPropagation):
             init.copy_(module.projection.weight, torch.eye(self.config.hidden_size))
-            init.constant_(module.log_sharpness, math.log(30.0))
+            init.constant_(module.log_sharpness, math.log(33.0))
             init.constant_(module.scale, 8.0)
             init.constant_(module.offset, -4.0)
         elif isinstance(module, Mask2FormerPixelDecoder):
