@@ -413,6 +413,15 @@ def test_propagation_says_nothing_of_an_object_that_was_away():
     assert (seen != 0).all()
 
 
+def test_propagation_without_an_object_to_follow():
+    model, plain = tiny_model(mask_propagation_radius=2), tiny_model()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        output, expected = model.step(pixels), plain.step(pixels)
+    assert torch.equal(output.masks_queries_logits, expected.masks_queries_logits)
+
+
 def test_propagated_masks_reach_the_logits():
     """Untrained, a prompt's mask comes back in the first frame, and in the next one if it is alike."""
     model = tiny_model(mask_propagation_radius=4)

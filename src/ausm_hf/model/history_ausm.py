@@ -326,7 +326,7 @@ class AusmMaskPropagation(nn.Module):
             for x in (features, previous)
         )
         shares = F.interpolate(masks, size=(height, width), mode="area").to(features.dtype).permute(0, 2, 3, 1)
-        inside = self._windows(torch.ones_like(shares[:1, :, :, :1])).mT > 0
+        inside = self._windows(shares.new_ones(1, height, width, 1)).mT > 0
         scores = self._blocks(queries) @ self._windows(keys).mT * self.log_sharpness.exp()
         weights = scores.masked_fill(~(self._near(scores.device) & inside), -torch.inf).softmax(-1)
         moved = weights @ self._windows(shares)  # (N, blocks, BLOCK^2, n)
@@ -392,9 +392,9 @@ class AusmHistoryEncoder(nn.Module):
     def move_masks(self, features: Tensor, masks: Tensor, history: AusmHistory) -> Tensor | None:
         """
         Logits (B, T, n, h, w) of where the masks `M_0 .. M_{T-1}` (B, T, n, height, width) are in the frames of
-        features `X_1 .. X_T` (B, T, D, h, w); None without propagation.
+        features `X_1 .. X_T` (B, T, D, h, w); None without propagation, or without an object.
         """
-        if self.mask_propagation is None:
+        if self.mask_propagation is None or not masks.shape[2]:
             return None
         # `M_0` is drawn on the first frame itself: it is looked for there, not in `X_0`, which is alike everywhere.
         first = features[:, 0]
