@@ -37,7 +37,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "history_key_stride": 4,
         "history_self_attention": False,
         "history_local_kernel": 5,
-        "mask_propagation_radius": 4,
         "history_gate_init": 1.0,
         "num_decoder_layers": 3,
         "decoder_feedforward_size": 512,
