@@ -53,6 +53,8 @@ def tiny_config():
         num_history_decoder_layers=1,
         num_decoder_layers=1,
         history_feedforward_size=32,
+        mask_propagation_radius=2,
+        appearance_words=16,
         decoder_feedforward_size=32,
         num_id_vectors=4,
         num_detection_queries=5,
@@ -65,7 +67,7 @@ def tiny_model(tiny_config):
     """The network of `tiny_config` with fixed random weights."""
     from ausm_hf import AusmForUniversalSegmentation
 
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     return AusmForUniversalSegmentation(tiny_config).eval()
 
 

@@ -38,36 +38,40 @@ class Stream:
         history = model.step(self.frame, empty).history
         self.features = history.features.clone()
         self.states = tuple(tuple(part.clone() for part in state) for state in history.states)
+        self.histograms = None if history.histograms is None else history.histograms.clone()
         self.function = torch.compile(self.advance) if how == "compiled" else self.advance
         if how == "graph":
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(3):
-                    self.keep(*self.advance(self.frame, self.features, self.states, self.masks))
+                    self.keep(*self.advance(self.frame, *self.kept()))
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.keep(*self.advance(self.frame, self.features, self.states, self.masks))
+                self.keep(*self.advance(self.frame, *self.kept()))
 
-    def advance(self, frame, features, states, masks):
-        output = self.model.step(frame, AusmHistory(features, states, self.slots, self.taken, masks))
+    def kept(self):
+        return self.features, self.states, self.masks, self.histograms
+
+    def advance(self, frame, features, states, masks, histograms):
+        history = AusmHistory(features, states, self.slots, self.taken, masks, histograms)
+        output = self.model.step(frame, history)
         new = (output.masks_queries_logits[:, : masks.shape[1]] > 0).to(masks.dtype)
-        return output.history.features, output.history.states, new
+        return output.history.features, output.history.states, new, output.history.histograms
 
-    def keep(self, features, states, masks):
+    def keep(self, features, states, masks, histograms):
         self.features.copy_(features)
         for old, new in zip(self.states, states):
             for a, b in zip(old, new):
                 a.copy_(b)
         self.masks.copy_(masks)
-
-    def restart(self, features, states, masks):
-        self.keep(features, states, masks)
+        if self.histograms is not None:
+            self.histograms.copy_(histograms)
 
     def step(self, frame) -> torch.Tensor:
         if self.graph is None:
-            self.keep(*self.function(frame, self.features, self.states, self.masks))
+            self.keep(*self.function(frame, *self.kept()))
         else:
             self.frame.copy_(frame)
             self.graph.replay()
@@ -94,7 +98,7 @@ def agreement(bench: Bench, model, dtype, how: str, size, count: int) -> float:
     clip, objects = frames(count, size, bench.device), 3
     wanted = Stream(model, size, objects, "eager")
     got = Stream(copy.deepcopy(model).to(dtype), size, objects, how)
-    got.restart(wanted.features, wanted.states, wanted.masks)
+    got.keep(*wanted.kept())
     least = 1.0
     for frame in clip:
         got.masks.copy_(wanted.masks)  # given: only the state drifts

@@ -49,6 +49,9 @@ class FakeHistory:
         assert slots.dtype == torch.int64 and taken.dtype == torch.bool and masks.dtype == torch.float32
         return replace(self, slots=slots, taken=taken, masks=masks)
 
+    def forget_appearance(self, columns):
+        return self
+
 
 class ScriptedModel:
     """

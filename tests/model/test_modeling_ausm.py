@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_backbones import TINY_SWIN
 from transformers import Mask2FormerConfig, SwinConfig
 from transformers.models.mask2former.modeling_mask2former import (
@@ -12,7 +13,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from ausm_hf.model.configuration_ausm import AusmConfig
-from ausm_hf.model.history_ausm import AusmMaskPropagation, mark_history, to_maps, to_tokens
+from ausm_hf.model.history_ausm import AusmAppearance, AusmMaskPropagation, mark_history, to_maps, to_tokens
 from ausm_hf.model.modeling_ausm import AusmForUniversalSegmentation, AusmModel
 from ausm_hf.model.pixels_ausm import PointwiseConv2d, sine_positions
 
@@ -78,8 +79,10 @@ def outputs_of(result, index: int | slice):
 
 
 @pytest.mark.parametrize("temporal_mixer", ["mamba", "mamba2"])
-@pytest.mark.parametrize("pixel_encoder, key_stride, local_kernel, radius", [("fpn", 2, 3, 2), ("msdeform", 1, 0, 0)])
-def test_parallel_form_equals_recurrent_form(temporal_mixer, pixel_encoder, key_stride, local_kernel, radius):
+@pytest.mark.parametrize(
+    "pixel_encoder, key_stride, local_kernel, radius, words", [("fpn", 2, 3, 2, 24), ("msdeform", 1, 0, 0, 0)]
+)
+def test_parallel_form_equals_recurrent_form(temporal_mixer, pixel_encoder, key_stride, local_kernel, radius, words):
     """The most important test of the project: what is trained is what runs."""
     model = tiny_model(
         temporal_mixer=temporal_mixer,
@@ -87,6 +90,7 @@ def test_parallel_form_equals_recurrent_form(temporal_mixer, pixel_encoder, key_
         history_key_stride=key_stride,
         history_local_kernel=local_kernel,
         mask_propagation_radius=radius,
+        appearance_words=words,
     )
     pixels, masks, switch, slots = clips()
     labels = [torch.tensor([0, 1, -100]), torch.tensor([1])]
@@ -320,6 +324,7 @@ def test_bad_input_is_refused(change, message):
         ({"mask_refinement_layers": -1}, "`mask_refinement_layers` must be at least 0, got -1"),
         ({"history_local_kernel": -1}, "`history_local_kernel` must be 0 or odd, got -1"),
         ({"mask_propagation_radius": -1}, "`mask_propagation_radius` must lie in 0 .. 32, got -1"),
+        ({"appearance_words": -1}, "`appearance_words` must be at least 0, got -1"),
         ({"backbone_config": {"model_type": "nothing"}}, "`backbone_config`"),
     ],
 )
@@ -339,7 +344,8 @@ def test_presets():
         assert (config.hidden_size, config.num_id_vectors, config.num_detection_queries) == (256, 100, 100)
         assert (config.num_compressor_layers, config.num_history_decoder_layers) == (6, 6)
         assert config.backbone_config.embed_dim == channels
-        assert config.history_local_kernel == config.mask_propagation_radius == 0  # the paper's form
+        # The paper's form
+        assert config.history_local_kernel == config.mask_propagation_radius == config.appearance_words == 0
 
 
 def test_how_a_network_starts():
@@ -423,20 +429,109 @@ def test_propagation_without_an_object_to_follow():
 
 
 def test_propagated_masks_reach_the_logits():
-    """Untrained, a prompt's mask comes back in the first frame, and in the next one if it is alike."""
-    model = tiny_model(mask_propagation_radius=4)
+    """Untrained, a mask comes back in the next frame if it is alike, and not in the frame it is drawn on."""
+    model, plain = tiny_model(mask_propagation_radius=4), tiny_model()
+    plain.load_state_dict(model.state_dict(), strict=False)
     torch.manual_seed(4)
     masks = torch.zeros(1, 1, 32, 32)
     masks[0, 0, 8:20, 10:24] = 1
     history = model.init_history(1).replace_objects(torch.tensor([[2]]), torch.ones(1, 1, dtype=torch.bool), masks)
     pixels = torch.randn(1, 3, 128, 128)
     with torch.no_grad():
-        without = tiny_model().step(pixels, history)
+        without = plain.step(pixels, history)
         first = model.step(pixels, history)
         second = model.step(pixels, first.history)
+    assert torch.equal(first.masks_queries_logits, without.masks_queries_logits)
     assert iou(without.masks_queries_logits[0, 0] > 0, masks[0, 0] > 0) < 0.8
-    assert iou(first.masks_queries_logits[0, 0] > 0, masks[0, 0] > 0) > 0.8
     assert iou(second.masks_queries_logits[0, 0] > 0, masks[0, 0] > 0) > 0.8
+
+
+def appearance(words: int = 24) -> AusmAppearance:
+    return tiny_model(appearance_words=words, num_id_vectors=5).model.history_encoder.appearance
+
+
+def test_appearance_is_a_count_of_words():
+    """The logits, pixel by pixel: an object that comes later, one that is away for a frame, and a carried state."""
+    module = appearance()
+    torch.manual_seed(5)
+    features = torch.randn(2, 5, 32, 4, 6)
+    masks = torch.zeros(2, 4, 2, 8, 12)
+    masks[:, :, 0, 1:5, 2:7] = 1
+    masks[:, 2, 0] = 0
+    masks[:, 1:, 1, 5:8, 6:11] = 1
+    slots = torch.tensor([[4, 1], [0, 2]])
+    new, past = features[:, 1:], features[:, :-1]
+    begun, going = torch.tensor([True, False]), torch.tensor([True, True])
+    there = torch.ones(2, 4, 2, dtype=torch.bool)
+    with torch.no_grad():
+        module.scale.fill_(1.5)
+        logits, histograms = module(new, past, masks, slots, there, begun, None)
+        half, carried = module(new[:, :2], past[:, :2], masks[:, :2], slots, there[:, :2], begun, None)
+        rest, resumed = module(new[:, 2:], past[:, 2:], masks[:, 2:], slots, there[:, 2:], going, carried)
+        weight = module.words.weight
+    torch.testing.assert_close(torch.cat([half, rest], dim=1), logits)
+    torch.testing.assert_close(resumed, histograms)
+
+    def words(b, t, y, x):
+        vector = features[b, t, :, y, x]
+        return (weight @ vector / vector.norm()).softmax(0)
+
+    def histogram(b, owner, t):
+        """First and recent histogram of object 0, 1 or the background, 2, before frame t."""
+        first, recent = None, torch.zeros(24)
+        for past in range(0 if b == 0 else 1, t):  # the second stream has no frame 0
+            shares = torch.nn.functional.avg_pool2d(masks[b, past], 2)
+            shares = torch.cat([shares, 1 - shares.sum(0, keepdim=True)])[owner]
+            new = sum(shares[y, x] * words(b, past, y, x) for y in range(4) for x in range(6))
+            recent = 0.9 * recent + new
+            if first is None and shares.sum():
+                first = new
+        return first, recent
+
+    for b, t, y, x in [(0, 1, 1, 2), (0, 2, 3, 4), (0, 4, 0, 0), (1, 2, 2, 3), (1, 3, 3, 4)]:
+        likely = []
+        for owner in range(3):
+            first, recent = histogram(b, owner, t)
+            looks = torch.zeros(24) if first is None else (first / first.sum() + recent / recent.sum()) / 2
+            likely.append(looks @ words(b, t, y, x))
+        for n in range(2):
+            expected = 1.5 * ((likely[n] + 0.5 / 24) / (sum(likely) - likely[n] + 0.5 / 24)).log()
+            if histogram(b, n, t)[0] is None:
+                expected = torch.zeros(())
+            torch.testing.assert_close(logits[b, t - 1, n, y, x], expected)
+    assert not logits[1, 0].any() and not logits[0, 0, 1].any()
+
+
+def test_untrained_appearance_finds_what_was_hidden():
+    """Two kinds of pixels: one object hides behind the other, and comes out where nobody was."""
+    module = appearance()
+    torch.manual_seed(6)
+    ground, *kinds = torch.randn(3, 32)
+    masks = torch.zeros(1, 3, 2, 8, 8)
+    masks[0, 0, 0, 1:4, 1:4] = masks[0, :2, 1, 5:8, 1:4] = 1  # the first is hidden in frame 1, both in frame 2
+    features = ground.view(1, 1, 32, 1, 1).expand(-1, 4, -1, 8, 8).clone()
+    for n, kind in enumerate(kinds):
+        for t in range(3):
+            features[0, t] = torch.where(masks[0, t, n] > 0, kind.view(-1, 1, 1), features[0, t])
+    features[0, 3, :, 2:6, 4:8] = kinds[0].view(-1, 1, 1)
+    with torch.no_grad():
+        new, past, there = features[:, 1:], features[:, :-1], torch.ones(1, 3, 2, dtype=torch.bool)
+        logits, _ = module(new, past, masks, torch.tensor([[3, 0]]), there, torch.tensor([True]), None)
+        # A column that is only padding has no part in it, whichever slot it names.
+        padded, _ = module(
+            new,
+            past,
+            F.pad(masks, (0, 0, 0, 0, 0, 1)),
+            torch.tensor([[3, 0, 3]]),
+            F.pad(there, (0, 1)),
+            torch.tensor([True]),
+            None,
+        )
+    out = torch.zeros(8, 8, dtype=torch.bool)
+    out[2:6, 4:8] = True
+    assert torch.equal(logits[0, -1, 0] > 0, out)
+    assert (logits[0, -1, 1] < 0).all()
+    assert torch.equal(padded[:, :, :2], logits)
 
 
 def iou(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -197,11 +197,34 @@ def test_the_trace_of_an_object_that_is_let_go_is_cleared(tiny_model, clips):
     assert (first & ~second).any() and (~first).any()
     for followed in session.objects:
         assert before.slots[0].tolist()[followed.object_id - 1] == followed.slot
+    gone, staying = before.slots[0].tolist()
+    assert before.histograms[0, :, [gone, staying, -1]].any(dim=-1).all()
     session.remove_object(1)
+    kept = [slot for slot in range(before.histograms.shape[2]) if slot != gone]
+    assert not session.history.histograms[0, :, gone].any()
+    assert session.history.histograms[:, :, kept].equal(before.histograms[:, :, kept])
     for old, new in zip(before.states, session.history.states, strict=True):
         for was, now in zip(old, new, strict=True):
             assert not now[first & ~second].any() and now[~first | second].equal(was[~first | second])
     assert session.history.features.equal(before.features) and session.history.masks.equal(before.masks[:, 1:])
+
+
+def test_what_is_marked_again_is_looked_at_anew(tiny_model, clips):
+    processor, videos = clips
+    size, frames = videos[0]
+    session = processor.init_video_session(seed=0, find_new_objects=False)
+    masks = np.zeros((2, *size), bool)
+    masks[0, : size[0] // 2, : size[1] // 2] = masks[1, size[0] // 2 :] = True
+    processor.add_inputs_to_inference_session(session, None, [1, 2], input_masks=masks, original_size=size)
+    for frame in frames[:3]:
+        before = session.history
+        tiny_model(inference_session=session, frame=frame)
+    slots = session.history.slots[0].tolist()
+    assert session.history.histograms[0, :, slots].any(dim=-1).all() and before.histograms[0, :, slots].any()
+    processor.add_inputs_to_inference_session(session, None, [2], input_masks=masks[:1], original_size=size)
+    tiny_model(inference_session=session, frame=frames[3])
+    first, second = session.history.histograms[0, :, slots].any(dim=-1).T.tolist()
+    assert first == [True, True] and second == [False, False]
 
 
 def test_who_gives_way_leaves_no_trace(tiny_model, clips, monkeypatch):

@@ -40,6 +40,9 @@ class AusmHistory:
         masks (`torch.Tensor` of shape `(B, n, height, width)`):
             `M_{t-1}`: the mask of each object in the previous frame, in [0, 1], at any resolution; all zeros where
             the object was absent.
+        histograms (`torch.FloatTensor` of shape `(B, 2, num_id_vectors + 1, words)`, *optional*):
+            What each slot's object and, last, the background looked like up to frame t - 2: see [`AusmAppearance`].
+            `None` before the first frame, and without `appearance_words`.
     """
 
     features: Tensor | None
@@ -47,6 +50,7 @@ class AusmHistory:
     slots: Tensor
     taken: Tensor
     masks: Tensor
+    histograms: Tensor | None = None
 
     @classmethod
     def empty(cls, batch_size: int, device: torch.device | str, dtype: torch.dtype) -> AusmHistory:
@@ -68,6 +72,15 @@ class AusmHistory:
             )
         return replace(self, slots=slots, taken=taken, masks=masks)
 
+    def forget_appearance(self, columns: list[int]) -> AusmHistory:
+        """The same past without what the objects of these columns looked like: their slots' histograms begin anew."""
+        if not columns or self.histograms is None:
+            return self
+        histograms = self.histograms.clone()
+        for stream, slots in enumerate(self.slots[:, columns].tolist()):
+            histograms[stream, :, slots] = 0
+        return replace(self, histograms=histograms)
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name, for saving, exporting and counting bytes."""
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "states"}
@@ -79,7 +92,8 @@ class AusmHistory:
         """The same history without its graph: what one training clip passes to the next."""
         states = None if self.states is None else tuple(tuple(x.detach() for x in state) for state in self.states)
         features = None if self.features is None else self.features.detach()
-        return replace(self, features=features, states=states, masks=self.masks.detach())
+        histograms = None if self.histograms is None else self.histograms.detach()
+        return replace(self, features=features, states=states, masks=self.masks.detach(), histograms=histograms)
 
     @property
     def num_bytes(self) -> int:
@@ -355,6 +369,82 @@ class AusmMaskPropagation(nn.Module):
         return (near[:, None, :, None] & near[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
+class AusmAppearance(nn.Module):
+    """
+    What each followed object looks like, wherever it is: how often which of `appearance_words` learned words is seen
+    in it. Of each slot and of the background there are two histograms, from the first frame that shows it and over the
+    recent ones, and a pixel's word says whose it is: the logit is the logarithm of how likely it is in the object,
+    over how likely it is in all others and the background together. So an object that was hidden is known again, and
+    who crosses it doesn't take it over. The histograms are a sum over frames: both forms compute the same.
+    """
+
+    FADING = 0.9  # weight of a frame in the recent histogram, relative to the frame after it
+    EPSILON = 0.5  # how often any other word may be seen, relative to how often words are; so no logit is extreme
+
+    def __init__(self, config: AusmConfig):
+        super().__init__()
+        self.num_slots = config.num_id_vectors
+        self.words = nn.Linear(config.hidden_size, config.appearance_words, bias=False)
+        self.scale = nn.Parameter(torch.zeros(1))
+
+    def describe(self, features: Tensor) -> Tensor:
+        """The words of each pixel, as shares: features (..., D, h, w) to float32 (..., S, words)."""
+        tokens = F.normalize(features.flatten(-2).mT, dim=-1)
+        return self.words(tokens).softmax(-1, dtype=torch.float32)
+
+    def forward(
+        self,
+        features: Tensor,
+        past: Tensor,
+        masks: Tensor,
+        slots: Tensor,
+        taken: Tensor,
+        started: Tensor,
+        histograms: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            features, past (`torch.Tensor` of shape `(B, T, D, h, w)`): `X_1 .. X_T` and `X_0 .. X_{T-1}`.
+            masks (`torch.Tensor` of shape `(B, T, n, height, width)`): `M_0 .. M_{T-1}`.
+            slots (`torch.LongTensor` of shape `(B, n)`): The slot of each object.
+            taken (`torch.BoolTensor` of shape `(B, T, n)`): Whether there is an object.
+            started (`torch.BoolTensor` of shape `(B,)`): False where `X_0` is no frame.
+            histograms (`torch.FloatTensor` of shape `(B, 2, num_id_vectors + 1, words)`, *optional*): Those of the
+                frames before `X_0`.
+
+        Returns:
+            Logits of shape `(B, T, n, h, w)`, 0 for an object that has not been seen yet, and the histograms of the
+            frames before `X_T`.
+        """
+        batch, frames = masks.shape[:2]
+        size = features.shape[-2:]
+        words = self.describe(torch.cat([past[:, :1], features], dim=1))
+        shares = F.interpolate(masks.flatten(0, 1), size=size, mode="area").float()
+        shares = shares.unflatten(0, (batch, frames)).flatten(3)
+        shares = torch.cat([shares, (1 - shares.sum(dim=2, keepdim=True)).clamp(min=0)], dim=2)
+        shares = torch.cat([shares[:, :1] * started.view(-1, 1, 1, 1), shares[:, 1:]], dim=1)
+        counts = shares @ words[:, :-1]  # (B, T, n + 1, words)
+        holders = F.one_hot(F.pad(slots, (0, 1), value=self.num_slots), self.num_slots + 1).unsqueeze(1)
+        holders = holders * F.pad(taken, (0, 1), value=True).unsqueeze(-1).float()  # (B, T, n + 1, num_slots + 1)
+        if histograms is None:
+            histograms = words.new_zeros(batch, 2, self.num_slots + 1, words.shape[-1])
+        first, recent = histograms.unbind(1)
+        logits = []
+        for t in range(frames):
+            new = holders[:, t].mT @ counts[:, t]
+            first = torch.where(first.sum(dim=-1, keepdim=True) > 0, first, new)
+            recent = self.FADING * recent + new
+            seen = holders[:, t] @ recent
+            looks = (F.normalize(holders[:, t] @ first, p=1, dim=-1) + F.normalize(seen, p=1, dim=-1)) / 2
+            likely = looks @ words[:, t + 1].mT  # (B, n + 1, S)
+            others = likely.sum(dim=1, keepdim=True) - likely
+            known = seen.sum(dim=-1, keepdim=True) > 0
+            epsilon = self.EPSILON / words.shape[-1]
+            logits.append((((likely + epsilon).log() - (others + epsilon).log()) * known)[:, :-1])
+        logits = self.scale * torch.stack(logits, dim=1).unflatten(-1, size).to(features.dtype)
+        return logits, torch.stack([first, recent], dim=1)
+
+
 class AusmHistoryEncoder(nn.Module):
     """
     From marked past frames to what they say about the present one: `E_t = X_{t-1} + marks`,
@@ -376,6 +466,7 @@ class AusmHistoryEncoder(nn.Module):
             self.local_read = nn.Conv2d(size, size, kernel, padding=kernel // 2, groups=size)
             self.mark_readout = AusmMarkReadout(config)
         self.mask_propagation = AusmMaskPropagation(config) if config.mask_propagation_radius else None
+        self.appearance = AusmAppearance(config) if config.appearance_words else None
         self.decoder = nn.ModuleList(AusmHistoryDecoderLayer(config) for _ in range(config.num_history_decoder_layers))
         self.output_norm = nn.LayerNorm(config.hidden_size)
         self.output_projection = nn.Linear(config.hidden_size, config.hidden_size)
@@ -389,44 +480,52 @@ class AusmHistoryEncoder(nn.Module):
         """Logits (N, n, h, w) of ID vectors (N, n, D) in `change` (N, D, h, w); None without a read-out."""
         return None if self.mark_readout is None else self.mark_readout(id_vectors, change)
 
-    def move_masks(self, features: Tensor, masks: Tensor, history: AusmHistory) -> Tensor | None:
-        """
-        Logits (B, T, n, h, w) of where the masks `M_0 .. M_{T-1}` (B, T, n, height, width) are in the frames of
-        features `X_1 .. X_T` (B, T, D, h, w); None without propagation, or without an object.
-        """
-        if self.mask_propagation is None or not masks.shape[2]:
-            return None
-        # `M_0` is drawn on the first frame itself: it is looked for there, not in `X_0`, which is alike everywhere.
-        first = features[:, 0]
-        if history.features is not None:
-            initial = self.initial_features[:, None, None]
-            started = (history.features != initial).flatten(1).any(dim=1)
-            first = torch.where(started[:, None, None, None], history.features.to(first.dtype), first)
-        previous = torch.cat([first.unsqueeze(1), features[:, :-1]], dim=1)
-        logits = self.mask_propagation(*(x.flatten(0, 1) for x in (features, previous, masks)))
-        return logits.unflatten(0, features.shape[:2])
-
     def forward(
-        self, features: Tensor, marks: Tensor, positions: Tensor, history: AusmHistory
-    ) -> tuple[Tensor, tuple[tuple[Tensor, ...], ...]]:
+        self,
+        features: Tensor,
+        masks: Tensor,
+        slots: Tensor,
+        taken: Tensor,
+        marks: Tensor,
+        positions: Tensor,
+        history: AusmHistory,
+    ) -> tuple[Tensor, Tensor | None, tuple[tuple[Tensor, ...], ...], Tensor | None]:
         """
         Args:
             features (`torch.Tensor` of shape `(B, T, D, h, w)`): `X_1 .. X_T`.
+            masks (`torch.Tensor` of shape `(B, T, n, height, width)`): `M_0 .. M_{T-1}`.
+            slots (`torch.LongTensor` of shape `(B, n)`): The slot of each object.
+            taken (`torch.BoolTensor` of shape `(B, T, n)`): Whether the object is followed in that frame.
             marks (`torch.Tensor` of shape `(B, T, D, h, w)`): Marks of `M_0 .. M_{T-1}`.
             positions (`torch.Tensor` of shape `(S, D)`): Sine positions of the map.
             history (`AusmHistory`): Where the stream stands before the first of these frames.
 
         Returns:
-            What the history adds to the features, `G - X`, of shape `(B, T, D, h, w)`, and the new states.
+            What the history adds to the features, `G - X`, of shape `(B, T, D, h, w)`; logits (B, T, n, h, w) of where
+            objects are by where they were and what they look like, None without both parts; and the new states and
+            histograms.
         """
         batch, frames, _, height, width = features.shape
         size = (height, width)
-        features, marks = (to_tokens(x.flatten(0, 1)).unflatten(0, (batch, frames)) for x in (features, marks))
-        if history.features is None:
-            first = self.initial_features.expand_as(features[:, 0])
-        else:
-            first = to_tokens(history.features).to(features.dtype)
-        memory = torch.cat([first.unsqueeze(1), features[:, :-1]], dim=1) + marks
+        initial = self.initial_features[:, None, None]
+        first = initial.expand_as(features[:, 0]) if history.features is None else history.features.to(features.dtype)
+        past = torch.cat([first.unsqueeze(1), features[:, :-1]], dim=1)
+
+        # `M_0` of a stream that begins is drawn on its first frame, not on `X_0`.
+        started = (first != initial).flatten(1).any(dim=1)
+        masks = torch.cat([masks[:, :1] * started.view(-1, 1, 1, 1, 1), masks[:, 1:]], dim=1)
+        followed = histograms = None
+        if self.mask_propagation is not None and masks.shape[2]:
+            followed = self.mask_propagation(*(x.flatten(0, 1) for x in (features, past, masks)))
+            followed = followed.unflatten(0, (batch, frames))
+        if self.appearance is not None:
+            alike, histograms = self.appearance(features, past, masks, slots, taken, started, history.histograms)
+            followed = alike if followed is None else followed + alike
+
+        features, past, marks = (
+            to_tokens(x.flatten(0, 1)).unflatten(0, (batch, frames)) for x in (features, past, marks)
+        )
+        memory = past + marks
         states = []
         for index, layer in enumerate(self.compressor):
             state = history.states[index] if history.states is not None else None
@@ -442,4 +541,4 @@ class AusmHistoryEncoder(nn.Module):
         for layer in self.decoder:
             hidden_states = layer(hidden_states, keys, values, positions, size)
         change = self.gate * self.output_projection(self.output_norm(hidden_states))
-        return to_maps(change, size).unflatten(0, (batch, frames)), tuple(states)
+        return to_maps(change, size).unflatten(0, (batch, frames)), followed, tuple(states), histograms

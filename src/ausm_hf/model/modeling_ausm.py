@@ -34,6 +34,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .backbone_efficientnet_lite import EfficientNetLiteBackbone, EfficientNetLiteConfig
 from .configuration_ausm import AusmConfig
 from .history_ausm import (
+    AusmAppearance,
     AusmAttention,
     AusmHistory,
     AusmHistoryEncoder,
@@ -211,6 +212,10 @@ class AusmPreTrainedModel(PreTrainedModel):
             init.constant_(module.log_sharpness, math.log(33.0))
             init.constant_(module.scale, 8.0)
             init.constant_(module.offset, -4.0)
+        elif isinstance(module, AusmAppearance):
+            # As decided as cosines times 40.
+            init.normal_(module.words.weight, std=40 * self.config.hidden_size**-0.5)
+            init.ones_(module.scale)
         elif isinstance(module, Mask2FormerPixelDecoder):
             init.normal_(module.level_embed)
         elif isinstance(module, Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention):
@@ -363,20 +368,22 @@ class AusmModel(AusmPreTrainedModel):
             return x.unsqueeze(1).expand(-1, frames, *x.shape[1:]).flatten(0, 1)
 
         id_vectors = self.id_vectors(id_slots)
-        history_masks_seen = (history_masks * taken[..., None, None]).flatten(0, 1)
+        seen_masks = history_masks * taken[..., None, None]
+        history_masks_seen = seen_masks.flatten(0, 1)
         marks = mark_history(over_frames(self.history_encoder.mark_vectors(id_vectors)), history_masks_seen, size)
         positions = sine_positions(size, features.shape[1], features.device, features.dtype)
         stacked = features.unflatten(0, (batch, frames))
-        change, states = self.history_encoder(stacked, marks.unflatten(0, (batch, frames)), positions, history)
+        change, followed, states, histograms = self.history_encoder(
+            stacked, seen_masks, id_slots, taken, marks.unflatten(0, (batch, frames)), positions, history
+        )
         change = change.flatten(0, 1)
         coarser = (level + F.interpolate(change, size=level.shape[-2:], mode="area") for level in levels[1:])
         levels = [features + change, *coarser]
         mask_features = self.pixel_encoder.mask_features(levels[0], feature_maps[0])
 
         tracked_logits = self.history_encoder.read_marks(over_frames(id_vectors), change)
-        moved = self.history_encoder.move_masks(stacked, history_masks_seen.unflatten(0, (batch, frames)), history)
-        if moved is not None:
-            tracked_logits = moved.flatten(0, 1) + (0 if tracked_logits is None else tracked_logits)
+        if followed is not None:
+            tracked_logits = followed.flatten(0, 1) + (0 if tracked_logits is None else tracked_logits)
 
         # Who is where
         # Called, not read: see `HeldConv1d`.
@@ -399,7 +406,7 @@ class AusmModel(AusmPreTrainedModel):
         return AusmModelOutput(
             masks_queries_logits=masks[-1],
             query_hidden_states=hidden_states[-1],
-            history=AusmHistory(stacked[:, -1], states, id_slots, taken[:, -1], history_masks[:, -1]),
+            history=AusmHistory(stacked[:, -1], states, id_slots, taken[:, -1], history_masks[:, -1], histograms),
             intermediate_masks_queries_logits=tuple(masks[:-1]) if output_intermediate else None,
             intermediate_query_hidden_states=tuple(hidden_states[:-1]) if output_intermediate else None,
         )

@@ -358,9 +358,9 @@ class AusmInferenceSession:
 
 def without_trace(history: AusmHistory, columns: list[int]) -> AusmHistory:
     """
-    The same history, but pixels that only the objects of `columns` mark begin anew: their marks are gone from the
-    compressed past. Otherwise who is marked next, even elsewhere and with another ID vector, is pulled to where they
-    were; `benchmarks/slot_reuse.py` measures it.
+    The same history without the objects of `columns`: what they looked like is forgotten, and pixels that only they
+    mark begin anew, so their marks are gone from the compressed past. Otherwise who is marked next, even elsewhere and
+    with another ID vector, is pulled to where they were; `benchmarks/slot_reuse.py` measures it.
     """
     if not columns or history.states is None or history.features is None:
         return history
@@ -372,7 +372,7 @@ def without_trace(history: AusmHistory, columns: list[int]) -> AusmHistory:
         tuple(state.masked_fill(anew.view(-1, *[1] * (state.ndim - 1)), 0) for state in layer)
         for layer in history.states
     )
-    return replace(history, states=states)
+    return replace(history, states=states).forget_appearance(columns)
 
 
 _FILE_TAG = "ausm_session_v1"

@@ -319,18 +319,21 @@ def _join(histories: list[AusmHistory]) -> AusmHistory:
     """The histories of several streams, all before or all after their first frame, as one of a batch."""
     most = max(history.slots.shape[1] for history in histories)
     missing = [most - history.slots.shape[1] for history in histories]
-    features = states = None
+    features = states = histograms = None
     if histories[0].features is not None:
         features = torch.cat([history.features for history in histories])
         states = tuple(
             tuple(map(torch.cat, zip(*layers))) for layers in zip(*(history.states for history in histories))
         )
+    if histories[0].histograms is not None:
+        histograms = torch.cat([history.histograms for history in histories])
     return AusmHistory(
         features,
         states,
         slots=torch.cat([F.pad(history.slots, (0, n)) for history, n in zip(histories, missing)]),
         taken=torch.cat([F.pad(history.taken, (0, n)) for history, n in zip(histories, missing)]),
         masks=torch.cat([F.pad(history.masks, (0, 0, 0, 0, 0, n)) for history, n in zip(histories, missing)]),
+        histograms=histograms,
     )
 
 
@@ -346,6 +349,7 @@ def _split(joined: AusmHistory, numbers: list[int]) -> list[AusmHistory]:
             joined.slots[i : i + 1, :number],
             joined.taken[i : i + 1, :number],
             joined.masks[i : i + 1, :number],
+            None if joined.histograms is None else joined.histograms[i : i + 1],
         )
         for i, number in enumerate(numbers)
     ]
@@ -457,6 +461,7 @@ def _finish(
 
     followed_on = {x.object_id for x in objects}
     history = without_trace(answer.history, [i for i, x in enumerate(before) if x.object_id not in followed_on])
+    history = history.forget_appearance([i for i, x in enumerate(before) if x.object_id in prompts])
     session.history = _put_objects(history, objects, masks, size, pixel_values)
     session.objects = objects
     session.slots_held_until |= {x.slot: session.next_frame_idx for x in objects}
