@@ -93,7 +93,7 @@ def save_tiny(tiny_config, tmp_path_factory):
         if label_set is not None:
             config.label_sets, config.default_label_set = {label_set: LABEL_SETS[label_set]}, label_set
         config.duplicate_overlap = 1.0  # random masks overlap; let there be several all the same
-        torch.manual_seed(0)
+        torch.manual_seed(3)
         folder = tmp_path_factory.mktemp("checkpoint")
         AusmForUniversalSegmentation(config).save_pretrained(folder)
         AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64})).save_pretrained(folder)

@@ -3,8 +3,9 @@ Makes the checkpoint that comes with the package from a finished training run:
 
     python -m ausm_hf.checkpoints.make runs/nano
 
-Of several runs, each of which went on from the one before, it takes the mean of the weights. They are stored as
-float16, half the size; they load as float32. The recipe and the log of the last run lie beside them.
+Of several runs, each of which went on from the one before, it takes the mean of the weights, over the runs that have
+them where a later run added a part. They are stored as float16, half the size; they load as float32. The recipe and
+the log of the last run lie beside them.
 """
 
 import argparse
@@ -41,10 +42,12 @@ def make_checkpoint(runs: list[Path], folder: Path) -> Path:
     models = [AusmForUniversalSegmentation.from_pretrained(run / "final", dtype=torch.float32) for run in runs]
     model, states = models[-1], [model.state_dict() for model in models]
     shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
-    if any(other != shapes[0] for other in shapes):
+    if any(other[name] != shapes[-1].get(name) for other in shapes for name in other):
         raise ValueError("The networks of the runs differ: their weights have no mean.")
     weights = {
-        name: torch.stack([state[name] for state in states]).mean(dim=0).half() if t.is_floating_point() else t
+        name: torch.stack([state[name] for state in states if name in state]).mean(dim=0).half()
+        if t.is_floating_point()
+        else t
         for name, t in states[-1].items()
     }
     infinite = [name for name, tensor in weights.items() if not tensor.isfinite().all()]

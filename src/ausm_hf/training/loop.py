@@ -294,9 +294,9 @@ def build_model(recipe: Recipe, config: AusmConfig) -> AusmForUniversalSegmentat
 
 
 def _has_new_words(recipe: Recipe, config: AusmConfig) -> bool:
-    """Whether the network starts from a checkpoint that has no words for what objects look like, and gets some."""
+    """Whether the network has words for what objects look like that no checkpoint knows yet."""
     path = recipe.model.path
-    return bool(config.appearance_words) and path is not None and not AusmConfig.from_pretrained(path).appearance_words
+    return bool(config.appearance_words) and (path is None or not AusmConfig.from_pretrained(path).appearance_words)
 
 
 def _load_model(path: str, config: AusmConfig, reinitialize: list[str]) -> AusmForUniversalSegmentation:
