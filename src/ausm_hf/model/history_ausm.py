@@ -378,6 +378,7 @@ class AusmAppearance(nn.Module):
     who crosses it doesn't take it over. The histograms are a sum over frames: both forms compute the same.
     """
 
+    SHARPNESS = 40.0  # of cosines, in new words: how decidedly a pixel is of the word that it is most like
     FADING = 0.9  # weight of a frame in the recent histogram, relative to the frame after it
     EPSILON = 0.5  # how often any other word may be seen, relative to how often words are; so no logit is extreme
 
@@ -511,10 +512,11 @@ class AusmHistoryEncoder(nn.Module):
         first = initial.expand_as(features[:, 0]) if history.features is None else history.features.to(features.dtype)
         past = torch.cat([first.unsqueeze(1), features[:, :-1]], dim=1)
 
-        # `M_0` of a stream that begins is drawn on its first frame, not on `X_0`.
-        started = (first != initial).flatten(1).any(dim=1)
-        masks = torch.cat([masks[:, :1] * started.view(-1, 1, 1, 1, 1), masks[:, 1:]], dim=1)
         followed = histograms = None
+        if self.mask_propagation is not None or self.appearance is not None:
+            # `M_0` of a stream that begins is drawn on its first frame, not on `X_0`.
+            started = (first != initial).flatten(1).any(dim=1)
+            masks = torch.cat([masks[:, :1] * started.view(-1, 1, 1, 1, 1), masks[:, 1:]], dim=1)
         if self.mask_propagation is not None and masks.shape[2]:
             followed = self.mask_propagation(*(x.flatten(0, 1) for x in (features, past, masks)))
             followed = followed.unflatten(0, (batch, frames))

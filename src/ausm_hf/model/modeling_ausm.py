@@ -213,8 +213,7 @@ class AusmPreTrainedModel(PreTrainedModel):
             init.constant_(module.scale, 8.0)
             init.constant_(module.offset, -4.0)
         elif isinstance(module, AusmAppearance):
-            # As decided as cosines times 40.
-            init.normal_(module.words.weight, std=40 * self.config.hidden_size**-0.5)
+            init.normal_(module.words.weight, std=module.SHARPNESS * self.config.hidden_size**-0.5)
             init.ones_(module.scale)
         elif isinstance(module, Mask2FormerPixelDecoder):
             init.normal_(module.level_embed)

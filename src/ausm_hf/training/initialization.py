@@ -10,8 +10,6 @@ from torch.utils.data import Dataset
 from ausm_hf.model.backbone_efficientnet_lite import EfficientNetLiteBackbone
 from ausm_hf.model.modeling_ausm import AusmForUniversalSegmentation
 
-SHARPNESS = 40.0  # of cosines: how decidedly a pixel is of the word that it is most like
-
 
 @torch.no_grad()
 def fit_words(
@@ -20,7 +18,6 @@ def fit_words(
     collator: Callable[[list[dict]], dict],
     num_clips: int = 64,
     num_pixels: int = 40_000,
-    seed: int = 0,
 ) -> None:
     """
     Start the words of `model`'s appearance from what its features look like, in place: k-means of the pixels of the
@@ -29,7 +26,7 @@ def fit_words(
     Args:
         model ([`AusmForUniversalSegmentation`]): With trained features, and `appearance_words`.
         dataset, collator: Clips, as [`train`] takes them.
-        num_clips, num_pixels, seed: How many are looked at, and which pixels.
+        num_clips, num_pixels: How many are looked at. Which pixels is the same in every run.
     """
     network = model.eval().model
     pixels = []
@@ -38,10 +35,11 @@ def fit_words(
         images = frames.to(network.device, network.dtype, memory_format=torch.channels_last)
         pixels.append(network.pixel_encoder(network.backbone(images).feature_maps)[0].flatten(2).mT.flatten(0, 1))
     tokens = F.normalize(torch.cat(pixels).float().cpu(), dim=-1)
-    chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:num_pixels]
-    words = network.history_encoder.appearance.words.weight
-    centers, _ = kmeans2(tokens[chosen].numpy(), len(words), minit="points", seed=seed)
-    words.copy_(SHARPNESS * F.normalize(torch.from_numpy(centers), dim=-1))
+    chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[:num_pixels]
+    appearance = network.history_encoder.appearance
+    words = appearance.words.weight
+    centers, _ = kmeans2(tokens[chosen].numpy(), len(words), minit="points", seed=0)
+    words.copy_(appearance.SHARPNESS * F.normalize(torch.from_numpy(centers), dim=-1))
 
 
 def load_imagenet_weights(backbone: EfficientNetLiteBackbone) -> None:
