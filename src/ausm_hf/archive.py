@@ -23,7 +23,8 @@ these folders and from `.ausm/failed`.
 interrupted. To the byte they are the same where the processes are alike: the same kind of processor or GPU, the same
 torch, and the same number of threads, since sums over another number of threads are rounded otherwise. `torchrun`
 gives each of several processes one thread unless `OMP_NUM_THREADS` says another number; set it for a run that is to be
-compared. Otherwise scores differ in their last digits, and masks in pixels that hang on a hair.
+compared. Otherwise scores differ in their last digits, and masks in pixels that hang on a hair. Overlays are not the
+same to the byte: now and then x264 encodes the same frames in another way.
 """
 
 import json
