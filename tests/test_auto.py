@@ -14,6 +14,7 @@ import torch
 
 import ausm_hf
 from ausm_hf import AusmConfig, AusmForUniversalSegmentation, AusmModel, AusmProcessor
+from ausm_hf._register import BUNDLED_CHECKPOINT
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +140,13 @@ def test_config_round_trip(tmp_path):
     config = AusmConfig.from_preset("nano")
     config.save_pretrained(tmp_path)
     assert AusmConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def test_the_preset_is_what_the_checkpoint_of_its_name_is():
+    preset, checkpoint = AusmConfig.from_preset("nano"), AusmConfig.from_pretrained(BUNDLED_CHECKPOINT)
+    assert {k: v.shape for k, v in shapes(preset).items()} == {k: v.shape for k, v in shapes(checkpoint).items()}
+
+
+def shapes(config):
+    with torch.device("meta"):
+        return AusmForUniversalSegmentation(config).state_dict()

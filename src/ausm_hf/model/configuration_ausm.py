@@ -38,6 +38,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "history_self_attention": False,
         "history_local_kernel": 5,
         "history_gate_init": 1.0,
+        "mask_propagation_radius": 4,
+        "appearance_words": 512,
         "num_decoder_layers": 3,
         "decoder_feedforward_size": 512,
         "num_id_vectors": 32,
