@@ -3,7 +3,6 @@ import json
 import multiprocessing
 import random
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,9 @@ from safetensors.torch import load_file
 
 from ausm_hf import AusmConfig, AusmForUniversalSegmentation
 from ausm_hf.training import checkpoint as checkpoint_module
-from ausm_hf.training import loop, recipe_from_dict, train
+from ausm_hf.training import recipe_from_dict, train
 from ausm_hf.training.checkpoint import checkpoints, restore_rng_state, rng_state
-from ausm_hf.training.loop import build_config, build_model, load_batches, pieces_to_train
+from ausm_hf.training.loop import build_config, build_model, load_batches
 
 
 def weights(folder):
@@ -179,38 +178,6 @@ def test_accumulation_equals_a_larger_batch(tiny, tiny_model, tmp_path, options)
     for name, value in wanted.items():
         torch.testing.assert_close(got[name], value, atol=1e-6, rtol=1e-4)
     assert same_loss == pytest.approx(loss, abs=1e-6 * loss)
-
-
-def test_pieces_alone_add_up_to_the_whole_clip(tiny, tiny_model, tmp_path, monkeypatch):
-    """The mean gradient of each piece alone is that of all, so one drawn at random stands for them all."""
-
-    def gradients(output_dir, one_piece):
-        network = copy.deepcopy(tiny_model).train().requires_grad_(True)
-        plain = ("optim.clip_grad_norm=null", "data.size=[64, 64]", "optim.max_steps=1", "carried_state=3")
-        recipe = tiny.make_recipe(output_dir, *plain, f"one_piece={one_piece}")
-        train(recipe, model=network, dataset=tiny.TinyClips(size=64), collator=tiny.collate)
-        moments = load_file(checkpoints(output_dir)[-1] / "optimizer.safetensors")
-        return {name: 10 * value for name, value in moments.items() if name.startswith("exp_avg:")}
-
-    wanted, pieces = gradients(tmp_path / "whole", "false"), []
-    for piece in range(3):
-        monkeypatch.setattr(loop, "pieces_to_train", lambda recipe, step, piece=piece: range(piece, piece + 1))
-        pieces.append(gradients(tmp_path / str(piece), "true"))
-    assert max(value.abs().max() for value in wanted.values()) > 0.1
-    for name, value in wanted.items():
-        mean = sum(x.get(name, torch.zeros_like(value)) for x in pieces) / 3
-        torch.testing.assert_close(mean, value, atol=1e-6, rtol=1e-4)
-
-
-def test_which_piece_is_trained(tiny, tmp_path):
-    recipe = tiny.make_recipe(tmp_path, "carried_state=3", "one_piece=true")
-    drawn = [pieces_to_train(recipe, step) for step in range(60)]
-    assert {tuple(x) for x in drawn} == {(0,), (1,), (2,)}
-    assert drawn == [pieces_to_train(recipe, step) for step in range(60)]
-    assert drawn != [pieces_to_train(replace(recipe, seed=recipe.seed + 1), step) for step in range(60)]
-    assert pieces_to_train(replace(recipe, one_piece=False), 0) == range(3)
-    with pytest.raises(ValueError, match="^one_piece: a clip has only one piece"):
-        replace(recipe, carried_state=1).validate()
 
 
 def test_clips_of_a_step_do_not_depend_on_how_they_are_divided(tiny, tmp_path):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -188,15 +187,11 @@ def train(
                     accelerator.backward(output["loss"])
                     log.add(output)
                 else:
-                    history, trained = None, pieces_to_train(recipe, step)
-                    for number, piece in enumerate(split_clip(network, inputs, recipe.carried_state)):
-                        if number > trained[-1]:
-                            break
-                        with torch.set_grad_enabled(number in trained):
-                            output = model(**piece, history=history)
-                        if number in trained:
-                            accelerator.backward(output["loss"] / len(trained))
-                            log.add(output)
+                    history = None
+                    for piece in split_clip(network, inputs, recipe.carried_state):
+                        output = model(**piece, history=history)
+                        accelerator.backward(output["loss"] / recipe.carried_state)
+                        log.add(output)
                         history = output["history"].detach()
             log.frames += batch["pixel_values_videos"].shape[:2].numel()
 
@@ -372,14 +367,6 @@ def instances_per_pass(
         total += count_targets(batch["mask_labels"], switch_frames, batch["detect"], batch["annotated_frames"])
     total = accelerator.reduce(torch.tensor(float(total), device=accelerator.device), "sum").clamp(min=1)
     return total / (len(passes) * accelerator.num_processes * recipe.carried_state)
-
-
-def pieces_to_train(recipe: Recipe, step: int) -> range:
-    """Which pieces of the clips of an optimizer step have a loss: one for all processes, or all of them."""
-    if not recipe.one_piece:
-        return range(recipe.carried_state)
-    drawn = int(np.random.default_rng([recipe.seed, step]).integers(recipe.carried_state))
-    return range(drawn, drawn + 1)
 
 
 def draw_switch_frames_of(

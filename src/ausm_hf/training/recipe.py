@@ -115,8 +115,6 @@ class Recipe:
             errors add up as at inference.
         carried_state: clips are cut into this many pieces of `data.num_frames`; the state passes, detached, from each
             piece to the next, so the network trains on a history longer than T. 1 is off.
-        one_piece: of these pieces train only one in each step, drawn at random; those before it only lead there. With
-            scheduled sampling it shows the network, at the cost of a short clip, where its errors lead in a long one.
         ema_decay: also keep an exponential moving average of the weights; None is off.
         freeze_backbone: train everything but the backbone.
         gradient_accumulation_steps: forward passes per optimizer step.
@@ -140,7 +138,6 @@ class Recipe:
     scheduled_sampling: float = 0.0
     scheduled_sampling_form: str = "parallel"
     carried_state: int = 1
-    one_piece: bool = False
     ema_decay: float | None = None
     freeze_backbone: bool = False
     gradient_accumulation_steps: int = 1
@@ -186,8 +183,6 @@ class Recipe:
                 "mode: 'iterative' feeds the network its own predictions; history_corruption, scheduled_sampling and "
                 "carried_state belong to 'parallel'"
             )
-        if self.one_piece and self.carried_state == 1:
-            raise ValueError("one_piece: a clip has only one piece, want carried_state of 2 or more")
         self._validate_model()
         self._validate_data()
 
