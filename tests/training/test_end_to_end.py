@@ -126,17 +126,20 @@ def test_two_stages(recipe_file, tmp_path):
 )
 def test_every_form_trains(recipe_file, tmp_path, monkeypatch, option, form, calls):
     """Two steps; a form is called once a step, or once for each pass or piece of it."""
-    made = []
+    made, states = [], []
     original = form.forward
 
     @functools.wraps(original)
     def counting(self, *args, **kwargs):
         made.append(torch.is_grad_enabled())
+        states.append(kwargs.get("history"))
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(form, "forward", counting)
     train(load_recipe(recipe_file, option.split()))
     assert len(made) == calls
+    if form is CarriedForm:  # the second piece of a clip goes on from the first
+        assert [state is None for state in states] == [True, False, True, False]
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(0 < line["grad_norm"] < float("inf") for line in lines)
 
