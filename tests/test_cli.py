@@ -319,7 +319,7 @@ def assert_same_file(one: Path, other: Path):
         return
     frames, others = (np.stack(list(read_video(path))).astype(int) for path in (one, other))
     assert frames.shape == others.shape
-    # Seven other ways to encode the same pictures were at most 1.4 from the usual one; another digit in a score is 2.4.
+    # Seven other ways to encode some pictures were at most 1.4 from the usual one; another digit in a score is 2.4.
     assert np.abs(frames - others).mean(axis=(1, 2, 3)).max() < 2
 
 

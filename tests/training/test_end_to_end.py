@@ -187,7 +187,7 @@ def test_words_are_fitted_where_the_checkpoint_has_none(recipe_file, tmp_path):
         appearance = model.model.history_encoder.appearance
         return None if appearance is None else appearance.words.weight
 
-    assert words("without", None) is None
+    assert words("without", None, "model.overrides.appearance_words=0") is None
     fitted = words("fitted", tmp_path / "without" / "final", "seed=1", "save_every=1")
     torch.testing.assert_close(fitted.norm(dim=-1), torch.full((8,), 40.0), atol=1e-3, rtol=0)
     again = words("again", tmp_path / "fitted" / "final", "seed=2")
