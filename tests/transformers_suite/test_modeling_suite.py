@@ -42,6 +42,8 @@ class AusmModelTester:
             num_history_decoder_layers=2,
             num_decoder_layers=self.num_hidden_layers,
             history_feedforward_size=32,
+            mask_propagation_radius=2,
+            appearance_words=16,
             decoder_feedforward_size=32,
             num_id_vectors=4,
             num_detection_queries=self.seq_length,
