@@ -1,6 +1,7 @@
 """The network in its two forms: all frames at once, and frame by frame."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from ausm_hf.model.configuration_ausm import AusmConfig
-from ausm_hf.model.history_ausm import AusmAppearance, AusmMaskPropagation, mark_history, to_maps, to_tokens
+from ausm_hf.model.history_ausm import (
+    AusmAppearance,
+    AusmMaskPropagation,
+    average_maps,
+    mark_history,
+    to_maps,
+    to_tokens,
+)
 from ausm_hf.model.modeling_ausm import AusmForUniversalSegmentation, AusmModel
 from ausm_hf.model.pixels_ausm import PointwiseConv2d, sine_positions
 
@@ -375,13 +383,12 @@ def test_masks_are_propagated_as_pixel_by_pixel(radius):
     propagation = mask_propagation(radius)
     torch.manual_seed(2)
     features, previous = torch.randn(2, 2, 32, 8, 12)
-    masks = (torch.rand(2, 3, 16, 24) > 0.5).float()
     with torch.no_grad():
         torch.nn.init.normal_(propagation.projection.weight)
         propagation.log_sharpness.fill_(1.5)
-        logits = propagation(features, previous, masks)
+        shares = torch.rand(2, 3, 8, 12)
+        logits = propagation(features, previous, shares, torch.ones(2, 3, dtype=torch.bool))
         weight = propagation.projection.weight
-        shares = torch.nn.functional.avg_pool2d(masks, 2)
         for n, y, x in [(0, 0, 0), (1, 3, 4), (0, 5, 11), (1, 7, 6)]:
             near = [(j, i) for j in range(8) for i in range(12) if max(abs(j - y), abs(i - x)) <= radius]
             alike = [
@@ -406,15 +413,15 @@ def test_untrained_propagation_follows_what_moves():
         masks[frame, 0, top : top + 5, left : left + 4] = 1
         masks[frame, 1, low : low + 4, far : far + 5] = 1
     with torch.no_grad():
-        logits = propagation(frames[1:], frames[:1], masks[:1])
+        logits = propagation(frames[1:], frames[:1], masks[:1], torch.ones(1, 2, dtype=torch.bool))
     assert torch.equal(logits[0] > 0, masks[1] > 0)
 
 
 def test_propagation_says_nothing_of_an_object_that_was_away():
-    masks = torch.zeros(1, 2, 8, 8)
-    masks[0, 1, 2:5, 2:5] = 1
+    shares = torch.zeros(1, 2, 8, 8)
+    shares[0, 1, 2:5, 2:5] = 1
     with torch.no_grad():
-        away, seen = mask_propagation(2)(*torch.randn(2, 1, 32, 8, 8), masks)[0]
+        away, seen = mask_propagation(2)(*torch.randn(2, 1, 32, 8, 8), shares, torch.tensor([[False, True]]))[0]
     assert (away == 0).all()
     assert (seen != 0).all()
 
@@ -460,14 +467,15 @@ def test_appearance_is_a_count_of_words():
     masks[:, 2, 0] = 0
     masks[:, 1:, 1, 5:8, 6:11] = 1
     slots = torch.tensor([[4, 1], [0, 2]])
-    new, past = features[:, 1:], features[:, :-1]
+    shares = torch.nn.functional.avg_pool2d(masks.flatten(0, 1), 2).unflatten(0, (2, 4))
     begun, going = torch.tensor([True, False]), torch.tensor([True, True])
     there = torch.ones(2, 4, 2, dtype=torch.bool)
     with torch.no_grad():
         module.scale.fill_(1.5)
-        logits, histograms = module(new, past, masks, slots, there, begun, None)
-        half, carried = module(new[:, :2], past[:, :2], masks[:, :2], slots, there[:, :2], begun, None)
-        rest, resumed = module(new[:, 2:], past[:, 2:], masks[:, 2:], slots, there[:, 2:], going, carried)
+        seen = module.describe(features)
+        logits, histograms = module(seen[:, 1:], seen[:, 0], shares, slots, there, begun, None)
+        half, carried = module(seen[:, 1:3], seen[:, 0], shares[:, :2], slots, there[:, :2], begun, None)
+        rest, resumed = module(seen[:, 3:], seen[:, 2], shares[:, 2:], slots, there[:, 2:], going, carried)
         weight = module.words.weight
     torch.testing.assert_close(torch.cat([half, rest], dim=1), logits)
     torch.testing.assert_close(resumed, histograms)
@@ -515,12 +523,13 @@ def test_untrained_appearance_finds_what_was_hidden():
             features[0, t] = torch.where(masks[0, t, n] > 0, kind.view(-1, 1, 1), features[0, t])
     features[0, 3, :, 2:6, 4:8] = kinds[0].view(-1, 1, 1)
     with torch.no_grad():
-        new, past, there = features[:, 1:], features[:, :-1], torch.ones(1, 3, 2, dtype=torch.bool)
-        logits, _ = module(new, past, masks, torch.tensor([[3, 0]]), there, torch.tensor([True]), None)
+        words, there = module.describe(features), torch.ones(1, 3, 2, dtype=torch.bool)
+        before, words = words[:, 0], words[:, 1:]
+        logits, _ = module(words, before, masks, torch.tensor([[3, 0]]), there, torch.tensor([True]), None)
         # A column that is only padding has no part in it, whichever slot it names.
         padded, _ = module(
-            new,
-            past,
+            words,
+            before,
             F.pad(masks, (0, 0, 0, 0, 0, 1)),
             torch.tensor([[3, 0, 3]]),
             F.pad(there, (0, 1)),
@@ -532,6 +541,37 @@ def test_untrained_appearance_finds_what_was_hidden():
     assert torch.equal(logits[0, -1, 0] > 0, out)
     assert (logits[0, -1, 1] < 0).all()
     assert torch.equal(padded[:, :, :2], logits)
+
+
+def test_words_are_kept_for_the_next_frame():
+    """Those in the history are those of the frame before: without them they are computed again."""
+    model = tiny_model(appearance_words=24)
+    encoder = model.model.history_encoder
+    torch.manual_seed(7)
+    masks = torch.zeros(1, 1, 16, 16)
+    masks[..., 4:10, 4:10] = 1
+    slots, taken = torch.tensor([[2]]), torch.ones(1, 1, dtype=torch.bool)
+    frames = torch.randn(3, 1, 3, 64, 64)
+    with torch.no_grad():
+        history = model.init_history(1)
+        for frame in frames[:2]:
+            history = model.step(frame, history.replace_objects(slots, taken, masks)).history
+        torch.testing.assert_close(history.words, encoder.appearance.describe(history.features))
+        kept = model.step(frames[2], history.replace_objects(slots, taken, masks))
+        without = model.step(frames[2], replace(history.replace_objects(slots, taken, masks), words=None))
+        other = replace(history.replace_objects(slots, taken, masks), words=history.words.flip(1))
+        others = model.step(frames[2], other)
+    torch.testing.assert_close(kept.masks_queries_logits, without.masks_queries_logits)
+    torch.testing.assert_close(kept.history.histograms, without.history.histograms)
+    assert not torch.allclose(kept.history.histograms, others.history.histograms)
+
+
+@pytest.mark.parametrize("size", [(8, 12), (4, 6), (5, 7), (16, 24), (20, 30)])
+@pytest.mark.parametrize("channels", [0, 3])
+def test_maps_are_averaged_as_by_torch(size, channels):
+    maps = torch.randn(2, channels, 16, 24)
+    expected = F.interpolate(maps, size=size, mode="area") if channels else torch.zeros(2, 0, *size)
+    torch.testing.assert_close(average_maps(maps, size), expected)
 
 
 def iou(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -43,6 +43,8 @@ class AusmHistory:
         histograms (`torch.FloatTensor` of shape `(B, 2, num_id_vectors + 1, words)`, *optional*):
             What each slot's object and, last, the background looked like up to frame t - 2: see [`AusmAppearance`].
             `None` before the first frame, and without `appearance_words`.
+        words (`torch.FloatTensor` of shape `(B, S, words)`, *optional*):
+            The words of each pixel of the previous frame, kept so that they aren't computed again. `None` likewise.
     """
 
     features: Tensor | None
@@ -51,6 +53,7 @@ class AusmHistory:
     taken: Tensor
     masks: Tensor
     histograms: Tensor | None = None
+    words: Tensor | None = None
 
     @classmethod
     def empty(cls, batch_size: int, device: torch.device | str, dtype: torch.dtype) -> AusmHistory:
@@ -91,9 +94,12 @@ class AusmHistory:
     def detach(self) -> AusmHistory:
         """The same history without its graph: what one training clip passes to the next."""
         states = None if self.states is None else tuple(tuple(x.detach() for x in state) for state in self.states)
-        features = None if self.features is None else self.features.detach()
-        histograms = None if self.histograms is None else self.histograms.detach()
-        return replace(self, features=features, states=states, masks=self.masks.detach(), histograms=histograms)
+        features, histograms, words = (
+            None if x is None else x.detach() for x in (self.features, self.histograms, self.words)
+        )
+        return replace(
+            self, features=features, states=states, masks=self.masks.detach(), histograms=histograms, words=words
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -180,6 +186,14 @@ def binarize(small_masks: Tensor) -> Tensor:
     return (small_masks >= threshold).to(small_masks.dtype)
 
 
+def average_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Averages maps (N, C, height, width) over the area of each cell of a map of `size`."""
+    stride = maps.shape[-2] // size[0]
+    if maps.shape[1] and stride and maps.shape[-2:] == (stride * size[0], stride * size[1]):
+        return F.avg_pool2d(maps, stride)  # the same in a fraction of the time; it can't do without channels
+    return F.interpolate(maps, size=size, mode="area")
+
+
 def mark_history(id_vectors: Tensor, masks: Tensor, size: tuple[int, int], eps: float = 1e-6) -> Tensor:
     """
     The History Marker: paints each ID vector onto the pixels of its mask,
@@ -199,7 +213,7 @@ def mark_history(id_vectors: Tensor, masks: Tensor, size: tuple[int, int], eps: 
     if masks.shape[1] == 0:
         return id_vectors.new_zeros(masks.shape[0], id_vectors.shape[-1], *size)
     shares = masks / (eps + masks.sum(dim=1, keepdim=True))
-    shares = F.interpolate(shares, size=size, mode="area").to(id_vectors.dtype)
+    shares = average_maps(shares, size).to(id_vectors.dtype)
     return to_maps(torch.bmm(shares.flatten(2).mT, id_vectors), size)
 
 
@@ -325,11 +339,12 @@ class AusmMaskPropagation(nn.Module):
         self.scale = nn.Parameter(torch.zeros(1))
         self.offset = nn.Parameter(torch.zeros(1))
 
-    def forward(self, features: Tensor, previous: Tensor, masks: Tensor) -> Tensor:
+    def forward(self, features: Tensor, previous: Tensor, shares: Tensor, known: Tensor) -> Tensor:
         """
         Args:
             features, previous (`torch.Tensor` of shape `(N, D, h, w)`): `X_t` and `X_{t-1}`.
-            masks (`torch.Tensor` of shape `(N, n, height, width)`): `M_{t-1}`.
+            shares (`torch.Tensor` of shape `(N, n, h, w)`): What share of each cell `M_{t-1}` covers.
+            known (`torch.BoolTensor` of shape `(N, n)`): Whether an object has a mask in `M_{t-1}`.
 
         Returns:
             Logits of shape `(N, n, h, w)`; 0 for an object without a mask, which may be anywhere.
@@ -339,15 +354,13 @@ class AusmMaskPropagation(nn.Module):
             F.normalize(self.projection(x.permute(0, 2, 3, 1)), dim=-1).to(features.dtype)
             for x in (features, previous)
         )
-        shares = F.interpolate(masks, size=(height, width), mode="area").to(features.dtype).permute(0, 2, 3, 1)
         inside = self._windows(shares.new_ones(1, height, width, 1)).mT > 0
         scores = self._blocks(queries) @ self._windows(keys).mT * self.log_sharpness.exp()
         weights = scores.masked_fill(~(self._near(scores.device) & inside), -torch.inf).softmax(-1)
-        moved = weights @ self._windows(shares)  # (N, blocks, BLOCK^2, n)
+        moved = weights @ self._windows(shares.permute(0, 2, 3, 1))  # (N, blocks, BLOCK^2, n)
         moved = moved.unflatten(2, (self.BLOCK, self.BLOCK)).unflatten(1, (height // self.BLOCK, width // self.BLOCK))
-        moved = moved.permute(0, 5, 1, 3, 2, 4).reshape(*masks.shape[:2], height, width)
-        known = (masks > 0.5).flatten(2).any(dim=-1)[..., None, None]
-        return (self.scale * moved + self.offset) * known
+        moved = moved.permute(0, 5, 1, 3, 2, 4).reshape(shares.shape)
+        return (self.scale * moved + self.offset) * known[..., None, None]
 
     def _blocks(self, maps: Tensor) -> Tensor:
         """Maps (N, h, w, C) as blocks of tokens (N, blocks, BLOCK^2, C)."""
@@ -395,9 +408,9 @@ class AusmAppearance(nn.Module):
 
     def forward(
         self,
-        features: Tensor,
-        past: Tensor,
-        masks: Tensor,
+        words: Tensor,
+        words_before: Tensor,
+        shares: Tensor,
         slots: Tensor,
         taken: Tensor,
         started: Tensor,
@@ -405,8 +418,9 @@ class AusmAppearance(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
-            features, past (`torch.Tensor` of shape `(B, T, D, h, w)`): `X_1 .. X_T` and `X_0 .. X_{T-1}`.
-            masks (`torch.Tensor` of shape `(B, T, n, height, width)`): `M_0 .. M_{T-1}`.
+            words (`torch.FloatTensor` of shape `(B, T, S, words)`): What `describe` says of `X_1 .. X_T`.
+            words_before (`torch.FloatTensor` of shape `(B, S, words)`): And of `X_0`.
+            shares (`torch.Tensor` of shape `(B, T, n, h, w)`): What share of each cell `M_0 .. M_{T-1}` cover.
             slots (`torch.LongTensor` of shape `(B, n)`): The slot of each object.
             taken (`torch.BoolTensor` of shape `(B, T, n)`): Whether there is an object.
             started (`torch.BoolTensor` of shape `(B,)`): False where `X_0` is no frame.
@@ -417,14 +431,11 @@ class AusmAppearance(nn.Module):
             Logits of shape `(B, T, n, h, w)`, 0 for an object that has not been seen yet, and the histograms of the
             frames before `X_T`.
         """
-        batch, frames = masks.shape[:2]
-        size = features.shape[-2:]
-        words = self.describe(torch.cat([past[:, :1], features], dim=1))
-        shares = F.interpolate(masks.flatten(0, 1), size=size, mode="area").float()
-        shares = shares.unflatten(0, (batch, frames)).flatten(3)
+        batch, frames = shares.shape[:2]
+        size = shares.shape[-2:]
+        shares = shares.float().flatten(3)
         shares = torch.cat([shares, (1 - shares.sum(dim=2, keepdim=True)).clamp(min=0)], dim=2)
         shares = torch.cat([shares[:, :1] * started.view(-1, 1, 1, 1), shares[:, 1:]], dim=1)
-        counts = shares @ words[:, :-1]  # (B, T, n + 1, words)
         holders = F.one_hot(F.pad(slots, (0, 1), value=self.num_slots), self.num_slots + 1).unsqueeze(1)
         holders = holders * F.pad(taken, (0, 1), value=True).unsqueeze(-1).float()  # (B, T, n + 1, num_slots + 1)
         if histograms is None:
@@ -432,17 +443,18 @@ class AusmAppearance(nn.Module):
         first, recent = histograms.unbind(1)
         logits = []
         for t in range(frames):
-            new = holders[:, t].mT @ counts[:, t]
+            counts = shares[:, t] @ (words[:, t - 1] if t else words_before)  # (B, n + 1, words)
+            new = holders[:, t].mT @ counts
             first = torch.where(first.sum(dim=-1, keepdim=True) > 0, first, new)
             recent = self.FADING * recent + new
             seen = holders[:, t] @ recent
             looks = (F.normalize(holders[:, t] @ first, p=1, dim=-1) + F.normalize(seen, p=1, dim=-1)) / 2
-            likely = looks @ words[:, t + 1].mT  # (B, n + 1, S)
+            likely = looks @ words[:, t].mT  # (B, n + 1, S)
             others = likely.sum(dim=1, keepdim=True) - likely
             known = seen.sum(dim=-1, keepdim=True) > 0
             epsilon = self.EPSILON / words.shape[-1]
             logits.append((((likely + epsilon).log() - (others + epsilon).log()) * known)[:, :-1])
-        logits = self.scale * torch.stack(logits, dim=1).unflatten(-1, size).to(features.dtype)
+        logits = self.scale * torch.stack(logits, dim=1).unflatten(-1, size)
         return logits, torch.stack([first, recent], dim=1)
 
 
@@ -490,7 +502,7 @@ class AusmHistoryEncoder(nn.Module):
         marks: Tensor,
         positions: Tensor,
         history: AusmHistory,
-    ) -> tuple[Tensor, Tensor | None, tuple[tuple[Tensor, ...], ...], Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, tuple[tuple[Tensor, ...], ...], Tensor | None, Tensor | None]:
         """
         Args:
             features (`torch.Tensor` of shape `(B, T, D, h, w)`): `X_1 .. X_T`.
@@ -503,8 +515,8 @@ class AusmHistoryEncoder(nn.Module):
 
         Returns:
             What the history adds to the features, `G - X`, of shape `(B, T, D, h, w)`; logits (B, T, n, h, w) of where
-            objects are by where they were and what they look like, None without both parts; and the new states and
-            histograms.
+            objects are by where they were and what they look like, None without both parts; and the new states,
+            histograms and words.
         """
         batch, frames, _, height, width = features.shape
         size = (height, width)
@@ -512,17 +524,24 @@ class AusmHistoryEncoder(nn.Module):
         first = initial.expand_as(features[:, 0]) if history.features is None else history.features.to(features.dtype)
         past = torch.cat([first.unsqueeze(1), features[:, :-1]], dim=1)
 
-        followed = histograms = None
+        followed = histograms = words = None
         if self.mask_propagation is not None or self.appearance is not None:
             # `M_0` of a stream that begins is drawn on its first frame, not on `X_0`.
-            started = (first != initial).flatten(1).any(dim=1)
+            started = (first[..., 0, 0] != self.initial_features).any(dim=1)
             masks = torch.cat([masks[:, :1] * started.view(-1, 1, 1, 1, 1), masks[:, 1:]], dim=1)
+            shares = average_maps(masks.flatten(0, 1), size).to(features.dtype)
         if self.mask_propagation is not None and masks.shape[2]:
-            followed = self.mask_propagation(*(x.flatten(0, 1) for x in (features, past, masks)))
+            known = (masks > 0.5).flatten(3).any(dim=-1)
+            followed = self.mask_propagation(features.flatten(0, 1), past.flatten(0, 1), shares, known.flatten(0, 1))
             followed = followed.unflatten(0, (batch, frames))
         if self.appearance is not None:
-            alike, histograms = self.appearance(features, past, masks, slots, taken, started, history.histograms)
+            described = self.appearance.describe(features)
+            before = self.appearance.describe(first) if history.words is None else history.words
+            shares = shares.unflatten(0, (batch, frames))
+            alike, histograms = self.appearance(described, before, shares, slots, taken, started, history.histograms)
+            alike = alike.to(features.dtype)
             followed = alike if followed is None else followed + alike
+            words = described[:, -1]
 
         features, past, marks = (
             to_tokens(x.flatten(0, 1)).unflatten(0, (batch, frames)) for x in (features, past, marks)
@@ -543,4 +562,4 @@ class AusmHistoryEncoder(nn.Module):
         for layer in self.decoder:
             hidden_states = layer(hidden_states, keys, values, positions, size)
         change = self.gate * self.output_projection(self.output_norm(hidden_states))
-        return to_maps(change, size).unflatten(0, (batch, frames)), followed, tuple(states), histograms
+        return to_maps(change, size).unflatten(0, (batch, frames)), followed, tuple(states), histograms, words

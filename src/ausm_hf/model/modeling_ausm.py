@@ -39,6 +39,7 @@ from .history_ausm import (
     AusmHistory,
     AusmHistoryEncoder,
     AusmMaskPropagation,
+    average_maps,
     mark_history,
 )
 from .loss_ausm import AusmLoss, TeacherForcing, pad_instances, plan_teacher_forcing
@@ -372,11 +373,11 @@ class AusmModel(AusmPreTrainedModel):
         marks = mark_history(over_frames(self.history_encoder.mark_vectors(id_vectors)), history_masks_seen, size)
         positions = sine_positions(size, features.shape[1], features.device, features.dtype)
         stacked = features.unflatten(0, (batch, frames))
-        change, followed, states, histograms = self.history_encoder(
+        change, followed, states, histograms, words = self.history_encoder(
             stacked, seen_masks, id_slots, taken, marks.unflatten(0, (batch, frames)), positions, history
         )
         change = change.flatten(0, 1)
-        coarser = (level + F.interpolate(change, size=level.shape[-2:], mode="area") for level in levels[1:])
+        coarser = (level + average_maps(change, (level.shape[-2], level.shape[-1])) for level in levels[1:])
         levels = [features + change, *coarser]
         mask_features = self.pixel_encoder.mask_features(levels[0], feature_maps[0])
 
@@ -405,7 +406,9 @@ class AusmModel(AusmPreTrainedModel):
         return AusmModelOutput(
             masks_queries_logits=masks[-1],
             query_hidden_states=hidden_states[-1],
-            history=AusmHistory(stacked[:, -1], states, id_slots, taken[:, -1], history_masks[:, -1], histograms),
+            history=AusmHistory(
+                stacked[:, -1], states, id_slots, taken[:, -1], history_masks[:, -1], histograms, words
+            ),
             intermediate_masks_queries_logits=tuple(masks[:-1]) if output_intermediate else None,
             intermediate_query_hidden_states=tuple(hidden_states[:-1]) if output_intermediate else None,
         )

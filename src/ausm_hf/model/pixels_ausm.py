@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixelDecoder
 
 from .configuration_ausm import AusmConfig
-from .history_ausm import AusmAttention, AusmFeedForward, to_tokens
+from .history_ausm import AusmAttention, AusmFeedForward, average_maps, to_tokens
 
 
 def sine_positions(size: tuple[int, int], hidden_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -260,7 +260,7 @@ class AusmPixelDecoder(nn.Module):
             foreground = with_tracked_logits(small_masks.unflatten(-1, sizes[number])) >= 0
             if index == 0 and tracked:
                 seen = (tracked_masks > 0.5).to(tracked_masks.dtype)  # soft masks are nowhere zero
-                last_seen = F.interpolate(seen, size=sizes[number], mode="area") > 0
+                last_seen = average_maps(seen, sizes[number]) > 0
                 foreground = torch.cat([last_seen, foreground[:, tracked:]], dim=1)
             foreground = foreground.flatten(2)
             # A query whose mask is empty looks everywhere.

@@ -56,7 +56,7 @@ def step_session(model, session: AusmInferenceSession, frame: torch.Tensor) -> A
     return step_sessions(model, [session], [frame])[0]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def step_sessions(
     model, sessions: list[AusmInferenceSession], frames: list[torch.Tensor]
 ) -> list[AusmVideoSegmentationOutput]:
@@ -113,7 +113,7 @@ def step_sessions(
     ]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def preview_prompts(model, session: AusmInferenceSession, frame: torch.Tensor) -> dict[int, torch.Tensor]:
     """
     The masks that the prompts given for the next frame will have, without moving the stream on: what a user sees while
@@ -319,7 +319,7 @@ def _join(histories: list[AusmHistory]) -> AusmHistory:
     """The histories of several streams, all before or all after their first frame, as one of a batch."""
     most = max(history.slots.shape[1] for history in histories)
     missing = [most - history.slots.shape[1] for history in histories]
-    features = states = histograms = None
+    features = states = histograms = words = None
     if histories[0].features is not None:
         features = torch.cat([history.features for history in histories])
         states = tuple(
@@ -327,6 +327,7 @@ def _join(histories: list[AusmHistory]) -> AusmHistory:
         )
     if histories[0].histograms is not None:
         histograms = torch.cat([history.histograms for history in histories])
+        words = torch.cat([history.words for history in histories])
     return AusmHistory(
         features,
         states,
@@ -334,6 +335,7 @@ def _join(histories: list[AusmHistory]) -> AusmHistory:
         taken=torch.cat([F.pad(history.taken, (0, n)) for history, n in zip(histories, missing)]),
         masks=torch.cat([F.pad(history.masks, (0, 0, 0, 0, 0, n)) for history, n in zip(histories, missing)]),
         histograms=histograms,
+        words=words,
     )
 
 
@@ -350,6 +352,7 @@ def _split(joined: AusmHistory, numbers: list[int]) -> list[AusmHistory]:
             joined.taken[i : i + 1, :number],
             joined.masks[i : i + 1, :number],
             None if joined.histograms is None else joined.histograms[i : i + 1],
+            None if joined.words is None else joined.words[i : i + 1],
         )
         for i, number in enumerate(numbers)
     ]
