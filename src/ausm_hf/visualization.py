@@ -30,7 +30,9 @@ def color_of(object_id: int) -> tuple[int, int, int]:
 
 
 def _palette_index(ids: np.ndarray) -> np.ndarray:
-    return ids if ids.dtype == np.uint8 else np.where(ids == 0, 0, (ids - 1) % 255 + 1).astype(np.uint8)
+    if ids.max(initial=0) > 255:
+        ids = np.where(ids == 0, 0, (ids - 1) % 255 + 1)
+    return ids.astype(np.uint8, copy=False)
 
 
 def object_labels(objects: list[dict]) -> dict[int, str]:
