@@ -49,22 +49,6 @@ def test_target_size(size, frame, target):
     assert AusmImageProcessor(size=size).target_size(*frame) == target
 
 
-@pytest.mark.parametrize(
-    ("size", "frame", "target"),
-    [
-        ({"shortest_edge": 320, "longest_edge": 640}, (240, 426), (256, 448)),  # as it is, rounded up
-        ({"shortest_edge": 320, "longest_edge": 640}, (480, 854), (320, 576)),
-        ({"shortest_edge": 320, "longest_edge": 640}, (320, 320), (320, 320)),
-        ({"shortest_edge": 320, "longest_edge": 640}, (200, 900), (128, 640)),  # the longer side is above its limit
-        ({"shortest_edge": 64}, (1, 7), (32, 32)),
-        ({"height": 90, "width": 40}, (7, 7), (96, 32)),  # told exactly
-    ],
-)
-def test_small_frames_need_not_be_enlarged(size, frame, target, tmp_path):
-    AusmImageProcessor(size=size, do_enlarge=False).save_pretrained(tmp_path)
-    assert AusmImageProcessor.from_pretrained(tmp_path).target_size(*frame) == target
-
-
 def test_normalisation_of_the_small_backbone():
     """(x - 127) / 128, as EfficientNet-Lite wants it."""
     processor = AusmImageProcessor(do_resize=False, image_mean=[127 / 255] * 3, image_std=[128 / 255] * 3)

@@ -20,7 +20,6 @@ class AusmImageProcessorKwargs(TypedDict, total=False):
     do_resize: bool
     size: dict[str, int]
     size_divisor: int
-    do_enlarge: bool
     do_normalize: bool
     image_mean: list[float]
     image_std: list[float]
@@ -39,9 +38,6 @@ class AusmImageProcessor(BaseImageProcessor):
             sides are then rounded to multiples of `size_divisor`. The paper's shorter side is 1024.
         size_divisor (`int`, *optional*, defaults to 32):
             The coarsest stride of the backbone.
-        do_enlarge (`bool`, *optional*, defaults to `True`):
-            Whether frames that are smaller than `size` are enlarged to it. If not, their sides are only rounded up to
-            multiples of `size_divisor`, which is less accurate and faster. With `height` and `width` they always are.
         do_normalize (`bool`, *optional*, defaults to `True`):
             Whether to subtract `image_mean` and divide by `image_std`.
         image_mean (`list[float]`, *optional*, defaults to ImageNet's):
@@ -58,7 +54,6 @@ class AusmImageProcessor(BaseImageProcessor):
         do_resize: bool = True,
         size: dict[str, int] | None = None,
         size_divisor: int = 32,
-        do_enlarge: bool = True,
         do_normalize: bool = True,
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
@@ -68,7 +63,6 @@ class AusmImageProcessor(BaseImageProcessor):
         self.do_resize = do_resize
         self.size = _checked_size(size if size is not None else {"shortest_edge": 1024, "longest_edge": 2048})
         self.size_divisor = size_divisor
-        self.do_enlarge = do_enlarge
         self.do_normalize = do_normalize
         self.image_mean = list(image_mean if image_mean is not None else IMAGENET_DEFAULT_MEAN)
         self.image_std = list(image_std if image_std is not None else IMAGENET_DEFAULT_STD)
@@ -141,9 +135,6 @@ class AusmImageProcessor(BaseImageProcessor):
             scale = size["shortest_edge"] / min(height, width)
             if "longest_edge" in size:
                 scale = min(scale, size["longest_edge"] / max(height, width))
-            if scale > 1 and not self.do_enlarge:
-                height, width = (-(-side // self.size_divisor) * self.size_divisor for side in (height, width))
-                return height, width
             sides = height * scale, width * scale
         height, width = (max(round(side / self.size_divisor), 1) * self.size_divisor for side in sides)
         return height, width
