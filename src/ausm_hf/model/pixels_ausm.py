@@ -234,11 +234,12 @@ class AusmPixelDecoder(nn.Module):
             logits = F.interpolate(tracked_logits, size=masks.shape[-2:], mode="bilinear", align_corners=False)
             return torch.cat([masks[:, :tracked] + logits, masks[:, tracked:]], dim=1)
 
-        sizes = [(level.shape[-2], level.shape[-1]) for level in reversed(levels)]
+        levels = levels[::-1][: len(self.layers)]  # those that a layer reads
+        sizes = [(level.shape[-2], level.shape[-1]) for level in levels]
         maps, positions, small_mask_features = [], [], []
         # Called, not read: see `HeldConv1d`.
         level_embeds = self.level_embed(torch.arange(len(levels), device=queries.device))
-        for level_embed, level, size in zip(level_embeds, reversed(levels), sizes):
+        for level_embed, level, size in zip(level_embeds, levels, sizes):
             maps.append(to_tokens(level) + level_embed)
             positions.append(sine_positions(size, level.shape[1], level.device, level.dtype))
             # Interpolation is linear, so it may come before the product with the mask embeddings.
