@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from ausm_hf.model.image_processing_ausm import AusmImageProcessor, frame_to_tensor
@@ -48,14 +47,6 @@ def test_resize_equals_pil_to_one_grey_level(processor, height, width):
 )
 def test_target_size(size, frame, target):
     assert AusmImageProcessor(size=size).target_size(*frame) == target
-
-
-@pytest.mark.parametrize("side", [32, 64, 96])
-def test_frames_are_resized_as_with_antialiasing(side):
-    processor = AusmImageProcessor(do_normalize=False, size={"height": side, "width": side})
-    frame = torch.from_numpy(noise(64, 80, 3)).permute(2, 0, 1) / 255
-    expected = F.interpolate(frame[None], (side,) * 2, mode="bilinear", antialias=True)
-    torch.testing.assert_close(processor(frame)["pixel_values"], expected, atol=1e-5, rtol=0)
 
 
 def test_normalisation_of_the_small_backbone():

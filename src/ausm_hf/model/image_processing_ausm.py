@@ -114,7 +114,7 @@ class AusmImageProcessor(BaseImageProcessor):
         for frame, target in zip(frames, targets):
             values = frame.float() / 255 if frame.dtype == torch.uint8 else frame.float()
             if values.shape[-2:] != target:
-                values = _resize(values[None], target)[0]
+                values = F.interpolate(values[None], target, mode="bilinear", antialias=True)[0]
             resized.append(values)
         pixel_values = torch.stack(resized)
         if do_normalize:
@@ -295,20 +295,15 @@ def _checked_size(size: dict[str, int]) -> dict[str, int]:
     return dict(size)
 
 
-def _resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Bilinear, of shape (n, C, h, w)."""
-    # Where nothing shrinks antialiasing changes nothing, but takes several times as long.
-    shrinks = size[0] < maps.shape[-2] or size[1] < maps.shape[-1]
-    return F.interpolate(maps, size, mode="bilinear", antialias=shrinks)
-
-
 def _resize_logits(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Bilinear, of shape (n, 1, h, w); n may be 0."""
     if tuple(logits.shape[-2:]) == size:
         return logits.float()
     if logits.shape[0] == 0:
         return logits.new_zeros((0, 1, *size), dtype=torch.float32)
-    return _resize(logits.float(), size)
+    # Where nothing shrinks antialiasing changes nothing, but takes several times as long.
+    shrinks = size[0] < logits.shape[-2] or size[1] < logits.shape[-1]
+    return F.interpolate(logits.float(), size, mode="bilinear", antialias=shrinks)
 
 
 def _segments(
