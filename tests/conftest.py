@@ -49,6 +49,7 @@ def tiny_config():
         backbone_config=TINY_LITE,
         hidden_size=32,
         mask_feature_size=16,
+        mask_refinement_layers=2,
         num_compressor_layers=1,
         num_history_decoder_layers=1,
         num_decoder_layers=1,

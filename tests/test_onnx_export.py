@@ -45,6 +45,7 @@ def small_model(num_decoder_layers: int = 3) -> AusmForUniversalSegmentation:
         backbone_config=BACKBONE,
         hidden_size=32,
         mask_feature_size=16,
+        mask_refinement_layers=2,
         num_compressor_layers=1,
         num_history_decoder_layers=1,
         history_feedforward_size=32,
