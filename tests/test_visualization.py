@@ -44,9 +44,11 @@ def test_only_masked_pixels_are_blended(dtype):
 
 
 def test_large_ids_have_colors():
-    masks = np.full((4, 6), 70_000, np.int32)
-    out = draw_overlay(np.zeros((4, 6, 3), np.uint8), masks, alpha=1, contour=False)
-    assert (out == color_of(70_000)).all() and color_of(70_000) != (0, 0, 0)
+    for ids in ([70_000], [70_000, 3, 0, 256], [-1, 3], [-1, 70_000]):
+        masks = np.resize(np.array(ids, np.int32), (4, 6))
+        out = draw_overlay(np.zeros((4, 6, 3), np.uint8), masks, alpha=1, contour=False)
+        assert all((out[masks == object_id] == color_of(object_id)).all() for object_id in ids)
+    assert color_of(70_000) != (0, 0, 0)
 
 
 def test_contour_lies_inside_the_object():

@@ -30,7 +30,7 @@ def color_of(object_id: int) -> tuple[int, int, int]:
 
 
 def _palette_index(ids: np.ndarray) -> np.ndarray:
-    if ids.max(initial=0) > 255:
+    if ids.max(initial=0) > 255 or ids.min(initial=0) < 0:
         ids = np.where(ids == 0, 0, (ids - 1) % 255 + 1)
     return ids.astype(np.uint8, copy=False)
 

@@ -631,6 +631,16 @@ def test_followed_objects_first_look_where_they_were_last_seen():
     assert (first[2] > 0).all()
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+def test_decoder_layers_read_the_levels_in_turn(layers):
+    model = tiny_model(num_decoder_layers=layers)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        output = model.model(torch.randn(1, 1, 3, 64, 128), output_attentions=True)
+    read = [attention.shape[-1] for attention in output.cross_attentions]
+    assert read == [2 * 4, 4 * 8, 8 * 16, 2 * 4][:layers]  # strides 32, 16, 8, and 32 again
+
+
 def test_untrained_marks_already_say_whose_pixel_is_whose():
     """In a picture with three marked squares, each ID vector has the highest logit in its own square."""
     torch.manual_seed(0)

@@ -358,6 +358,11 @@ def test_streams_together_are_what_they_are_alone(tiny_model, clips):
         numbers.add(tuple(session.get_obj_num() for session in together))
     assert any(len(set(number)) > 1 for number in numbers)  # so there was padding
     assert together[0].obj_ids and 5 in together[0].obj_ids
+    # One that kept no words, as a session saved before they were, goes along.
+    together[1].history = replace(together[1].history, words=None)
+    outputs = tiny_model.step_sessions(together, [frames[i][6] for i in range(3)])
+    for i, output in enumerate(outputs):
+        same_outputs(output, tiny_model(inference_session=alone[i], frame=frames[i][6]), exactly=False)
 
 
 def test_wrong_streams_together(tiny_model):

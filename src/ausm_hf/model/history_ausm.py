@@ -189,7 +189,7 @@ def binarize(small_masks: Tensor) -> Tensor:
 def average_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Averages maps (N, C, height, width) over the area of each cell of a map of `size`."""
     stride = maps.shape[-2] // size[0]
-    if maps.shape[1] and stride and maps.shape[-2:] == (stride * size[0], stride * size[1]):
+    if maps.shape[1] and maps.shape[-2:] == (stride * size[0], stride * size[1]):
         return F.avg_pool2d(maps, stride)  # the same in a fraction of the time; it can't do without channels
     return F.interpolate(maps, size=size, mode="area")
 

@@ -327,6 +327,7 @@ def _join(histories: list[AusmHistory]) -> AusmHistory:
         )
     if histories[0].histograms is not None:
         histograms = torch.cat([history.histograms for history in histories])
+    if all(history.words is not None for history in histories):
         words = torch.cat([history.words for history in histories])
     return AusmHistory(
         features,
