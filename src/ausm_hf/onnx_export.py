@@ -104,7 +104,9 @@ class StreamingStep(nn.Module):
             "features": torch.zeros(1, config.hidden_size, height // 8, width // 8),
         }
         for index, layer in enumerate(self.model.model.history_encoder.compressor):
-            conv_state, ssm_state = layer.temporal_mixer.init_state(height // 8 * (width // 8))
+            conv_state, ssm_state = layer.temporal_mixer.init_state(
+                height // config.history_stride * (width // config.history_stride)
+            )
             inputs |= {f"conv_state_{index}": conv_state, f"ssm_state_{index}": ssm_state}
         if config.appearance_words:
             inputs["histograms"] = torch.zeros(1, 2, config.num_id_vectors + 1, config.appearance_words)

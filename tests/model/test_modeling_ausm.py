@@ -88,13 +88,17 @@ def outputs_of(result, index: int | slice):
 
 @pytest.mark.parametrize("temporal_mixer", ["mamba", "mamba2"])
 @pytest.mark.parametrize(
-    "pixel_encoder, key_stride, local_kernel, radius, words", [("fpn", 2, 3, 2, 24), ("msdeform", 1, 0, 0, 0)]
+    "pixel_encoder, stride, key_stride, local_kernel, radius, words",
+    [("fpn", 16, 2, 3, 2, 24), ("fpn", 8, 2, 3, 2, 24), ("msdeform", 32, 1, 0, 0, 0), ("msdeform", 8, 1, 0, 0, 0)],
 )
-def test_parallel_form_equals_recurrent_form(temporal_mixer, pixel_encoder, key_stride, local_kernel, radius, words):
+def test_parallel_form_equals_recurrent_form(
+    temporal_mixer, pixel_encoder, stride, key_stride, local_kernel, radius, words
+):
     """The most important test of the project: what is trained is what runs."""
     model = tiny_model(
         temporal_mixer=temporal_mixer,
         pixel_encoder=pixel_encoder,
+        history_stride=stride,
         history_key_stride=key_stride,
         history_local_kernel=local_kernel,
         mask_propagation_radius=radius,

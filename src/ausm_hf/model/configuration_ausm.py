@@ -133,8 +133,11 @@ class AusmConfig(PreTrainedConfig):
             Layers of the History Decoder.
         history_feedforward_size (`int`, *optional*, defaults to 1024):
             Hidden size of the feed-forwards of both. Not stated in the paper.
+        history_stride (`int`, *optional*, defaults to 8):
+            Stride of the map on which the history is kept: 8, 16 or 32. 8 is the paper's, that of the features `X_t`;
+            16 makes the Mamba state of a stream, and the work of compressor and history decoder, four times smaller.
         history_key_stride (`int`, *optional*, defaults to 1):
-            Keys and values of the attention over space are averaged over squares of this side. 1 is the paper's full
+            Keys and values of the attention over space are averaged over squares of this side, in cells of that map. 1 is the paper's full
             attention; 2 makes attention four times cheaper.
         history_self_attention (`bool`, *optional*, defaults to `True`):
             Whether a History Decoder layer attends within the frame before it asks the history, as a standard
@@ -230,6 +233,7 @@ class AusmConfig(PreTrainedConfig):
     num_compressor_layers: int = 6
     num_history_decoder_layers: int = 6
     history_feedforward_size: int = 1024
+    history_stride: Literal[8, 16, 32] = 8
     history_key_stride: int = 1
     history_self_attention: bool = True
     history_local_kernel: int = 0

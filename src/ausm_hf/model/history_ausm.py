@@ -1,7 +1,7 @@
 """
 The history of a stream: History Marker, History Compressor and History Decoder, and the constant-size state they keep.
 
-Letters: B batch, T frames, n objects, S = h * w pixels of the stride-8 map, D hidden size.
+Letters: B batch, T frames, n objects, S = h * w pixels of a map, D hidden size.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class AusmHistory:
             `X_{t-1}`, the features of the previous frame. `None` before the first frame, where the learned `X_0`
             stands in.
         states (`tuple`, *optional*):
-            The Mamba state of each compressor layer, a pair of tensors of first dimension `B * S`. `None` before the
-            first frame.
+            The Mamba state of each compressor layer, a pair of tensors with a row for each pixel of each stream's
+            map of stride `history_stride`. `None` before the first frame.
         slots (`torch.LongTensor` of shape `(B, n)`):
             `A_{t-1}`: which vector of the buffer `B` each object holds.
         taken (`torch.BoolTensor` of shape `(B, n)`):
@@ -44,7 +44,8 @@ class AusmHistory:
             What each slot's object and, last, the background looked like up to frame t - 2: see [`AusmAppearance`].
             `None` before the first frame, and without `appearance_words`.
         words (`torch.FloatTensor` of shape `(B, S, words)`, *optional*):
-            The words of each pixel of the previous frame, kept so that they aren't computed again. `None` likewise.
+            The words of each stride-8 pixel of the previous frame, kept so that they aren't computed again. `None`
+            likewise.
     """
 
     features: Tensor | None
@@ -188,10 +189,19 @@ def binarize(small_masks: Tensor) -> Tensor:
 
 def average_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Averages maps (N, C, height, width) over the area of each cell of a map of `size`."""
+    if maps.shape[-2:] == size:
+        return maps
     stride = maps.shape[-2] // size[0]
     if maps.shape[1] and maps.shape[-2:] == (stride * size[0], stride * size[1]):
         return F.avg_pool2d(maps, stride)  # the same in a fraction of the time; it can't do without channels
     return F.interpolate(maps, size=size, mode="area")
+
+
+def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps (N, C, height, width) at another size: averaged where it is smaller, interpolated where it is larger."""
+    if size[0] <= maps.shape[-2]:
+        return average_maps(maps, size)
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 def mark_history(id_vectors: Tensor, masks: Tensor, size: tuple[int, int], eps: float = 1e-6) -> Tensor:
@@ -217,14 +227,24 @@ def mark_history(id_vectors: Tensor, masks: Tensor, size: tuple[int, int], eps: 
     return to_maps(torch.bmm(shares.flatten(2).mT, id_vectors), size)
 
 
+def channels_last(maps: Tensor) -> Tensor:
+    """Maps (..., D, h, w) as (..., h, w, D)."""
+    return maps.movedim(-3, -1)
+
+
+def channels_first(maps: Tensor) -> Tensor:
+    """Maps (..., h, w, D) as (..., D, h, w)."""
+    return maps.movedim(-1, -3)
+
+
 def to_maps(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     """Tokens (N, S, D) as maps (N, D, *size), without a copy: channels last in memory."""
-    return tokens.unflatten(1, size).permute(0, 3, 1, 2)
+    return channels_first(tokens.unflatten(1, size))
 
 
 def to_tokens(maps: Tensor) -> Tensor:
     """Maps (N, D, h, w) as tokens (N, S, D), without a copy where channels are last in memory."""
-    return maps.permute(0, 2, 3, 1).flatten(1, 2)
+    return channels_last(maps).flatten(1, 2)
 
 
 def average_tokens(tokens: Tensor, size: tuple[int, int], stride: int) -> Tensor:
@@ -351,13 +371,12 @@ class AusmMaskPropagation(nn.Module):
         """
         height, width = features.shape[-2:]
         queries, keys = (
-            F.normalize(self.projection(x.permute(0, 2, 3, 1)), dim=-1).to(features.dtype)
-            for x in (features, previous)
+            F.normalize(self.projection(channels_last(x)), dim=-1).to(features.dtype) for x in (features, previous)
         )
+        scores = self._blocks(queries * self.log_sharpness.exp()) @ self._windows(keys).mT
         inside = self._windows(shares.new_ones(1, height, width, 1)).mT > 0
-        scores = self._blocks(queries) @ self._windows(keys).mT * self.log_sharpness.exp()
         weights = scores.masked_fill(~(self._near(scores.device) & inside), -torch.inf).softmax(-1)
-        moved = weights @ self._windows(shares.permute(0, 2, 3, 1))  # (N, blocks, BLOCK^2, n)
+        moved = weights @ self._windows(channels_last(shares))  # (N, blocks, BLOCK^2, n)
         moved = moved.unflatten(2, (self.BLOCK, self.BLOCK)).unflatten(1, (height // self.BLOCK, width // self.BLOCK))
         moved = moved.permute(0, 5, 1, 3, 2, 4).reshape(shares.shape)
         return (self.scale * moved + self.offset) * known[..., None, None]
@@ -509,12 +528,13 @@ class AusmHistoryEncoder(nn.Module):
             masks (`torch.Tensor` of shape `(B, T, n, height, width)`): `M_0 .. M_{T-1}`.
             slots (`torch.LongTensor` of shape `(B, n)`): The slot of each object.
             taken (`torch.BoolTensor` of shape `(B, T, n)`): Whether the object is followed in that frame.
-            marks (`torch.Tensor` of shape `(B, T, D, h, w)`): Marks of `M_0 .. M_{T-1}`.
-            positions (`torch.Tensor` of shape `(S, D)`): Sine positions of the map.
+            marks (`torch.Tensor` of shape `(B, T, D, h', w')`): Marks of `M_0 .. M_{T-1}`, on the map of stride
+                `history_stride`.
+            positions (`torch.Tensor` of shape `(h' w', D)`): Sine positions of that map.
             history (`AusmHistory`): Where the stream stands before the first of these frames.
 
         Returns:
-            What the history adds to the features, `G - X`, of shape `(B, T, D, h, w)`; logits (B, T, n, h, w) of where
+            What the history adds to the features, `G - X`, of shape `(B, T, D, h', w')`; logits (B, T, n, h, w) of where
             objects are by where they were and what they look like, None without both parts; and the new states,
             histograms and words.
         """
@@ -522,7 +542,8 @@ class AusmHistoryEncoder(nn.Module):
         size = (height, width)
         initial = self.initial_features[:, None, None]
         first = initial.expand_as(features[:, 0]) if history.features is None else history.features.to(features.dtype)
-        past = torch.cat([first.unsqueeze(1), features[:, :-1]], dim=1)
+        past = torch.cat([channels_last(first).unsqueeze(1), channels_last(features)[:, :-1]], dim=1)
+        past = channels_first(past)
 
         followed = histograms = words = None
         if self.mask_propagation is not None or self.appearance is not None:
@@ -543,8 +564,10 @@ class AusmHistoryEncoder(nn.Module):
             followed = alike if followed is None else followed + alike
             words = described[:, -1]
 
+        size = (marks.shape[-2], marks.shape[-1])
         features, past, marks = (
-            to_tokens(x.flatten(0, 1)).unflatten(0, (batch, frames)) for x in (features, past, marks)
+            to_tokens(average_maps(x.flatten(0, 1), size)).unflatten(0, (batch, frames))
+            for x in (features, past, marks)
         )
         memory = past + marks
         states = []

@@ -39,8 +39,8 @@ from .history_ausm import (
     AusmHistory,
     AusmHistoryEncoder,
     AusmMaskPropagation,
-    average_maps,
     mark_history,
+    resize_maps,
 )
 from .loss_ausm import AusmLoss, TeacherForcing, pad_instances, plan_teacher_forcing
 from .pixels_ausm import (
@@ -370,18 +370,19 @@ class AusmModel(AusmPreTrainedModel):
         id_vectors = self.id_vectors(id_slots)
         seen_masks = history_masks * taken[..., None, None]
         history_masks_seen = seen_masks.flatten(0, 1)
-        marks = mark_history(over_frames(self.history_encoder.mark_vectors(id_vectors)), history_masks_seen, size)
-        positions = sine_positions(size, features.shape[1], features.device, features.dtype)
+        history_size = tuple(side * 8 // self.config.history_stride for side in size)
+        marks = over_frames(self.history_encoder.mark_vectors(id_vectors))
+        marks = mark_history(marks, history_masks_seen, history_size)
+        positions = sine_positions(history_size, features.shape[1], features.device, features.dtype)
         stacked = features.unflatten(0, (batch, frames))
         change, followed, states, histograms, words = self.history_encoder(
             stacked, seen_masks, id_slots, taken, marks.unflatten(0, (batch, frames)), positions, history
         )
         change = change.flatten(0, 1)
-        coarser = (level + average_maps(change, (level.shape[-2], level.shape[-1])) for level in levels[1:])
-        levels = [features + change, *coarser]
+        levels = [level + resize_maps(change, (level.shape[-2], level.shape[-1])) for level in levels]
         mask_features = self.pixel_encoder.mask_features(levels[0], feature_maps[0])
 
-        tracked_logits = self.history_encoder.read_marks(over_frames(id_vectors), change)
+        tracked_logits = self.history_encoder.read_marks(over_frames(id_vectors), resize_maps(change, size))
         if followed is not None:
             tracked_logits = followed.flatten(0, 1) + (0 if tracked_logits is None else tracked_logits)
 

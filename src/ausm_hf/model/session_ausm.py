@@ -6,6 +6,7 @@ Users see object ids, positive integers that never repeat within a stream. The n
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -364,7 +365,9 @@ def without_trace(history: AusmHistory, columns: list[int]) -> AusmHistory:
     """
     if not columns or history.states is None or history.features is None:
         return history
-    marked = F.adaptive_max_pool2d(history.masks, history.features.shape[-2:]).flatten(2) > 0  # (1, n, pixels)
+    height, width = history.features.shape[-2:]
+    stride = math.isqrt(height * width // len(history.states[0][0]))  # of the states' map, in cells of the features'
+    marked = F.adaptive_max_pool2d(history.masks, (height // stride, width // stride)).flatten(2) > 0  # (1, n, pixels)
     staying = [column for column in range(marked.shape[1]) if column not in columns]
     anew = marked[0, columns].any(0) & ~marked[0, staying].any(0)
     # A state is a row for each pixel, and zeros before the first frame.
