@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import threading
 from os import environ
 from pathlib import Path
 
@@ -28,6 +29,29 @@ class Hidden:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Hidden)
 """
+
+
+@pytest.fixture
+def five_threads():
+    """Torch computes with five threads, not with one as in all other tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def encoding_threads(monkeypatch, tiny_model):
+    """In which thread each frame is encoded that `tiny_model` sees."""
+    threads = []
+    encode_frames = tiny_model.encode_frames
+
+    def keep(pixel_values):
+        threads.append(threading.current_thread())
+        return encode_frames(pixel_values)
+
+    monkeypatch.setattr(tiny_model, "encode_frames", keep)
+    return threads
 
 
 @pytest.fixture(scope="session")

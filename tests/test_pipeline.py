@@ -1,5 +1,6 @@
 """`pipeline("video-segmentation")`."""
 
+import threading
 import types
 from pathlib import Path
 
@@ -100,6 +101,17 @@ def test_stream_is_lazy(segment, moving_square):
     assert len(taken) <= 3
     whole = segment(moving_square[0], prompts={"masks": masks})
     assert as_arrays([*results]) == as_arrays(whole[2:])
+
+
+def test_frames_are_encoded_ahead(tiny_model, tiny_checkpoint, moving_square, encoding_threads, five_threads):
+    """With several threads in another one, to the same results; not those of a stream that is still being made."""
+    frames, masks = moving_square
+    processor = AusmProcessor.from_pretrained(tiny_checkpoint)
+    segment = VideoSegmentationPipeline(tiny_model, processor=processor, device="cpu")
+    results = segment(frames, prompts={"masks": masks[0]})
+    assert len(encoding_threads) == 6 and threading.main_thread() not in encoding_threads
+    assert as_arrays(segment(iter(frames), prompts={"masks": masks[0]})) == as_arrays(results)
+    assert set(encoding_threads[6:]) == {threading.main_thread()}
 
 
 def test_threshold(segment, moving_square):

@@ -38,6 +38,20 @@ def renumbered(results, index):
     return [FrameSegments(index(r.index), r.time, r.frame, r.masks, r.objects) for r in results]
 
 
+def test_frames_are_encoded_ahead(run, moving_square, encoding_threads, five_threads):
+    """With several threads in another one, to the same results; not those of a stream that is still being made."""
+    frames, masks = moving_square
+    results = run(frames, masks=masks[2], prompt_frame=2, backward=True)
+    assert len(encoding_threads) == 7 and threading.main_thread() not in encoding_threads
+    torch.set_num_threads(1)
+    same(results, run(frames, masks=masks[2], prompt_frame=2, backward=True))
+    assert set(encoding_threads[7:]) == {threading.main_thread()}
+    torch.set_num_threads(5)
+    encoding_threads.clear()
+    same(run(iter(list(frames)), masks=masks[0]), run(frames, masks=masks[0]))
+    assert set(encoding_threads[:6]) == {threading.main_thread()} and threading.main_thread() not in encoding_threads[6:]
+
+
 def test_prompt_in_a_later_frame(run, moving_square):
     frames, masks = moving_square
     results = run(frames, masks=masks[2] * 3, prompt_frame=2)

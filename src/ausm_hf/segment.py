@@ -32,6 +32,7 @@ from .model.modeling_ausm import AusmForUniversalSegmentation
 from .model.pipeline_ausm import start_session
 from .model.processing_ausm import AusmProcessor
 from .model.session_ausm import AusmInferenceSession
+from .model.streaming_ausm import encode_ahead
 from .video import read_video
 
 FORMATS = ("mp4", "png", "json", "jsonl", "coco", "youtube_vis")
@@ -198,18 +199,28 @@ def segment_video(
     def follow(session, frames, first):
         """Segments `frames`, of which the session's next one has the index `first`."""
         offset = session.next_frame_idx - first
-        for index, time, frame in frames:
+
+        def encode(frame):
+            with torch.inference_mode():
+                return model.encode_frames(processor(images=frame[2])["pixel_values"].to(model.device))
+
+        def step(frame, features):
+            index, time, image = frame
             session.next_frame_idx = offset + abs(index - first) + first  # frames may be missing
             if lost := [frame_idx for frame_idx in session.prompts if frame_idx < session.next_frame_idx]:
                 raise ValueError(f"frame {min(lost) - offset} of {source.name!r} has prompts and can't be decoded")
-            output = model(inference_session=session, frame=processor(images=frame)["pixel_values"])
+            output = model(inference_session=session, frame=features)
             least = 0.0
             if max_objects is not None and len(output.scores) > max_objects:
                 least = float(output.scores.topk(max_objects).values[-1])
             result = processor.post_process_instance_segmentation(output, least, target_sizes=[source.size])[0]
-            yield FrameSegments(
-                index, time, frame, result["segmentation"].cpu().numpy(), [dict(x) for x in result["segments_info"]]
+            return FrameSegments(
+                index, time, image, result["segmentation"].cpu().numpy(), [dict(x) for x in result["segments_info"]]
             )
+
+        if source.once:  # its frames are read when their turn has come
+            return (step(frame, encode(frame)) for frame in frames)
+        return encode_ahead(model, frames, encode, step)
 
     def results(session):
         earlier = {}

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ausm_hf.model.history_ausm import AusmHistory
+from ausm_hf.model.pixels_ausm import AusmFrameFeatures
 from ausm_hf.model.prompts_ausm import ObjectPrompt
 from ausm_hf.model.session_ausm import AusmInferenceSession
 from ausm_hf.model.streaming_ausm import preview_prompts, step_session, step_sessions
@@ -35,6 +36,10 @@ class ErraticModel:
             label_sets={"pets": ["cat", "dog"]},
             default_label_set="pets",
         )
+
+    def encode_frames(self, pixel_values):
+        stride_4 = pixel_values[:, :1, ::4, ::4]
+        return AusmFrameFeatures((stride_4,), stride_4)
 
     def init_history(self, batch_size):
         return AusmHistory.empty(batch_size, "cpu", torch.float32)

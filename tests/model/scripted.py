@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
+from ausm_hf.model.pixels_ausm import AusmFrameFeatures
 from ausm_hf.model.prompts_ausm import ObjectPrompt
 from ausm_hf.model.session_ausm import AusmInferenceSession
 from ausm_hf.model.streaming_ausm import step_session
@@ -36,6 +37,12 @@ NOTHING = Seen((0, 0, 0, 0), foreground=0.01)
 A, B, C = Seen((0, 2, 0, 2)), Seen((2, 4, 0, 2)), Seen((0, 2, 4, 6))
 
 
+def encode_frames(pixel_values: torch.Tensor) -> AusmFrameFeatures:
+    """Features in which there is nothing to see."""
+    stride_4 = pixel_values[:, :1, ::4, ::4]
+    return AusmFrameFeatures((stride_4,), stride_4)
+
+
 @dataclass
 class FakeHistory:
     slots: torch.Tensor
@@ -60,6 +67,7 @@ class ScriptedModel:
     """
 
     device, dtype = torch.device("cpu"), torch.float32
+    encode_frames = staticmethod(encode_frames)
 
     def __init__(self, script, num_id_vectors=4, num_detection_queries=4, max_age=60):
         self.script = script

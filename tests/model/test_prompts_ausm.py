@@ -79,17 +79,18 @@ def test_signal_corrects_what_is_known():
 def test_refined_masks_come_from_a_history_of_one_signal_alone_and_do_not_overlap(tiny_model):
     calls = []
 
-    def step(pixel_values, history):
+    def step(frame, history):
         calls.append(history)
-        return tiny_model.step(pixel_values, history)
+        return tiny_model.step(frame, history)
 
     model = SimpleNamespace(step=step, init_history=tiny_model.init_history)
-    pixel_values = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        frame = tiny_model.encode_frames(torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)))
     signals = [fill_box(SIZE, (0, 0, 60, 40)), stamp_points(SIZE, [(100, 70)])]
     reaches = [torch.ones(SIZE, dtype=torch.bool), fill_box(SIZE, (60, 0, 120, 80))]
     with torch.no_grad():
-        masks = refine_signals(model, pixel_values, signals, reaches)
-        logits = [tiny_model.step(pixel_values, history).masks_queries_logits[:, :1] for history in calls]
+        masks = refine_signals(model, frame, signals, reaches)
+        logits = [tiny_model.step(frame, history).masks_queries_logits[:, :1] for history in calls]
     assert len(calls) == 2 and all(history.masks.shape == (1, 1, 16, 24) for history in calls)
     assert all(history.features is None and history.states is None and history.taken.all() for history in calls)
     assert calls[0].masks[0, 0, :8, :12].all() and calls[0].masks.sum() == 8 * 12 and calls[1].masks.sum() >= 1
@@ -97,7 +98,7 @@ def test_refined_masks_come_from_a_history_of_one_signal_alone_and_do_not_overla
     upscaled = torch.nn.functional.interpolate(torch.cat(logits, 1), SIZE, mode="bilinear")[0]
     upscaled[1, :, :60] = -1
     assert (masks[0] | masks[1]).equal((upscaled > 0).any(0)) and (masks[0] | masks[1]).any()
-    assert refine_signals(model, pixel_values, []) == [] and len(calls) == 2
+    assert refine_signals(model, frame, []) == [] and len(calls) == 2
 
 
 @pytest.fixture(scope="module")

@@ -95,8 +95,9 @@ class Network:
     @torch.no_grad()
     def _refine(self, frame: np.ndarray, signals: list[torch.Tensor]) -> list[np.ndarray]:
         """Masks (bool, H x W) from rough ones in a frame; see `refine_signals`."""
-        pixel_values = self.processor(images=frame)["pixel_values"].to(self.model.device, self.model.dtype)
-        return [mask.cpu().numpy() for mask in refine_signals(self.model, pixel_values, signals)]
+        pixel_values = self.processor(images=frame)["pixel_values"].to(self.model.device)
+        features = self.model.encode_frames(pixel_values)
+        return [mask.cpu().numpy() for mask in refine_signals(self.model, features, signals)]
 
     def _run(
         self,

@@ -45,6 +45,7 @@ from .history_ausm import (
 from .loss_ausm import AusmLoss, TeacherForcing, pad_instances, plan_teacher_forcing
 from .pixels_ausm import (
     AusmDeformablePixelEncoder,
+    AusmFrameFeatures,
     AusmPixelDecoder,
     AusmPixelDecoderLayer,
     AusmPyramidPixelEncoder,
@@ -272,24 +273,45 @@ class AusmModel(AusmPreTrainedModel):
         self.pixel_decoder = AusmPixelDecoder(config)
         self.post_init()
 
+    def encode_frames(self, pixel_values: Tensor) -> AusmFrameFeatures:
+        """
+        What the network sees in each frame alone: backbone and pixel encoder.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(N, 3, H, W)`): The frames; H and W multiples of 32.
+
+        Raises:
+            ValueError: If the shape is wrong.
+        """
+        _check_frames(pixel_values.unsqueeze(1))
+        # Channels last: convolutions are faster so, and maps become tokens without a copy.
+        images = pixel_values.to(self.dtype, memory_format=torch.channels_last)
+        feature_maps = self.backbone(images).feature_maps
+        return AusmFrameFeatures(tuple(self.pixel_encoder(feature_maps)), feature_maps[0])
+
     def step(
-        self, pixel_values: Tensor, history: AusmHistory | None = None, output_intermediate: bool = False
+        self,
+        pixel_values: Tensor | AusmFrameFeatures,
+        history: AusmHistory | None = None,
+        output_intermediate: bool = False,
     ) -> AusmModelOutput:
         """
         One frame of a stream, the recurrent form.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): The frame; H and W multiples of 32.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)` or `AusmFrameFeatures`): The frame, H and W multiples
+                of 32, or what `encode_frames` made of it.
             history (`AusmHistory`, *optional*): What the previous step returned, with `A_{t-1}` and `M_{t-1}` filled
                 in by `history.replace_objects`; a fresh one by default.
 
         Returns:
             [`AusmModelOutput`] without the T axis. It is the caller who decides what `A_t` and `M_t` are.
         """
+        frames = pixel_values if isinstance(pixel_values, AusmFrameFeatures) else self.encode_frames(pixel_values)
         if history is None:
-            history = AusmHistory.empty(pixel_values.shape[0], pixel_values.device, self.dtype)
+            history = AusmHistory.empty(len(frames.stride_4), frames.stride_4.device, self.dtype)
         output = self(
-            pixel_values.unsqueeze(1),
+            frame_features=frames,
             history_masks=history.masks.unsqueeze(1),
             id_slots=history.slots,
             taken=history.taken.unsqueeze(1),
@@ -302,12 +324,13 @@ class AusmModel(AusmPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        pixel_values_videos: Tensor,
+        pixel_values_videos: Tensor | None = None,
         history_masks: Tensor | None = None,
         id_slots: Tensor | None = None,
         taken: Tensor | None = None,
         history: AusmHistory | None = None,
         output_intermediate: bool = False,
+        frame_features: AusmFrameFeatures | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -323,6 +346,8 @@ class AusmModel(AusmPreTrainedModel):
             taken (`torch.BoolTensor` of shape `(B, T, n)`, *optional*): Whether the object is followed in that frame.
             history (`AusmHistory`, *optional*): Where the streams stand before the first of these frames.
             output_intermediate (`bool`): Also give the predictions of every layer.
+            frame_features (`AusmFrameFeatures`, *optional*): What `encode_frames` made of B frames, instead of
+                `pixel_values_videos`; T is 1.
             output_hidden_states, output_attentions (`bool`, *optional*): Also give what the Pixel Decoder's layers
                 compute; as the configuration says by default. There are attentions with the eager implementation only.
             return_dict (`bool`, *optional*): False for a plain tuple; as the configuration says by default.
@@ -338,10 +363,17 @@ class AusmModel(AusmPreTrainedModel):
                 f"Attention {self.config._attn_implementation!r} never computes the weights that `output_attentions` "
                 "asks for; call `model.set_attn_implementation('eager')` to get them."
             )
-        _check_frames(pixel_values_videos)
-        batch, frames = pixel_values_videos.shape[:2]
+        if (pixel_values_videos is None) == (frame_features is None):
+            raise ValueError("Give either `pixel_values_videos` or `frame_features`.")
+        if pixel_values_videos is not None:
+            _check_frames(pixel_values_videos)
+            frame_features = self.encode_frames(pixel_values_videos.flatten(0, 1))
+        assert frame_features is not None
+        features, device = frame_features.levels[0], frame_features.stride_4.device
+        frames = 1 if pixel_values_videos is None else pixel_values_videos.shape[1]
+        batch = len(features) // frames
         if history is None:
-            history = AusmHistory.empty(batch, pixel_values_videos.device, self.dtype)
+            history = AusmHistory.empty(batch, device, self.dtype)
         given = [x is not None for x in (history_masks, id_slots, taken)]
         if any(given) != all(given):
             raise ValueError("`history_masks`, `id_slots` and `taken` go together: give all of them or none.")
@@ -355,15 +387,9 @@ class AusmModel(AusmPreTrainedModel):
                 f"{tuple(history_masks.shape)}."
             )
 
-        # The frame alone
-        # Channels last: convolutions are faster so, and maps become tokens without a copy.
-        images = pixel_values_videos.flatten(0, 1).to(self.dtype, memory_format=torch.channels_last)
-        feature_maps = self.backbone(images).feature_maps
-        levels = self.pixel_encoder(feature_maps)
-        features = levels[0]
+        # What the history says of the frame
         size = features.shape[-2], features.shape[-1]
 
-        # What the history says of it
         def over_frames(x: Tensor) -> Tensor:
             return x.unsqueeze(1).expand(-1, frames, *x.shape[1:]).flatten(0, 1)
 
@@ -379,8 +405,8 @@ class AusmModel(AusmPreTrainedModel):
             stacked, seen_masks, id_slots, taken, marks.unflatten(0, (batch, frames)), positions, history
         )
         change = change.flatten(0, 1)
-        levels = [level + resize_maps(change, (level.shape[-2], level.shape[-1])) for level in levels]
-        mask_features = self.pixel_encoder.mask_features(levels[0], feature_maps[0])
+        levels = [level + resize_maps(change, (level.shape[-2], level.shape[-1])) for level in frame_features.levels]
+        mask_features = self.pixel_encoder.mask_features(levels[0], frame_features.stride_4)
 
         tracked_logits = self.history_encoder.read_marks(over_frames(id_vectors), resize_maps(change, size))
         if followed is not None:
@@ -388,7 +414,7 @@ class AusmModel(AusmPreTrainedModel):
 
         # Who is where
         # Called, not read: see `HeldConv1d`.
-        numbers = torch.arange(self.config.num_detection_queries, device=images.device)
+        numbers = torch.arange(self.config.num_detection_queries, device=device)
         detections = self.detection_queries(numbers).expand(batch, -1, -1)
         detection_positions = self.detection_positions(numbers).expand(batch, -1, -1)
         query_mask = F.pad(taken.flatten(0, 1), (0, detections.shape[1]), value=True)[:, None, None, :]
@@ -471,14 +497,30 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             for layer_states, layer_masks in zip(states, masks)
         ]
 
+    def encode_frames(self, pixel_values: Tensor) -> AusmFrameFeatures:
+        """
+        What the network sees in each frame alone, which doesn't depend on any history: the first half of its work.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(N, 3, H, W)`): The frames; H and W multiples of 32.
+
+        Raises:
+            ValueError: If the shape is wrong.
+        """
+        return self.model.encode_frames(pixel_values)
+
     def step(
-        self, pixel_values: Tensor, history: AusmHistory | None = None, label_set: str | None = None
+        self,
+        pixel_values: Tensor | AusmFrameFeatures,
+        history: AusmHistory | None = None,
+        label_set: str | None = None,
     ) -> AusmForUniversalSegmentationOutput:
         """
         One frame of a stream, the recurrent form: `(frame, history) -> (predictions, history)`.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): The frame; H and W multiples of 32.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)` or `AusmFrameFeatures`): The frame, H and W multiples
+                of 32, or what `encode_frames` made of it.
             history (`AusmHistory`, *optional*): What the previous step returned, with `A_{t-1}` and `M_{t-1}` filled
                 in by `history.replace_objects`; a fresh one by default.
             label_set (`str`, *optional*): Which label set to classify by; the configuration's default one otherwise.
@@ -517,7 +559,7 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         generator: torch.Generator | None = None,
         num_instances: Tensor | float | None = None,
         inference_session: AusmInferenceSession | None = None,
-        frame: Tensor | None = None,
+        frame: Tensor | AusmFrameFeatures | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -565,7 +607,7 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
                 What the losses are divided by, where the batch is a part of an optimizer step; see `count_targets`.
                 By default the number of instances to be seen in the batch.
             inference_session (`AusmInferenceSession`, *optional*), frame (`torch.Tensor`, *optional*):
-                A stream and its next frame, of shape `(3, H, W)` or `(1, 3, H, W)`.
+                A stream and its next frame, of shape `(3, H, W)` or `(1, 3, H, W)`, or what `encode_frames` made of it.
             output_hidden_states, output_attentions, return_dict (`bool`, *optional*):
                 As for [`AusmModel`].
 
@@ -659,13 +701,16 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             self, inference_session, start_frame_idx, max_frame_num_to_track, show_progress_bar
         )
 
-    def preview_prompts(self, inference_session: AusmInferenceSession, frame: Tensor) -> dict[int, Tensor]:
+    def preview_prompts(
+        self, inference_session: AusmInferenceSession, frame: Tensor | AusmFrameFeatures
+    ) -> dict[int, Tensor]:
         """
         The masks that the prompts given for the next frame will have, without moving the stream on.
 
         Args:
             inference_session (`AusmInferenceSession`): The stream; it stays as it is.
-            frame (`torch.Tensor` of shape `(3, H, W)` or `(1, 3, H, W)`): Its next frame, preprocessed.
+            frame (`torch.Tensor` of shape `(3, H, W)` or `(1, 3, H, W)`, or `AusmFrameFeatures`): Its next frame,
+                preprocessed, or what `encode_frames` made of it.
 
         Returns:
             `dict[int, torch.BoolTensor]`: for each prompted object its mask, at the frame's size before preprocessing.
@@ -676,14 +721,15 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         return preview_prompts(self, inference_session, frame)
 
     def step_sessions(
-        self, inference_sessions: list[AusmInferenceSession], frames: list[Tensor]
+        self, inference_sessions: list[AusmInferenceSession], frames: list[Tensor | AusmFrameFeatures]
     ) -> list[AusmVideoSegmentationOutput]:
         """
         The next frame of each of several streams, together: the results are those of one by one, but for rounding.
 
         Args:
             inference_sessions (`list[AusmInferenceSession]`): The streams, each once.
-            frames (`list[torch.Tensor]`, each `(3, H, W)` or `(1, 3, H, W)`): Their next frames, all of one size.
+            frames (`list[torch.Tensor]`, each `(3, H, W)` or `(1, 3, H, W)`): Their next frames, all of one size, or
+                what `encode_frames` made of them.
 
         Returns:
             A list of [`AusmVideoSegmentationOutput`], one per stream.

@@ -12,6 +12,7 @@ from transformers import AutoModelForUniversalSegmentation, Pipeline
 
 from .processing_ausm import AusmProcessor
 from .session_ausm import AusmInferenceSession
+from .streaming_ausm import encode_ahead
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 PROMPTS = {"masks", "boxes", "points", "labels", "scribbles"}
@@ -217,11 +218,20 @@ class VideoSegmentationPipeline(Pipeline):
         size = self.preprocess(first)["size"]
         session = start_session(self.processor, size, threshold=threshold, **(prompts or {}))
 
-        def results():
-            for frame in chain([first], frames):
-                yield self.run_single(frame, {"size": size}, {"session": session}, {})
+        def encode(frame) -> dict:
+            model_inputs = self.preprocess(frame, size)
+            with torch.inference_mode():
+                return model_inputs | {"pixel_values": self.model.encode_frames(model_inputs["pixel_values"])}
 
-        return results() if stream else list(results())
+        def step(frame, model_inputs: dict) -> list[dict]:
+            return self.postprocess(self.forward(model_inputs, session=session))
+
+        frames = chain([first], frames)
+        if self.device.type == "cpu" and not isinstance(inputs, Iterator):  # it may be a stream still being made
+            results = encode_ahead(self.model, frames, encode, step)
+        else:
+            results = (self.run_single(frame, {"size": size}, {"session": session}, {}) for frame in frames)
+        return results if stream else list(results)
 
     def _sanitize_parameters(self, **kwargs):
         if kwargs:

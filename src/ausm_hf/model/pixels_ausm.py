@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,6 +49,41 @@ def _make_sine_positions(size: tuple[int, int], hidden_size: int, device: torch.
 def _kept_sine_positions(size: tuple[int, int], hidden_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         return _make_sine_positions(size, hidden_size, device, dtype)
+
+
+@dataclass
+class AusmFrameFeatures:
+    """
+    What the network sees in frames by themselves, before the history says anything of them: with it
+    [`AusmForUniversalSegmentation.step`] needs no backbone.
+
+    Attributes:
+        levels (`tuple[torch.Tensor]`):
+            Features at strides 8, 16 and 32 of shape `(N, D, H / stride, W / stride)`; the first are `X_t`.
+        stride_4 (`torch.Tensor` of shape `(N, channels, H / 4, W / 4)`):
+            The backbone's finest map, of which mask features are made.
+    """
+
+    levels: tuple[Tensor, ...]
+    stride_4: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the frames."""
+        return 4 * self.stride_4.shape[-2], 4 * self.stride_4.shape[-1]
+
+    def split(self) -> list[AusmFrameFeatures]:
+        """Those of each frame."""
+        levels = zip(*(level.split(1) for level in self.levels))
+        return [AusmFrameFeatures(*parts) for parts in zip(levels, self.stride_4.split(1))]
+
+    @classmethod
+    def join(cls, frames: list[AusmFrameFeatures]) -> AusmFrameFeatures:
+        """Those of several frames of one size together."""
+        if len(frames) == 1:
+            return frames[0]
+        levels = tuple(map(torch.cat, zip(*(frame.levels for frame in frames))))
+        return cls(levels, torch.cat([frame.stride_4 for frame in frames]))
 
 
 class AusmDeformablePixelEncoder(Mask2FormerPixelDecoder):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .history_ausm import binarize
+from .pixels_ausm import AusmFrameFeatures
 
 SIGNAL_RADIUS = 0.025  # of a stamped point and of a scribble's line, as a share of the frame's shorter side
 
@@ -160,7 +161,7 @@ class ObjectPrompt:
 
 
 def refine_signals(
-    model, pixel_values: Tensor, signals: list[Tensor], reaches: list[Tensor] | None = None
+    model, frame: AusmFrameFeatures, signals: list[Tensor], reaches: list[Tensor] | None = None
 ) -> list[Tensor]:
     """
     Objects' masks from their mask signals: for each one pass over the frame, with a history that holds nothing but its
@@ -168,7 +169,7 @@ def refine_signals(
 
     Args:
         model ([`AusmForUniversalSegmentation`]): The network.
-        pixel_values (`torch.FloatTensor` of shape `(1, 3, H, W)`): The frame, preprocessed.
+        frame ([`AusmFrameFeatures`]): What `model.encode_frames` made of the frame.
         signals (list of `torch.BoolTensor`): One per object, at the frame's size before preprocessing.
         reaches (list of `torch.BoolTensor`, *optional*): Where each object may be, at the same size; anywhere by
             default.
@@ -179,13 +180,13 @@ def refine_signals(
     """
     if not signals:
         return []
-    stride_4 = (pixel_values.shape[-2] // 4, pixel_values.shape[-1] // 4)
-    slots = torch.zeros(1, 1, dtype=torch.int64, device=pixel_values.device)
+    maps = frame.stride_4
+    slots = torch.zeros(1, 1, dtype=torch.int64, device=maps.device)
     answers = []
     for signal in signals:
-        mask = history_mask(signal.to(pixel_values.device), stride_4).to(pixel_values.dtype)
+        mask = history_mask(signal.to(maps.device), (maps.shape[-2], maps.shape[-1])).to(maps.dtype)
         history = model.init_history(1).replace_objects(slots, slots == 0, mask[None, None])
-        answers.append(model.step(pixel_values, history).masks_queries_logits[:, :1].float())
+        answers.append(model.step(frame, history).masks_queries_logits[:, :1].float())
     logits = F.interpolate(torch.cat(answers, dim=1), signals[0].shape, mode="bilinear")[0]
     if reaches is not None:
         logits = logits.masked_fill(~torch.stack(reaches).to(logits.device), -torch.inf)

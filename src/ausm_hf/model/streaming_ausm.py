@@ -3,18 +3,25 @@ The stream moves on: one frame in, the network once, who is who out. All bookkee
 `session_ausm.py`, none of it in the network.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
 from .history_ausm import AusmHistory
+from .pixels_ausm import AusmFrameFeatures
 from .prompts_ausm import history_mask, refine_signals
 from .session_ausm import AusmInferenceSession, AusmVideoSegmentationOutput, FollowedObject, without_trace
 
 logger = logging.get_logger(__name__)
+
+Frame, Encoded, Result = TypeVar("Frame"), TypeVar("Encoded"), TypeVar("Result")
 
 PROMPT_LOGIT = 100.0  # logit of a pixel that the user says belongs to an object; above any that the network gives
 
@@ -37,14 +44,17 @@ class Answer:
     history: AusmHistory
 
 
-def step_session(model, session: AusmInferenceSession, frame: torch.Tensor) -> AusmVideoSegmentationOutput:
+def step_session(
+    model, session: AusmInferenceSession, frame: torch.Tensor | AusmFrameFeatures
+) -> AusmVideoSegmentationOutput:
     """
     Segment the next frame of the stream: the recurrent form of the paper, with identities.
 
     Args:
         model ([`AusmForUniversalSegmentation`]): The network; its `step` is a function of tensors.
         session ([`AusmInferenceSession`]): The stream; it advances by one frame.
-        frame (`torch.FloatTensor` of shape `(3, H, W)` or `(1, 3, H, W)`): The next frame, preprocessed.
+        frame (`torch.FloatTensor` of shape `(3, H, W)` or `(1, 3, H, W)`, or [`AusmFrameFeatures`]): The next frame,
+            preprocessed, or what `model.encode_frames` made of it.
 
     Returns:
         [`AusmVideoSegmentationOutput`]
@@ -58,7 +68,7 @@ def step_session(model, session: AusmInferenceSession, frame: torch.Tensor) -> A
 
 @torch.inference_mode()
 def step_sessions(
-    model, sessions: list[AusmInferenceSession], frames: list[torch.Tensor]
+    model, sessions: list[AusmInferenceSession], frames: list[torch.Tensor | AusmFrameFeatures]
 ) -> list[AusmVideoSegmentationOutput]:
     """
     Segment the next frame of each of several streams, in one pass of the network (two where some are at their first
@@ -68,8 +78,8 @@ def step_sessions(
     Args:
         model ([`AusmForUniversalSegmentation`]): The network.
         sessions (list of [`AusmInferenceSession`]): The streams, each once; each advances by one frame.
-        frames (list of `torch.FloatTensor` of shape `(3, H, W)` or `(1, 3, H, W)`): The next frame of each, all of
-            one size.
+        frames (list of `torch.FloatTensor` of shape `(3, H, W)` or `(1, 3, H, W)`, or of [`AusmFrameFeatures`]): The
+            next frame of each, all of one size.
 
     Returns:
         A list of [`AusmVideoSegmentationOutput`], one per stream.
@@ -84,9 +94,7 @@ def step_sessions(
             f"sessions must be one or more, each once, with one frame each, got {len(sessions)} sessions "
             f"({len({id(session) for session in sessions})} different) and {len(frames)} frames"
         )
-    inputs = [_checked_frame(model, session, frame) for session, frame in zip(sessions, frames)]
-    if len(sizes := {tuple(pixel_values.shape[-2:]) for pixel_values in inputs}) > 1:
-        raise ValueError(f"frames must be of one size to go through the network together, got {sorted(sizes)}")
+    inputs = _encoded_frames(model, sessions, frames)
 
     # Prompts for the first frame are M_0: that frame is itself predicted from them.
     masks = {i: _prompt_masks(model, s, inputs[i], {}) for i, s in enumerate(sessions) if s.history is None}
@@ -99,8 +107,8 @@ def step_sessions(
         groups.setdefault((session.history is None, session.label_set), []).append(i)
     answers: dict[int, Answer] = {}
     for (_, label_set), group in groups.items():
-        pixel_values = torch.cat([inputs[i] for i in group]) if len(group) > 1 else inputs[group[0]]
-        answers |= zip(group, _ask(model, pixel_values, [histories[i] for i in group], label_set))
+        together = AusmFrameFeatures.join([inputs[i] for i in group])
+        answers |= zip(group, _ask(model, together, [histories[i] for i in group], label_set))
 
     seen = [_seen(objects[i], answers[i], _threshold(model, session)) for i, session in enumerate(sessions)]
     for i, session in enumerate(sessions):
@@ -114,7 +122,9 @@ def step_sessions(
 
 
 @torch.inference_mode()
-def preview_prompts(model, session: AusmInferenceSession, frame: torch.Tensor) -> dict[int, torch.Tensor]:
+def preview_prompts(
+    model, session: AusmInferenceSession, frame: torch.Tensor | AusmFrameFeatures
+) -> dict[int, torch.Tensor]:
     """
     The masks that the prompts given for the next frame will have, without moving the stream on: what a user sees while
     still clicking.
@@ -122,7 +132,8 @@ def preview_prompts(model, session: AusmInferenceSession, frame: torch.Tensor) -
     Args:
         model ([`AusmForUniversalSegmentation`]): The network.
         session ([`AusmInferenceSession`]): The stream; it stays as it is.
-        frame (`torch.FloatTensor` of shape `(3, H, W)` or `(1, 3, H, W)`): The next frame, preprocessed.
+        frame (`torch.FloatTensor` of shape `(3, H, W)` or `(1, 3, H, W)`, or [`AusmFrameFeatures`]): The next frame,
+            preprocessed, or what `model.encode_frames` made of it.
 
     Returns:
         `dict[int, torch.BoolTensor]`: for each prompted object its mask, at the frame's size before preprocessing.
@@ -130,12 +141,60 @@ def preview_prompts(model, session: AusmInferenceSession, frame: torch.Tensor) -
     Raises:
         ValueError: as [`step_session`].
     """
-    pixel_values = _checked_frame(model, session, frame)
+    (encoded,) = _encoded_frames(model, [session], [frame])
     seen: dict[int, torch.Tensor] = {}
     if session.history is not None and session.prompts.get(session.next_frame_idx):  # it may correct what is seen
-        (answer,) = _ask(model, pixel_values, [session.history], session.label_set)
+        (answer,) = _ask(model, encoded, [session.history], session.label_set)
         seen = _seen(session.objects, answer, _threshold(model, session))
-    return _prompt_masks(model, session, pixel_values, seen)
+    return _prompt_masks(model, session, encoded, seen)
+
+
+def encode_ahead(
+    model, frames: Iterable[Frame], encode: Callable[[Frame], Encoded], step: Callable[[Frame, Encoded], Result]
+) -> Iterator[Result]:
+    """
+    `step(frame, encode(frame))` for each frame of a video in turn. What the network sees in a frame alone needs no
+    history: on a CPU the next frame is read and encoded in a second thread meanwhile, both with half of torch's
+    threads, which makes better use of them than all of them in one half of the network after the other.
+
+    Args:
+        model ([`AusmForUniversalSegmentation`]): The network.
+        frames (iterable): The frames. One more is read than was asked for, so they should not be those of a stream
+            that is still being made.
+        encode (`Callable`): What can be done with a frame before its turn; no two at the same time.
+        step (`Callable`): All the rest, in this thread.
+
+    Yields:
+        What `step` returns. What `frames` or `encode` raise comes when the frame's turn has come.
+    """
+    threads = torch.get_num_threads()
+    if model.device.type != "cpu" or threads < 2:
+        for frame in frames:
+            yield step(frame, encode(frame))
+        return
+    coming = iter(frames)
+
+    def encode_next() -> list[tuple[Frame, Encoded]]:
+        return [(frame, encode(frame)) for frame in islice(coming, 1)]
+
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads // 2,)) as second_thread:
+        encoded = second_thread.submit(encode_next)
+        while frame_with_features := encoded.result():
+            encoded = second_thread.submit(encode_next)
+            with _torch_threads(threads - threads // 2):
+                result = step(*frame_with_features[0])
+            yield result
+
+
+@contextmanager
+def _torch_threads(number: int):
+    """So many threads for what torch computes in this block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def propagate_in_video_iterator(
@@ -204,25 +263,52 @@ def _propagate(model, session, start, max_frames, show_progress_bar) -> Iterator
             done += 1
 
 
-def _checked_frame(model, session: AusmInferenceSession, frame: torch.Tensor) -> torch.Tensor:
-    """The frame as (1, 3, H, W), where and what the model is; refused if the stream can't go on with it."""
-    if not isinstance(frame, torch.Tensor) or not frame.is_floating_point():
-        got = frame.dtype if isinstance(frame, torch.Tensor) else type(frame).__name__
-        raise ValueError(f"frame must be a floating point tensor, as the processor makes it, got {got}")
-    pixel_values = frame if frame.ndim == 4 else frame[None]
-    if pixel_values.ndim != 4 or pixel_values.shape[:2] != (1, 3):
-        raise ValueError(f"frame must have shape (3, H, W) or (1, 3, H, W), got {tuple(frame.shape)}")
-    size = tuple(pixel_values.shape[-2:])
-    if session.frame_size is not None and size != session.frame_size:
+def _encoded_frames(
+    model, sessions: list[AusmInferenceSession], frames: list[torch.Tensor | AusmFrameFeatures]
+) -> list[AusmFrameFeatures]:
+    """What the network sees in each stream's frame alone; refused if a stream can't go on with its frame."""
+    inputs = [_checked_frame(model, session, frame) for session, frame in zip(sessions, frames)]
+    if len(sizes := set(map(_frame_size, inputs))) > 1:
+        raise ValueError(f"frames must be of one size to go through the network together, got {sorted(sizes)}")
+    images = [frame for frame in inputs if isinstance(frame, torch.Tensor)]
+    encoded = iter(model.encode_frames(torch.cat(images)).split() if images else [])
+    return [next(encoded) if isinstance(frame, torch.Tensor) else frame for frame in inputs]
+
+
+def _frame_size(frame: torch.Tensor | AusmFrameFeatures) -> tuple[int, int]:
+    return (frame.shape[-2], frame.shape[-1]) if isinstance(frame, torch.Tensor) else frame.size
+
+
+def _checked_frame(
+    model, session: AusmInferenceSession, frame: torch.Tensor | AusmFrameFeatures
+) -> torch.Tensor | AusmFrameFeatures:
+    """A frame as (1, 3, H, W), where the model is, or encoded; refused if the stream can't go on with it."""
+    if isinstance(frame, AusmFrameFeatures):
+        if len(frame.stride_4) != 1:
+            raise ValueError(f"frame must hold what is seen in one frame, got {len(frame.stride_4)} frames")
+    else:
+        frame = _checked_pixel_values(frame).to(model.device, model.dtype)
+    if session.frame_size is not None and _frame_size(frame) != session.frame_size:
         raise ValueError(
-            f"frame must have the size of the frames before it, {session.frame_size} (height, width), got {size}"
+            f"frame must have the size of the frames before it, {session.frame_size} (height, width), got "
+            f"{_frame_size(frame)}"
         )
     num_slots = model.config.num_id_vectors
     prompted = {x.object_id for x in session.objects if x.prompted}
     prompted |= set(session.prompts.get(session.next_frame_idx, {}))
     if len(prompted) > num_slots:
         raise ValueError(f"obj_ids must be at most {num_slots}, the number of ID vectors, got {len(prompted)} objects")
-    return pixel_values.to(model.device, model.dtype)
+    return frame
+
+
+def _checked_pixel_values(frame: torch.Tensor) -> torch.Tensor:
+    if not isinstance(frame, torch.Tensor) or not frame.is_floating_point():
+        got = frame.dtype if isinstance(frame, torch.Tensor) else type(frame).__name__
+        raise ValueError(f"frame must be a floating point tensor, as the processor makes it, got {got}")
+    pixel_values = frame if frame.ndim == 4 else frame[None]
+    if pixel_values.ndim != 4 or pixel_values.shape[:2] != (1, 3):
+        raise ValueError(f"frame must have shape (3, H, W) or (1, 3, H, W), got {tuple(frame.shape)}")
+    return pixel_values
 
 
 def _threshold(model, session: AusmInferenceSession) -> float:
@@ -237,7 +323,7 @@ def _warn_once(session: AusmInferenceSession, what: str, message: str) -> None:
 
 
 def _prompt_masks(
-    model, session: AusmInferenceSession, pixel_values: torch.Tensor, seen: dict[int, torch.Tensor]
+    model, session: AusmInferenceSession, frame: AusmFrameFeatures, seen: dict[int, torch.Tensor]
 ) -> dict[int, torch.Tensor]:
     """
     The mask of each object prompted in the next frame, bool and of the video's size: the one given, or what one pass
@@ -252,14 +338,14 @@ def _prompt_masks(
     masks, signals = {}, {}
     for object_id, prompt in prompts.items():
         if prompt.mask is not None:
-            masks[object_id] = prompt.mask.to(pixel_values.device)
+            masks[object_id] = prompt.mask.to(frame.stride_4.device)
             continue
         known = None
         if prompt.box is None and object_id in seen:
             known = F.interpolate(seen[object_id][None, None], size, mode="bilinear")[0, 0].gt(0).cpu()
         signal = prompt.signal(size, known)
         if signal.any():
-            signals[object_id] = signal.to(pixel_values.device)
+            signals[object_id] = signal.to(frame.stride_4.device)
         else:
             _warn_once(
                 session,
@@ -268,7 +354,7 @@ def _prompt_masks(
                 "followed. remove_object lets go of an object.",
             )
     reaches = [prompts[object_id].reach(size) for object_id in signals]
-    for object_id, mask in zip(signals, refine_signals(model, pixel_values, list(signals.values()), reaches)):
+    for object_id, mask in zip(signals, refine_signals(model, frame, list(signals.values()), reaches)):
         clicks = prompts[object_id].positive_points
         if not mask.any() or (clicks and not any(mask[int(y), int(x)] for x, y in clicks)):
             mask = signals[object_id]
@@ -283,22 +369,22 @@ def _prompt_masks(
 
 
 def _start(
-    model, session: AusmInferenceSession, pixel_values: torch.Tensor, masks: dict[int, torch.Tensor]
+    model, session: AusmInferenceSession, frame: AusmFrameFeatures, masks: dict[int, torch.Tensor]
 ) -> tuple[list[FollowedObject], AusmHistory]:
     """The objects of the first frame and the history before it."""
     slots = session.draw_slots(len(masks), model.config.num_id_vectors, [])
     objects = [FollowedObject(object_id, slot, prompted=True) for object_id, slot in zip(masks, slots)]
-    stride_4 = (pixel_values.shape[-2] // 4, pixel_values.shape[-1] // 4)
-    small = {object_id: history_mask(mask, stride_4) for object_id, mask in masks.items()}
-    return objects, _put_objects(model.init_history(1), objects, small, stride_4, pixel_values)
+    size = (frame.stride_4.shape[-2], frame.stride_4.shape[-1])
+    small = {object_id: history_mask(mask, size) for object_id, mask in masks.items()}
+    return objects, _put_objects(model.init_history(1), objects, small, size, frame.stride_4)
 
 
-def _ask(model, pixel_values: torch.Tensor, histories: list[AusmHistory], label_set: str | None) -> list[Answer]:
+def _ask(model, frames: AusmFrameFeatures, histories: list[AusmHistory], label_set: str | None) -> list[Answer]:
     """One pass of the network over a frame of each of several streams. Columns that a stream lacks are padding."""
     numbers = [history.slots.shape[1] for history in histories]
     most = max(numbers)
     joined = histories[0] if len(histories) == 1 else _join(histories)
-    output = model.step(pixel_values, joined, label_set=label_set)
+    output = model.step(frames, joined, label_set=label_set)
     split = [output.history] if len(histories) == 1 else _split(output.history, numbers)
     answers = []
     for i, (number, history) in enumerate(zip(numbers, split)):
@@ -372,7 +458,7 @@ def _seen(objects: list[FollowedObject], answer: Answer, threshold: float) -> di
 def _finish(
     model,
     session: AusmInferenceSession,
-    pixel_values: torch.Tensor,
+    frame: AusmFrameFeatures,
     objects: list[FollowedObject],
     seen: dict[int, torch.Tensor],
     prompts: dict[int, torch.Tensor],
@@ -466,11 +552,11 @@ def _finish(
     followed_on = {x.object_id for x in objects}
     history = without_trace(answer.history, [i for i, x in enumerate(before) if x.object_id not in followed_on])
     history = history.forget_appearance([i for i, x in enumerate(before) if x.object_id in prompts])
-    session.history = _put_objects(history, objects, masks, size, pixel_values)
+    session.history = _put_objects(history, objects, masks, size, frame.stride_4)
     session.objects = objects
     session.slots_held_until |= {x.slot: session.next_frame_idx for x in objects}
     session.find_new_objects = find_new_objects
-    session.frame_size = pixel_values.shape[-2], pixel_values.shape[-1]
+    session.frame_size = frame.size
     session.prompts.pop(session.next_frame_idx, None)
     labels = config.label_sets[session.label_set or config.default_label_set]
     result = _describe(session, [x for x in objects if x.object_id in logits], logits, scores, prompts, labels, size)

@@ -32,8 +32,7 @@ def fit_words(
     pixels = []
     for index in range(num_clips):
         frames = collator([dataset[index]])["pixel_values_videos"][0, [0, -1]]
-        images = frames.to(network.device, network.dtype, memory_format=torch.channels_last)
-        pixels.append(network.pixel_encoder(network.backbone(images).feature_maps)[0].flatten(2).mT.flatten(0, 1))
+        pixels.append(network.encode_frames(frames.to(network.device)).levels[0].flatten(2).mT.flatten(0, 1))
     tokens = F.normalize(torch.cat(pixels).float().cpu(), dim=-1)
     chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[:num_pixels]
     appearance = network.history_encoder.appearance
