@@ -118,9 +118,10 @@ class EfficientNetLiteConvolution(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.kernel_size == self.stride == self.convolution.groups == 1:
-            # Channels last, a 1x1 convolution is a matrix product as it stands.
+            # Channels last, a 1x1 convolution is a matrix product as it stands. A bias that is given to it is first
+            # written to all of the result, which takes longer than to add it.
             weight, bias = self.folded(0, 0)
-            out = F.linear(hidden_states.permute(0, 2, 3, 1), weight.flatten(1), bias)
+            out = F.linear(hidden_states.permute(0, 2, 3, 1), weight.flatten(1)).add_(bias)
             return (F.relu6(out, inplace=True) if self.relu else out).permute(0, 3, 1, 2)
         top, bottom = self.same_padding(hidden_states.shape[-2])
         left, right = self.same_padding(hidden_states.shape[-1])

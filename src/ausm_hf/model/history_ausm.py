@@ -524,52 +524,52 @@ class AusmHistoryEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor | None, tuple[tuple[Tensor, ...], ...], Tensor | None, Tensor | None]:
         """
         Args:
-            features (`torch.Tensor` of shape `(B, T, D, h, w)`): `X_1 .. X_T`.
+            features (`torch.Tensor` of shape `(B * T, D, h, w)`): `X_1 .. X_T`.
             masks (`torch.Tensor` of shape `(B, T, n, height, width)`): `M_0 .. M_{T-1}`.
             slots (`torch.LongTensor` of shape `(B, n)`): The slot of each object.
             taken (`torch.BoolTensor` of shape `(B, T, n)`): Whether the object is followed in that frame.
-            marks (`torch.Tensor` of shape `(B, T, D, h', w')`): Marks of `M_0 .. M_{T-1}`, on the map of stride
+            marks (`torch.Tensor` of shape `(B * T, D, h', w')`): Marks of `M_0 .. M_{T-1}`, on the map of stride
                 `history_stride`.
             positions (`torch.Tensor` of shape `(h' w', D)`): Sine positions of that map.
             history (`AusmHistory`): Where the stream stands before the first of these frames.
 
         Returns:
-            What the history adds to the features, `G - X`, of shape `(B, T, D, h', w')`; logits (B, T, n, h, w) of where
-            objects are by where they were and what they look like, None without both parts; and the new states,
+            What the history adds to the features, `G - X`, of shape `(B * T, D, h', w')`; logits (B * T, n, h, w) of
+            where objects are by where they were and what they look like, None without both parts; and the new states,
             histograms and words.
         """
-        batch, frames, _, height, width = features.shape
-        size = (height, width)
-        initial = self.initial_features[:, None, None]
-        first = initial.expand_as(features[:, 0]) if history.features is None else history.features.to(features.dtype)
-        past = torch.cat([channels_last(first).unsqueeze(1), channels_last(features)[:, :-1]], dim=1)
-        past = channels_first(past)
+        batch, frames = masks.shape[:2]
+        size = (features.shape[-2], features.shape[-1])
+        # Frames are taken apart and together only with channels last: of maps in the other order that are single,
+        # torch then loses track of how they lie in memory, and pools and resizes them ten times slower.
+        present = channels_last(features).unflatten(0, (batch, frames))
+        if history.features is None:
+            first = self.initial_features.expand_as(present[:, 0])
+        else:
+            first = channels_last(history.features).to(features.dtype)
+        past = channels_first(torch.cat([first.unsqueeze(1), present[:, :-1]], dim=1).flatten(0, 1))
 
         followed = histograms = words = None
         if self.mask_propagation is not None or self.appearance is not None:
             # `M_0` of a stream that begins is drawn on its first frame, not on `X_0`.
-            started = (first[..., 0, 0] != self.initial_features).any(dim=1)
+            started = (first[:, 0, 0] != self.initial_features).any(dim=1)
             masks = torch.cat([masks[:, :1] * started.view(-1, 1, 1, 1, 1), masks[:, 1:]], dim=1)
             shares = average_maps(masks.flatten(0, 1), size).to(features.dtype)
         if self.mask_propagation is not None and masks.shape[2]:
             known = (masks > 0.5).flatten(3).any(dim=-1)
-            followed = self.mask_propagation(features.flatten(0, 1), past.flatten(0, 1), shares, known.flatten(0, 1))
-            followed = followed.unflatten(0, (batch, frames))
+            followed = self.mask_propagation(features, past, shares, known.flatten(0, 1))
         if self.appearance is not None:
-            described = self.appearance.describe(features)
-            before = self.appearance.describe(first) if history.words is None else history.words
+            described = self.appearance.describe(features).unflatten(0, (batch, frames))
+            before = self.appearance.describe(channels_first(first)) if history.words is None else history.words
             shares = shares.unflatten(0, (batch, frames))
             alike, histograms = self.appearance(described, before, shares, slots, taken, started, history.histograms)
-            alike = alike.to(features.dtype)
+            alike = alike.flatten(0, 1).to(features.dtype)
             followed = alike if followed is None else followed + alike
             words = described[:, -1]
 
         size = (marks.shape[-2], marks.shape[-1])
-        features, past, marks = (
-            to_tokens(average_maps(x.flatten(0, 1), size)).unflatten(0, (batch, frames))
-            for x in (features, past, marks)
-        )
-        memory = past + marks
+        queries, past, marks = (to_tokens(average_maps(x, size)) for x in (features, past, marks))
+        memory = (past + marks).unflatten(0, (batch, frames))
         states = []
         for index, layer in enumerate(self.compressor):
             state = history.states[index] if history.states is not None else None
@@ -577,7 +577,7 @@ class AusmHistoryEncoder(nn.Module):
             states.append(state)
 
         values = self.memory_norm(memory).flatten(0, 1)
-        hidden_states = features.flatten(0, 1)
+        hidden_states = queries
         if self.local_read is not None:
             hidden_states = hidden_states + to_tokens(self.local_read(to_maps(values, size)))
         keys = average_tokens(values + positions, size, self.key_stride)
@@ -585,4 +585,4 @@ class AusmHistoryEncoder(nn.Module):
         for layer in self.decoder:
             hidden_states = layer(hidden_states, keys, values, positions, size)
         change = self.gate * self.output_projection(self.output_norm(hidden_states))
-        return to_maps(change, size).unflatten(0, (batch, frames)), followed, tuple(states), histograms, words
+        return to_maps(change, size), followed, tuple(states), histograms, words

@@ -400,17 +400,16 @@ class AusmModel(AusmPreTrainedModel):
         marks = over_frames(self.history_encoder.mark_vectors(id_vectors))
         marks = mark_history(marks, history_masks_seen, history_size)
         positions = sine_positions(history_size, features.shape[1], features.device, features.dtype)
-        stacked = features.unflatten(0, (batch, frames))
         change, followed, states, histograms, words = self.history_encoder(
-            stacked, seen_masks, id_slots, taken, marks.unflatten(0, (batch, frames)), positions, history
+            features, seen_masks, id_slots, taken, marks, positions, history
         )
-        change = change.flatten(0, 1)
-        levels = [level + resize_maps(change, (level.shape[-2], level.shape[-1])) for level in frame_features.levels]
+        changes = [resize_maps(change, (level.shape[-2], level.shape[-1])) for level in frame_features.levels]
+        levels = [level + change for level, change in zip(frame_features.levels, changes)]
         mask_features = self.pixel_encoder.mask_features(levels[0], frame_features.stride_4)
 
-        tracked_logits = self.history_encoder.read_marks(over_frames(id_vectors), resize_maps(change, size))
+        tracked_logits = self.history_encoder.read_marks(over_frames(id_vectors), changes[0])
         if followed is not None:
-            tracked_logits = followed.flatten(0, 1) + (0 if tracked_logits is None else tracked_logits)
+            tracked_logits = followed + (0 if tracked_logits is None else tracked_logits)
 
         # Who is where
         # Called, not read: see `HeldConv1d`.
@@ -434,7 +433,7 @@ class AusmModel(AusmPreTrainedModel):
             masks_queries_logits=masks[-1],
             query_hidden_states=hidden_states[-1],
             history=AusmHistory(
-                stacked[:, -1], states, id_slots, taken[:, -1], history_masks[:, -1], histograms, words
+                features.unflatten(0, (batch, frames))[:, -1], states, id_slots, taken[:, -1], history_masks[:, -1], histograms, words
             ),
             intermediate_masks_queries_logits=tuple(masks[:-1]) if output_intermediate else None,
             intermediate_query_hidden_states=tuple(hidden_states[:-1]) if output_intermediate else None,

@@ -127,7 +127,10 @@ class PointwiseConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
 
     def forward(self, maps: Tensor) -> Tensor:
-        return F.linear(maps.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        out = F.linear(maps.permute(0, 2, 3, 1), self.weight.flatten(1))
+        if self.bias is not None:
+            out = out.add_(self.bias)  # given to the product it would first be written to all of the result
+        return out.permute(0, 3, 1, 2)
 
 
 def separable_conv(channels: int) -> nn.Sequential:
