@@ -49,7 +49,8 @@ def test_frames_are_encoded_ahead(run, moving_square, encoding_threads, five_thr
     torch.set_num_threads(5)
     encoding_threads.clear()
     same(run(iter(list(frames)), masks=masks[0]), run(frames, masks=masks[0]))
-    assert set(encoding_threads[:6]) == {threading.main_thread()} and threading.main_thread() not in encoding_threads[6:]
+    assert set(encoding_threads[:6]) == {threading.main_thread()}
+    assert threading.main_thread() not in encoding_threads[6:]
 
 
 def test_prompt_in_a_later_frame(run, moving_square):

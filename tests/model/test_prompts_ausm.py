@@ -14,6 +14,7 @@ from ausm_hf.model.prompts_ausm import (
     draw_scribble,
     fill_box,
     refine_signals,
+    signal_of_marks,
     signal_radius,
     stamp_points,
 )
@@ -74,6 +75,63 @@ def test_signal_corrects_what_is_known():
     signal = ObjectPrompt(points=((20, 20), (60, 60)), labels=(0, 1)).signal(SIZE, known)
     assert signal.equal((known & ~near([(20, 20)], 2)) | near([(60, 60)], 2))
     assert known[20, 20]  # is left as it was
+
+
+@pytest.mark.parametrize(
+    "prompt, parts",
+    [
+        (ObjectPrompt(box=(0, 0, 9, 9)), [ObjectPrompt(box=(0, 0, 9, 9))]),
+        (
+            ObjectPrompt(box=(0, 0, 9, 9), scribble=((1, 1),), points=((2, 2), (3, 3)), labels=(0, 1)),
+            [
+                ObjectPrompt(box=(0, 0, 9, 9), scribble=((1, 1),)),
+                ObjectPrompt(scribble=((1, 1),), points=((2, 2),), labels=(0,)),
+                ObjectPrompt(scribble=((1, 1),), points=((2, 2), (3, 3)), labels=(0, 1)),
+            ],
+        ),
+        (
+            ObjectPrompt(points=((1, 1), (2, 2), (3, 3)), labels=(0, 1, 0)),
+            [
+                ObjectPrompt(points=((1, 1), (2, 2)), labels=(0, 1)),
+                ObjectPrompt(points=((1, 1), (2, 2), (3, 3)), labels=(0, 1, 0)),
+            ],
+        ),
+        (
+            ObjectPrompt(points=((1, 1), (2, 2)), labels=(0, 0)),
+            [ObjectPrompt(points=((1, 1),), labels=(0,)), ObjectPrompt(points=((1, 1), (2, 2)), labels=(0, 0))],
+        ),
+    ],
+    ids=["box", "box, scribble and points", "points", "negative points"],
+)
+def test_marks_come_one_after_the_other(prompt, parts):
+    assert prompt.in_turn() == parts
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_each_mark_corrects_what_the_network_makes_of_those_before(monkeypatch, found):
+    """What it makes of a box here is the box's right half, or nothing, and then the box stays as it is."""
+    passes = []
+
+    def refine(model, frame, signals, reaches):
+        passes.append(signals[0])
+        assert (model, frame) == ("model", "frame") and reaches[0].equal(prompt.reach(SIZE))
+        return [signals[0] & (torch.arange(SIZE[1]) >= 30) & found]
+
+    monkeypatch.setattr("ausm_hf.model.prompts_ausm.refine_signals", refine)
+    prompt = ObjectPrompt(box=(20, 20, 40, 40), points=((10, 30), (36, 30)), labels=(1, 0))
+    box, left, right = fill_box(SIZE, prompt.box), near([(10, 30)], 2), near([(36, 30)], 2)
+    signal = signal_of_marks("model", "frame", prompt, SIZE)
+    made_of_box = box & (torch.arange(SIZE[1]) >= 30) if found else box
+    assert len(passes) == 2 and passes[0].equal(box) and passes[1].equal(made_of_box | left)
+    # The second time nothing lies at the positive point, so what was marked stays.
+    assert signal.equal((made_of_box | left) & ~right)
+
+
+def test_a_single_mark_needs_no_pass(monkeypatch):
+    monkeypatch.setattr("ausm_hf.model.prompts_ausm.refine_signals", None)
+    known = fill_box(SIZE, (50, 50, 70, 70))
+    for prompt in (ObjectPrompt(box=(1, 1, 9, 9)), ObjectPrompt(points=((5, 5),), labels=(1,))):
+        assert signal_of_marks("model", "frame", prompt, SIZE, known).equal(prompt.signal(SIZE, known))
 
 
 def test_refined_masks_come_from_a_history_of_one_signal_alone_and_do_not_overlap(tiny_model):

@@ -89,7 +89,7 @@ def test_a_box_needs_no_pixel_at_any_point(warnings):
 
 
 def test_what_lies_far_from_the_box_is_not_the_object():
-    model, session = started([({4: A}, [])], [[Seen((0, 4, 0, 4))]])
+    model, session = started([({4: A}, [])], [[Seen((0, 4, 0, 4))]] * 2)
     prompt(session, o4=ObjectPrompt(box=(0, 0, 8, 8), points=((14, 14),), labels=(1,)))
     output = step_session(model, session, FRAME)
     mask = output.pred_masks[0, 0] > 0
@@ -99,23 +99,27 @@ def test_what_lies_far_from_the_box_is_not_the_object():
 
 
 def test_points_correct_the_mask_that_the_network_sees():
-    model, session = started([({}, [A]), ({1: A}, []), ({1: B}, []), ({1: NOTHING}, [])], [[C], [C], [B]])
+    model, session = started(
+        [({}, [A]), ({1: A}, []), ({1: B}, []), ({1: NOTHING}, [])], [*[[NOTHING]] * 7, [C], [C], [B]]
+    )
     step_session(model, session, FRAME)
     # Discs of 2 x 2 pixels here: four fill a pixel of the network's masks.
     add, take = [(17, 5), (19, 5), (17, 7), (19, 7)], [(1, 1), (3, 1), (1, 3), (3, 3)]
     prompt(session, o1=ObjectPrompt(points=(*add, *take), labels=(1,) * 4 + (0,) * 4))
     output = step_session(model, session, FRAME)
-    assert model.signals[0][0].nonzero().tolist() == [[0, 1], [1, 0], [1, 1], [1, 4]]
+    # Of the first seven the network makes nothing, so they stay as they are.
+    assert model.signals[0][0].equal(A.mask.float())
+    assert model.signals[7][0].nonzero().tolist() == [[0, 1], [1, 0], [1, 1], [1, 4]]
     assert output.object_ids == [1] and output.prompted == [True]
     assert session.history.masks[0].equal(C.mask[None].float())
     # With a box it starts anew.
     prompt(session, o1=ObjectPrompt(box=(16, 0, 24, 8)))
     step_session(model, session, FRAME)
-    assert model.signals[1][0].equal(C.mask.float())
+    assert model.signals[8][0].equal(C.mask.float())
     # So it does for an object that is not followed.
     prompt(session, o9=ObjectPrompt(points=((2, 10),), labels=(1,)))
     step_session(model, session, FRAME)
-    assert model.signals[2][0].sum() == 1
+    assert model.signals[9][0].sum() == 1
 
 
 def test_negative_points_that_leave_nothing_are_not_followed(warnings):

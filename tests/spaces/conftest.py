@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from ausm_hf.video import VideoWriter
 
@@ -49,8 +50,10 @@ class SignalsAreMasks:
 
     label_sets = {"pets": ["cat", "dog"]}
 
-    def refine(self, frame, signals):
-        return [signal.numpy() for signal in signals]
+    def refine(self, frame, prompts, known):
+        size = frame.shape[:2]
+        before = [None if mask is None else torch.from_numpy(mask) for mask in known]
+        return [prompt.signal(size, mask).numpy() for prompt, mask in zip(prompts, before)]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from ausm_hf import AusmForUniversalSegmentation, AusmProcessor, load_model, rea
 from ausm_hf.demo.clips import unpack_clip
 from ausm_hf.demo.network import Network, News, Result, Stopped, show_alone
 from ausm_hf.demo.unpack import Limits
+from ausm_hf.model.prompts_ausm import ObjectPrompt
 
 
 @pytest.fixture
@@ -114,13 +115,13 @@ def test_an_object_alone(network, clip, moving_square, tmp_path):
     assert show_alone(clip, result, 1)[0].stat().st_mtime_ns == written
 
 
-def test_signals_become_masks_of_the_frames_size(network, clip):
-    import torch
-
-    signals = [torch.zeros(48, 64, dtype=torch.bool) for _ in range(2)]
-    signals[0][10:20, 10:20] = signals[1][30:40, 40:50] = True
-    masks = network.refine(clip.frame(0), signals)
+def test_prompts_become_masks_of_the_frames_size(network, clip):
+    prompts = [ObjectPrompt(box=(10, 10, 20, 20)), ObjectPrompt(points=((30, 30), (60, 40)), labels=(1, 0))]
+    known = np.zeros((48, 64), bool)
+    known[25:45, 25:64] = True
+    masks = network.refine(clip.frame(0), prompts, [None, known])
     assert [(mask.shape, mask.dtype) for mask in masks] == [((48, 64), np.dtype(bool))] * 2
+    assert not masks[0][:, 24:].any()  # far from the box
     assert isinstance(network.processor, AusmProcessor)
 
 
@@ -135,6 +136,6 @@ def test_the_decorator_for_lent_gpus_wraps_what_uses_the_model(tiny_checkpoint, 
         return lent
 
     network = Network(*load_model(tiny_checkpoint, device="cpu"), lend)
-    network.refine(clip.frame(0), [])
+    network.refine(clip.frame(0), [], [])
     network.run(clip, clip.folder / "run")
     assert called == ["_refine", "_run"]

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 
 from ..model.prompts_ausm import ObjectPrompt
@@ -15,8 +14,8 @@ MAX_MARKS = 500
 MAX_STROKE = 2000  # points of one brush stroke
 KINDS = ("point", "box", "paint")
 
-# (frame, signals) -> masks: see `Network.refine`
-Refine = Callable[[np.ndarray, list[torch.Tensor]], list[np.ndarray]]
+# (frame, prompts, known) -> masks: see `Network.refine`
+Refine = Callable[[np.ndarray, list[ObjectPrompt], list[np.ndarray | None]], list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def masks_of_frame(
     Args:
         marks: Those of this frame, in the order in which they were made.
         frame: uint8 RGB array (H, W, 3).
-        refine: Makes masks of signals, see `Network.refine`.
+        refine: Makes masks of prompts, see `Network.refine`.
         known: Masks, bool (H, W), by object id.
 
     Returns:
@@ -102,7 +101,7 @@ def masks_of_frame(
     """
     size, known = frame.shape[:2], known or {}
     objects = list(dict.fromkeys(mark.object_id for mark in marks))
-    signals = {}
+    prompts = {}
     for object_id in objects:
         mine = [mark for mark in marks if mark.object_id == object_id]
         clicks = [mark for mark in mine if mark.kind == "point"]
@@ -115,14 +114,13 @@ def masks_of_frame(
         if boxes:  # the last one counts
             (x0, y0), (x1, y1) = boxes[-1]
             box = (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
-        prompt = ObjectPrompt(
+        prompts[object_id] = ObjectPrompt(
             box=box,
             points=tuple(mark.points[0] for mark in clicks),
             labels=tuple(int(mark.add) for mark in clicks),
         )
-        before = known.get(object_id) if box is None else None
-        signals[object_id] = prompt.signal(size, None if before is None else torch.from_numpy(before))
-    masks = dict(zip(signals, refine(frame, list(signals.values()))))
+    before = [known.get(object_id) if prompt.box is None else None for object_id, prompt in prompts.items()]
+    masks = dict(zip(prompts, refine(frame, list(prompts.values()), before)))
 
     for mark in marks:
         if mark.kind == "paint":

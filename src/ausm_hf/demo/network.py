@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from ..export import ObjectsJsonWriter, PngMaskWriter, to_coco, to_youtube_vis
-from ..model.prompts_ausm import refine_signals
+from ..model.prompts_ausm import ObjectPrompt, refine_signals, signal_of_marks
 from ..segment import segment_video
 from ..video import VideoWriter
 from ..visualization import draw_overlay, object_labels
@@ -93,11 +93,22 @@ class Network:
         return self.model.config.label_sets
 
     @torch.no_grad()
-    def _refine(self, frame: np.ndarray, signals: list[torch.Tensor]) -> list[np.ndarray]:
-        """Masks (bool, H x W) from rough ones in a frame; see `refine_signals`."""
+    def _refine(
+        self, frame: np.ndarray, prompts: list[ObjectPrompt], known: list[np.ndarray | None]
+    ) -> list[np.ndarray]:
+        """
+        Masks (bool, H x W) of the objects that are marked in a frame; `known` are those that points correct. See
+        `signal_of_marks` and `refine_signals`.
+        """
         pixel_values = self.processor(images=frame)["pixel_values"].to(self.model.device)
         features = self.model.encode_frames(pixel_values)
-        return [mask.cpu().numpy() for mask in refine_signals(self.model, features, signals)]
+        size = frame.shape[:2]
+        signals = [
+            signal_of_marks(self.model, features, prompt, size, None if mask is None else torch.from_numpy(mask))
+            for prompt, mask in zip(prompts, known)
+        ]
+        reaches = [prompt.reach(size) for prompt in prompts]
+        return [mask.cpu().numpy() for mask in refine_signals(self.model, features, signals, reaches)]
 
     def _run(
         self,

@@ -137,8 +137,8 @@ class AusmConfig(PreTrainedConfig):
             Stride of the map on which the history is kept: 8, 16 or 32. 8 is the paper's, that of the features `X_t`;
             16 makes the Mamba state of a stream, and the work of compressor and history decoder, four times smaller.
         history_key_stride (`int`, *optional*, defaults to 1):
-            Keys and values of the attention over space are averaged over squares of this side, in cells of that map. 1 is the paper's full
-            attention; 2 makes attention four times cheaper.
+            Keys and values of the attention over space are averaged over squares of this side, in cells of that map.
+            1 is the paper's full attention; 2 makes attention four times cheaper.
         history_self_attention (`bool`, *optional*, defaults to `True`):
             Whether a History Decoder layer attends within the frame before it asks the history, as a standard
             Transformer decoder layer does. The paper only says "Transformer decoder layers".

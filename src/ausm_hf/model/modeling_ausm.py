@@ -396,7 +396,7 @@ class AusmModel(AusmPreTrainedModel):
         id_vectors = self.id_vectors(id_slots)
         seen_masks = history_masks * taken[..., None, None]
         history_masks_seen = seen_masks.flatten(0, 1)
-        history_size = tuple(side * 8 // self.config.history_stride for side in size)
+        history_size = size[0] * 8 // self.config.history_stride, size[1] * 8 // self.config.history_stride
         marks = over_frames(self.history_encoder.mark_vectors(id_vectors))
         marks = mark_history(marks, history_masks_seen, history_size)
         positions = sine_positions(history_size, features.shape[1], features.device, features.dtype)
@@ -433,7 +433,13 @@ class AusmModel(AusmPreTrainedModel):
             masks_queries_logits=masks[-1],
             query_hidden_states=hidden_states[-1],
             history=AusmHistory(
-                features.unflatten(0, (batch, frames))[:, -1], states, id_slots, taken[:, -1], history_masks[:, -1], histograms, words
+                features.unflatten(0, (batch, frames))[:, -1],
+                states,
+                id_slots,
+                taken[:, -1],
+                history_masks[:, -1],
+                histograms,
+                words,
             ),
             intermediate_masks_queries_logits=tuple(masks[:-1]) if output_intermediate else None,
             intermediate_query_hidden_states=tuple(hidden_states[:-1]) if output_intermediate else None,
@@ -606,7 +612,8 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
                 What the losses are divided by, where the batch is a part of an optimizer step; see `count_targets`.
                 By default the number of instances to be seen in the batch.
             inference_session (`AusmInferenceSession`, *optional*), frame (`torch.Tensor`, *optional*):
-                A stream and its next frame, of shape `(3, H, W)` or `(1, 3, H, W)`, or what `encode_frames` made of it.
+                A stream and its next frame, of shape `(3, H, W)` or `(1, 3, H, W)`, or what `encode_frames` made of
+                it.
             output_hidden_states, output_attentions, return_dict (`bool`, *optional*):
                 As for [`AusmModel`].
 

@@ -152,6 +152,7 @@ class VideoSegmentationPipeline(Pipeline):
     ```
     """
 
+    model: Any
     processor: AusmProcessor
 
     _load_processor: Any = True

@@ -5,9 +5,11 @@ Coordinates are (x, y) in pixels of the frame, x to the right; sizes are (height
 (height, width).
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +75,11 @@ class ObjectPrompt:
     def only_negative(self) -> bool:
         """Whether it says where the object is not, and nothing else."""
         return self.mask is None and self.box is None and not self.scribble and not any(self.labels)
+
+    def agrees(self, mask: Tensor) -> bool:
+        """Whether a mask (height, width) has any pixels, and if there are positive points any of theirs."""
+        points = self.positive_points
+        return bool(mask.any()) and (not points or any(bool(mask[int(y), int(x)]) for x, y in points))
 
     @property
     def positive_points(self) -> list[tuple[float, float]]:
@@ -148,6 +155,19 @@ class ObjectPrompt:
         signal |= to_positive <= radius
         return signal & ~((to_negative <= radius) & (to_negative <= to_positive))
 
+    def in_turn(self) -> list[ObjectPrompt]:
+        """
+        The marks that a mask is made of as they came: box and scribble, then one point more each time, the first time
+        up to the first positive one. The box is in the first alone: after that the mask made of it stands for it.
+        """
+        if self.box is None and not self.scribble and any(self.labels):
+            first = self.labels.index(1) + 1
+        else:
+            first = int(self.only_negative)
+        numbers = range(first, len(self.points) + 1)
+        parts = [replace(self, points=self.points[:n], labels=self.labels[:n]) for n in numbers]
+        return [part if i == 0 else replace(part, box=None) for i, part in enumerate(parts)]
+
     def reach(self, size: tuple[int, int]) -> Tensor:
         """
         Where the object may be, bool (height, width): with a box in it, with a margin, for boxes are drawn by hand,
@@ -158,6 +178,33 @@ class ObjectPrompt:
         margin = signal_radius(size)
         x0, y0, x1, y1 = self.box
         return fill_box(size, (x0 - margin, y0 - margin, x1 + margin, y1 + margin)) | self.signal(size)
+
+
+def signal_of_marks(
+    model, frame: AusmFrameFeatures, prompt: ObjectPrompt, size: tuple[int, int], known: Tensor | None = None
+) -> Tensor:
+    """
+    The mask signal of an object's marks, of which each corrects what the network makes of those before it: as the user
+    sees it who made them.
+
+    Args:
+        model ([`AusmForUniversalSegmentation`]): The network.
+        frame ([`AusmFrameFeatures`]): What `model.encode_frames` made of the frame.
+        prompt ([`ObjectPrompt`]): Box, points and scribble.
+        size (`tuple[int, int]`): Height and width of the frame before preprocessing.
+        known (`torch.BoolTensor` of shape `size`, *optional*): The mask that points and scribble correct.
+
+    Returns:
+        `torch.BoolTensor` of shape `size`, for [`refine_signals`].
+    """
+    reach = prompt.reach(size)
+    *earlier, last = prompt.in_turn()
+    for marks in earlier:
+        signal = marks.signal(size, known)
+        if signal.any():
+            (mask,) = refine_signals(model, frame, [signal], [reach])
+            known = mask.cpu() if marks.agrees(mask) else signal
+    return last.signal(size, known)
 
 
 def refine_signals(
@@ -220,6 +267,7 @@ __all__ = [
     "fill_box",
     "history_mask",
     "refine_signals",
+    "signal_of_marks",
     "signal_radius",
     "stamp_points",
 ]

@@ -16,12 +16,14 @@ from transformers.utils import logging
 
 from .history_ausm import AusmHistory
 from .pixels_ausm import AusmFrameFeatures
-from .prompts_ausm import history_mask, refine_signals
+from .prompts_ausm import history_mask, refine_signals, signal_of_marks
 from .session_ausm import AusmInferenceSession, AusmVideoSegmentationOutput, FollowedObject, without_trace
 
 logger = logging.get_logger(__name__)
 
-Frame, Encoded, Result = TypeVar("Frame"), TypeVar("Encoded"), TypeVar("Result")
+Frame = TypeVar("Frame")
+Encoded = TypeVar("Encoded")
+Result = TypeVar("Result")
 
 PROMPT_LOGIT = 100.0  # logit of a pixel that the user says belongs to an object; above any that the network gives
 
@@ -343,9 +345,9 @@ def _prompt_masks(
         known = None
         if prompt.box is None and object_id in seen:
             known = F.interpolate(seen[object_id][None, None], size, mode="bilinear")[0, 0].gt(0).cpu()
-        signal = prompt.signal(size, known)
+        signal = signal_of_marks(model, frame, prompt, size, known)
         if signal.any():
-            signals[object_id] = signal.to(frame.stride_4.device)
+            signals[object_id] = signal
         else:
             _warn_once(
                 session,
@@ -355,9 +357,8 @@ def _prompt_masks(
             )
     reaches = [prompts[object_id].reach(size) for object_id in signals]
     for object_id, mask in zip(signals, refine_signals(model, frame, list(signals.values()), reaches)):
-        clicks = prompts[object_id].positive_points
-        if not mask.any() or (clicks and not any(mask[int(y), int(x)] for x, y in clicks)):
-            mask = signals[object_id]
+        if not prompts[object_id].agrees(mask):
+            mask = signals[object_id].to(mask.device)
             _warn_once(
                 session,
                 "signal itself",
