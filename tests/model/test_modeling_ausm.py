@@ -333,6 +333,7 @@ def test_bad_input_is_refused(change, message):
         ({"default_label_set": "b"}, "`default_label_set`"),
         ({"temporal_mixer": "lstm"}, "temporal_mixer"),
         ({"history_local_kernel": 4}, "`history_local_kernel` must be 0 or odd, got 4"),
+        ({"history_stride": 4}, "history_stride"),
         ({"mask_refinement_layers": -1}, "`mask_refinement_layers` must be at least 0, got -1"),
         ({"history_local_kernel": -1}, "`history_local_kernel` must be 0 or odd, got -1"),
         ({"mask_propagation_radius": -1}, "`mask_propagation_radius` must lie in 0 .. 32, got -1"),

@@ -198,7 +198,7 @@ def test_the_trace_of_an_object_that_is_let_go_is_cleared(tiny_model, clips):
     session.history = replace(session.history, masks=small.gt(0.5).float())
     before = session.history
     assert all(state.flatten(1).any(1).all() for layer in before.states for state in layer)
-    first, second = (F.max_pool2d(mask[None, None], 2).flatten() > 0 for mask in before.masks[0])
+    first, second = (F.max_pool2d(mask[None, None], 4).flatten() > 0 for mask in before.masks[0])
     assert (first & ~second).any() and (~first).any()
     for followed in session.objects:
         assert before.slots[0].tolist()[followed.object_id - 1] == followed.slot
