@@ -593,6 +593,41 @@ def test_refinement_starts_by_changing_nothing():
         assert not torch.equal(refined.mask_features(*features), plain.mask_features(*features))
 
 
+@pytest.mark.parametrize("stride", [8, 16, 32])
+def test_the_history_is_kept_at_its_stride(stride):
+    """Averages of the frame before and of the marks go in; what comes out is added to each level at its own stride."""
+    model = tiny_model(pixel_encoder="fpn", history_stride=stride, mask_propagation_radius=2).model
+    seen = {}
+    encoder, decoder = model.history_encoder, model.pixel_decoder
+    encoder.compressor[0].register_forward_pre_hook(lambda module, args: seen.update(memory=args[0]))
+    encoder.mask_propagation.register_forward_pre_hook(lambda module, args: seen.update(maps=args[:2]))
+    encoder.register_forward_hook(lambda module, args, output: seen.update(change=output[0]))
+    decoder.register_forward_pre_hook(lambda module, args: seen.update(levels=args[3]))
+    pixels = torch.randn(1, 3, 64, 96)
+    slots, masks = torch.tensor([[1]]), torch.zeros(1, 1, 16, 24)
+    masks[0, 0, 3:11, 5:18] = 1
+    with torch.no_grad():
+        history = model.step(torch.randn(1, 3, 64, 96)).history.replace_objects(slots, slots > 0, masks)
+        frame = model.encode_frames(pixels)
+        model.step(frame, history)
+        mark = encoder.mark_vectors(model.id_vectors(slots))[0, 0]
+    cells = stride // 8
+    shares = F.avg_pool2d(masks / (1e-6 + masks), stride // 4)[0]
+    wanted = F.avg_pool2d(history.features, cells)[0] + mark[:, None, None] * shares
+    torch.testing.assert_close(seen["memory"][0, 0].T.unflatten(1, wanted.shape[1:]), wanted, atol=1e-5, rtol=1e-5)
+    assert seen["change"].shape[-2:] == (64 // stride, 96 // stride) and seen["change"].abs().max() > 0.01
+    for level, before, own in zip(seen["levels"], frame.levels, (8, 16, 32)):
+        if own > stride:
+            change = F.avg_pool2d(seen["change"], own // stride)
+        else:
+            change = F.interpolate(seen["change"], size=level.shape[-2:], mode="bilinear")
+        torch.testing.assert_close(level, before + change)
+    # Torch goes by these strides when it chooses how to pool and resize.
+    for maps in (*seen["maps"], seen["change"]):
+        _, channels, height, width = maps.shape
+        assert maps.stride() == (channels * height * width, 1, channels * width, channels)
+
+
 def test_positions_are_mask2formers():
     embed = Mask2FormerSinePositionEmbedding(num_position_features=16, normalize=True)
     for size in [(3, 5), (32, 56)]:

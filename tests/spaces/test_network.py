@@ -115,14 +115,23 @@ def test_an_object_alone(network, clip, moving_square, tmp_path):
     assert show_alone(clip, result, 1)[0].stat().st_mtime_ns == written
 
 
-def test_prompts_become_masks_of_the_frames_size(network, clip):
+def test_prompts_become_masks_of_the_frames_size(network, clip, monkeypatch):
     prompts = [ObjectPrompt(box=(10, 10, 20, 20)), ObjectPrompt(points=((30, 30), (60, 40)), labels=(1, 0))]
     known = np.zeros((48, 64), bool)
     known[25:45, 25:64] = True
     masks = network.refine(clip.frame(0), prompts, [None, known])
     assert [(mask.shape, mask.dtype) for mask in masks] == [((48, 64), np.dtype(bool))] * 2
-    assert not masks[0][:, 24:].any()  # far from the box
     assert isinstance(network.processor, AusmProcessor)
+    monkeypatch.setattr(
+        "ausm_hf.demo.network.refine_signals",
+        lambda model, frame, signals, reaches: [s & r for s, r in zip(signals, reaches)],
+    )
+    monkeypatch.setattr(
+        "ausm_hf.demo.network.signal_of_marks",
+        lambda model, frame, prompt, size, known: known if known is not None else torch.ones(size) > 0,
+    )
+    masks = network.refine(clip.frame(0), prompts, [None, known])
+    assert (masks[0] == prompts[0].reach((48, 64)).numpy()).all() and (masks[1] == known).all()
 
 
 def test_the_decorator_for_lent_gpus_wraps_what_uses_the_model(tiny_checkpoint, clip):
