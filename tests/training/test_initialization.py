@@ -34,7 +34,7 @@ def test_words_start_where_pixels_are(tiny_config, tiny):
     with torch.no_grad():
         for index in range(6):
             model.eval().model(tiny.collate([clips[index]])["pixel_values_videos"][:, [0, -1]])
-    pixels = F.normalize(torch.cat(features).flatten(3).movedim(2, -1).flatten(0, -2), dim=-1)
+    pixels = F.normalize(torch.cat(features).movedim(1, -1).flatten(0, -2), dim=-1)
 
     def likeness() -> torch.Tensor:
         return (pixels @ F.normalize(words, dim=-1).T).amax(dim=-1).mean()

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -28,7 +27,7 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoder,
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
 )
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .backbone_efficientnet_lite import EfficientNetLiteBackbone, EfficientNetLiteConfig
@@ -43,6 +42,7 @@ from .history_ausm import (
     resize_maps,
 )
 from .loss_ausm import AusmLoss, TeacherForcing, pad_instances, plan_teacher_forcing
+from .outputs_ausm import AusmForUniversalSegmentationOutput, AusmModelOutput
 from .pixels_ausm import (
     AusmDeformablePixelEncoder,
     AusmFrameFeatures,
@@ -58,84 +58,6 @@ from .temporal_mamba import TemporalMamba, TemporalMamba2
 logger = logging.get_logger(__name__)
 
 FRAME_DIVISOR = 32  # the coarsest stride of the backbone
-
-
-@dataclass
-class AusmModelOutput(ModelOutput):
-    """
-    Output of [`AusmModel`]. `step` has no T axis.
-
-    Attributes:
-        masks_queries_logits (`torch.Tensor` of shape `(B, T, Q, h, w)`):
-            Mask logits of every query, in the order [A; V].
-        query_hidden_states (`torch.Tensor` of shape `(B, T, Q, D)`):
-            Normalised hidden states of the queries after the last layer.
-        history (`AusmHistory`):
-            The history after the last frame. Its objects are the ones that were passed in.
-        intermediate_masks_queries_logits (`tuple(torch.Tensor)`, *optional*):
-            Masks before the first and after every layer but the last, when asked for with `output_intermediate`.
-        intermediate_query_hidden_states (`tuple(torch.Tensor)`, *optional*):
-            Query states belonging to them.
-        hidden_states (`tuple(torch.Tensor)` of shape `(B * T, Q, D)`, *optional*):
-            The queries before the first and after every layer of the Pixel Decoder, frames in the batch, with
-            `output_hidden_states=True`.
-        attentions (`tuple(torch.Tensor)` of shape `(B * T, heads, Q, Q)`, *optional*):
-            What the queries of a frame look at among themselves, per layer of the Pixel Decoder, with
-            `output_attentions=True`.
-        cross_attentions (`tuple(torch.Tensor)` of shape `(B * T, heads, Q, S)`, *optional*):
-            What the queries look at in the frame, likewise. Layers look at the maps of strides 32, 16, 8 in turn; `S`
-            is the number of pixels of the map.
-    """
-
-    # Always given; the defaults are there because a ModelOutput may have one field at most without.
-    masks_queries_logits: Tensor = None  # type: ignore[assignment]
-    query_hidden_states: Tensor = None  # type: ignore[assignment]
-    history: AusmHistory = None  # type: ignore[assignment]
-    intermediate_masks_queries_logits: tuple[Tensor, ...] | None = None
-    intermediate_query_hidden_states: tuple[Tensor, ...] | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    cross_attentions: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class AusmForUniversalSegmentationOutput(ModelOutput):
-    """
-    Output of [`AusmForUniversalSegmentation`]. `step` has no T axis.
-
-    Attributes:
-        loss (`torch.Tensor` of shape `(1,)`, *optional*):
-            Weighted sum of `loss_dict`, when `mask_labels` are given.
-        loss_dict (`dict[str, torch.Tensor]`, *optional*):
-            Its terms, weighted, summed over layers; without gradient.
-        masks_queries_logits (`torch.Tensor` of shape `(B, T, Q, h, w)`):
-            Mask logits of every query, in the order [A; V].
-        class_queries_logits (`torch.Tensor` of shape `(B, T, Q, num_labels + 1)`):
-            Class logits; the last one is "no object".
-        foreground_queries_logits (`torch.Tensor` of shape `(B, T, Q)`):
-            Logit of "there is an object": a new one for a detection query, the followed one for an ID vector.
-        history (`AusmHistory`):
-            The history after the last frame. Its objects are the ones that were passed in.
-        hidden_states (`tuple(torch.Tensor)` of shape `(B * T, Q, D)`, *optional*):
-            The queries before the first and after every layer of the Pixel Decoder, frames in the batch, with
-            `output_hidden_states=True`.
-        attentions (`tuple(torch.Tensor)` of shape `(B * T, heads, Q, Q)`, *optional*):
-            What the queries of a frame look at among themselves, per layer of the Pixel Decoder, with
-            `output_attentions=True`.
-        cross_attentions (`tuple(torch.Tensor)` of shape `(B * T, heads, Q, S)`, *optional*):
-            What the queries look at in the frame, likewise. Layers look at the maps of strides 32, 16, 8 in turn; `S`
-            is the number of pixels of the map.
-    """
-
-    loss: Tensor | None = None
-    loss_dict: dict[str, Tensor] | None = None
-    masks_queries_logits: Tensor = None  # type: ignore[assignment]  # see above
-    class_queries_logits: Tensor = None  # type: ignore[assignment]
-    foreground_queries_logits: Tensor = None  # type: ignore[assignment]
-    history: AusmHistory = None  # type: ignore[assignment]
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    cross_attentions: tuple[Tensor, ...] | None = None
 
 
 class AusmPreTrainedModel(PreTrainedModel):
