@@ -201,8 +201,7 @@ def segment_video(
         offset = session.next_frame_idx - first
 
         def encode(frame):
-            with torch.inference_mode():
-                return model.encode_frames(processor(images=frame[2])["pixel_values"].to(model.device))
+            return model.encode_frames(processor(images=frame[2])["pixel_values"].to(model.device))
 
         def step(frame, features):
             index, time, image = frame
@@ -218,9 +217,7 @@ def segment_video(
                 index, time, image, result["segmentation"].cpu().numpy(), [dict(x) for x in result["segments_info"]]
             )
 
-        if source.once:  # its frames are read when their turn has come
-            return (step(frame, encode(frame)) for frame in frames)
-        return encode_ahead(model, frames, encode, step)
+        return encode_ahead(model, frames, encode, step, live=source.once)
 
     def results(session):
         earlier = {}

@@ -466,13 +466,13 @@ def test_the_next_frame_is_encoded_while_one_goes_through_the_rest(five_threads)
         used.append(("step", torch.get_num_threads(), threading.current_thread() is threading.main_thread()))
         return frame, encoded
 
-    for number, result in enumerate(encode_ahead(on_cpu(), range(4), encode, step)):
+    for number, result in enumerate(encode_ahead(on_cpu(), range(4), encode, step, live=False)):
         assert result == (number, 10 * number) and torch.get_num_threads() == 5
     assert number == 3 and sorted(set(used)) == [("encode", 2, False), ("step", 3, True)] and len(used) == 8
 
 
-@pytest.mark.parametrize("threads, read", [(1, [0, 1]), (5, [0, 1, 2])])
-def test_no_more_than_one_frame_is_read_ahead(five_threads, threads, read):
+@pytest.mark.parametrize("threads, live, read", [(1, False, [0, 1]), (5, False, [0, 1, 2]), (5, True, [0, 1])])
+def test_no_more_than_one_frame_is_read_ahead(five_threads, threads, live, read):
     torch.set_num_threads(threads)
     seen = []
 
@@ -481,7 +481,7 @@ def test_no_more_than_one_frame_is_read_ahead(five_threads, threads, read):
             seen.append(frame)
             yield frame
 
-    results = encode_ahead(on_cpu(), frames(), lambda frame: frame, lambda frame, encoded: encoded)
+    results = encode_ahead(on_cpu(), frames(), lambda frame: frame, lambda frame, encoded: encoded, live)
     assert seen == [] and [next(results), next(results)] == [0, 1]
     results.close()
     assert seen == read and torch.get_num_threads() == threads
@@ -499,7 +499,7 @@ def test_what_fails_at_a_frame_fails_at_its_turn(five_threads, threads, part):
 
     frames = (check("frames", frame) for frame in range(9))
     results = encode_ahead(
-        on_cpu(), frames, lambda frame: check("encode", frame), lambda frame, encoded: check("step", frame)
+        on_cpu(), frames, lambda frame: check("encode", frame), lambda frame, encoded: check("step", frame), live=False
     )
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(ValueError, match=f"{part} fails"):

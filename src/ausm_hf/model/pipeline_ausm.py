@@ -221,17 +221,14 @@ class VideoSegmentationPipeline(Pipeline):
 
         def encode(frame) -> dict:
             model_inputs = self.preprocess(frame, size)
-            with torch.inference_mode():
-                return model_inputs | {"pixel_values": self.model.encode_frames(model_inputs["pixel_values"])}
+            return model_inputs | {
+                "pixel_values": self.model.encode_frames(model_inputs["pixel_values"].to(self.device))
+            }
 
         def step(frame, model_inputs: dict) -> list[dict]:
             return self.postprocess(self.forward(model_inputs, session=session))
 
-        frames = chain([first], frames)
-        if self.device.type == "cpu" and not isinstance(inputs, Iterator):  # it may be a stream still being made
-            results = encode_ahead(self.model, frames, encode, step)
-        else:
-            results = (self.run_single(frame, {"size": size}, {"session": session}, {}) for frame in frames)
+        results = encode_ahead(self.model, chain([first], frames), encode, step, live=isinstance(inputs, Iterator))
         return results if stream else list(results)
 
     def _sanitize_parameters(self, **kwargs):

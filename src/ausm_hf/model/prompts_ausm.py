@@ -197,12 +197,12 @@ def signal_of_marks(
     Returns:
         `torch.BoolTensor` of shape `size`, for [`refine_signals`].
     """
-    reach = prompt.reach(size)
     *earlier, last = prompt.in_turn()
+    reaches = [prompt.reach(size)] if earlier else []
     for marks in earlier:
         signal = marks.signal(size, known)
         if signal.any():
-            (mask,) = refine_signals(model, frame, [signal], [reach])
+            (mask,) = refine_signals(model, frame, [signal], reaches)
             known = mask.cpu() if marks.agrees(mask) else signal
     return last.signal(size, known)
 

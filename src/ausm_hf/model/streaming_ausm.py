@@ -153,7 +153,11 @@ def preview_prompts(
 
 
 def encode_ahead(
-    model, frames: Iterable[Frame], encode: Callable[[Frame], Encoded], step: Callable[[Frame, Encoded], Result]
+    model,
+    frames: Iterable[Frame],
+    encode: Callable[[Frame], Encoded],
+    step: Callable[[Frame, Encoded], Result],
+    live: bool,
 ) -> Iterator[Result]:
     """
     `step(frame, encode(frame))` for each frame of a video in turn. What the network sees in a frame alone needs no
@@ -162,16 +166,17 @@ def encode_ahead(
 
     Args:
         model ([`AusmForUniversalSegmentation`]): The network.
-        frames (iterable): The frames. One more is read than was asked for, so they should not be those of a stream
-            that is still being made.
-        encode (`Callable`): What can be done with a frame before its turn; no two at the same time.
+        frames (iterable): The frames.
+        encode (`Callable`): What can be done with a frame before its turn, in inference mode; no two at the same time.
         step (`Callable`): All the rest, in this thread.
+        live (`bool`): Whether frames may still have to be made, as a camera's: none is read before its turn.
 
     Yields:
         What `step` returns. What `frames` or `encode` raise comes when the frame's turn has come.
     """
+    encode = torch.inference_mode()(encode)
     threads = torch.get_num_threads()
-    if model.device.type != "cpu" or threads < 2:
+    if live or model.device.type != "cpu" or threads < 2:
         for frame in frames:
             yield step(frame, encode(frame))
         return
