@@ -19,9 +19,10 @@ from ausm_hf.training.checkpoint import checkpoints
 
 
 def run_process(tiny, network, output_dir, rank, port, overrides, evaluate=None):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    # One thread, as torchrun sets: else Accelerate lets torch take all cores, at which GNU's OpenMP hangs in a fork of
+    # a process that has once computed with several threads.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", OMP_NUM_THREADS="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     recipe = tiny.make_recipe(output_dir, *overrides)
