@@ -145,6 +145,12 @@ def test_config_round_trip(tmp_path):
 def test_the_preset_is_what_the_checkpoint_of_its_name_is():
     preset, checkpoint = AusmConfig.from_preset("nano"), AusmConfig.from_pretrained(BUNDLED_CHECKPOINT)
     assert {k: v.shape for k, v in shapes(preset).items()} == {k: v.shape for k, v in shapes(checkpoint).items()}
+    of_training = {"class_weight", "importance_sampling", "train_num_points"}
+    of_saving = {"architectures", "custom_pipelines", "dtype"}
+    preset, checkpoint = preset.to_dict(), checkpoint.to_dict()
+    preset["backbone_config"]["dtype"] = checkpoint["backbone_config"]["dtype"]
+    differ = {name for name in preset | checkpoint if preset.get(name) != checkpoint.get(name)}
+    assert differ == of_training | of_saving | {"foreground_threshold"}
 
 
 def shapes(config):

@@ -471,6 +471,13 @@ def test_the_next_frame_is_encoded_while_one_goes_through_the_rest(five_threads)
     assert number == 3 and sorted(set(used)) == [("encode", 2, False), ("step", 3, True)] and len(used) == 8
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_nothing_encoded_ahead_keeps_what_gradients_need(five_threads, live):
+    weight = torch.ones(1, requires_grad=True)
+    steps = encode_ahead(on_cpu(), range(2), lambda frame: weight * frame, lambda frame, encoded: encoded, live)
+    assert [encoded.requires_grad for encoded in steps] == [False, False]
+
+
 @pytest.mark.parametrize("threads, live, read", [(1, False, [0, 1]), (5, False, [0, 1, 2]), (5, True, [0, 1])])
 def test_no_more_than_one_frame_is_read_ahead(five_threads, threads, live, read):
     torch.set_num_threads(threads)
