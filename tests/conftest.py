@@ -79,7 +79,7 @@ def tiny_config():
         num_decoder_layers=1,
         history_feedforward_size=32,
         mask_propagation_radius=2,
-        appearance_words=16,
+        remember_appearance=True,
         decoder_feedforward_size=32,
         num_id_vectors=4,
         num_detection_queries=5,

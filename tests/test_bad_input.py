@@ -297,7 +297,6 @@ ABSURD = {
     "history_local_kernel": 10**9 + 1,
     "mask_refinement_layers": 10**9,
     "mask_propagation_radius": 33,
-    "appearance_words": 10**9,
     "decoder_feedforward_size": 10**12,
     "pixel_encoder_layers": 10**9,
     "hidden_size ": 0,

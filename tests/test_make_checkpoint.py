@@ -44,13 +44,13 @@ def test_the_mean_of_runs_is_stored_with_the_last_ones_recipe(runs, tmp_path):
 
 def test_a_part_that_the_last_run_added_is_its_own(runs, tmp_path, tiny_config):
     config = copy.deepcopy(tiny_config)
-    config.appearance_words = 0
+    config.remember_appearance = False
     AusmForUniversalSegmentation(config).save_pretrained(runs[0] / "final")
     first, second = (load_file(run / "final" / "model.safetensors") for run in runs)
     made = load_file(make_checkpoint(runs, tmp_path / "made") / "model.safetensors")
     assert made.keys() == second.keys()
-    words, query = "model.history_encoder.appearance.words.weight", "model.detection_queries.weight"
-    assert words not in first and torch.equal(made[words], second[words].half())
+    scale, query = "model.history_encoder.appearance.scale", "model.detection_queries.weight"
+    assert scale not in first and torch.equal(made[scale], second[scale].half())
     assert torch.equal(made[query], ((first[query] + second[query]) / 2).half())
     with pytest.raises(ValueError, match="networks of the runs differ"):
         make_checkpoint(runs[::-1], tmp_path / "other")

@@ -61,7 +61,7 @@ class StreamingStep(nn.Module):
             masks (`torch.FloatTensor` of shape `(1, n, h, w)`): Their masks in the frame before, 0 or 1.
             started (`torch.BoolTensor` of shape `(1,)`): False at the first frame of a stream.
             features (`torch.FloatTensor` of shape `(1, D, H / 8, W / 8)`), states: What the step before gave; the last
-                of the states are the histograms of what objects look like, where the network has them.
+                of the states is what objects look like, where the network remembers it.
 
         Returns:
             Mask logits `(1, Q, h, w)`, class logits `(1, Q, num_labels + 1)` and foreground logits `(1, Q)`, columns
@@ -69,15 +69,15 @@ class StreamingStep(nn.Module):
         """
         initial = self.model.model.history_encoder.initial_features.view(1, -1, 1, 1)
         features = torch.where(started.view(1, 1, 1, 1), features, initial)
-        has_histograms = bool(self.model.config.appearance_words)
-        mixers, histograms = (states[:-1], states[-1]) if has_histograms else (states, None)
-        history = AusmHistory(features, tuple(zip(mixers[::2], mixers[1::2])), self.slots, taken, masks, histograms)
+        remembers = self.model.config.remember_appearance
+        mixers, appearance = (states[:-1], states[-1]) if remembers else (states, None)
+        history = AusmHistory(features, tuple(zip(mixers[::2], mixers[1::2])), self.slots, taken, masks, appearance)
         output = self.model.step(pixel_values, history, self.label_set)
         new_features = output.history.features
         assert new_features is not None and output.history.states is not None  # they come out of the network
         new_states = [tensor for state in output.history.states for tensor in state]
-        if output.history.histograms is not None:
-            new_states.append(output.history.histograms)
+        if output.history.appearance is not None:
+            new_states.append(output.history.appearance)
         return (
             output.masks_queries_logits,
             output.class_queries_logits,
@@ -108,16 +108,17 @@ class StreamingStep(nn.Module):
                 height // config.history_stride * (width // config.history_stride)
             )
             inputs |= {f"conv_state_{index}": conv_state, f"ssm_state_{index}": ssm_state}
-        if config.appearance_words:
-            inputs["histograms"] = torch.zeros(1, 2, config.num_id_vectors + 1, config.appearance_words)
+        if config.remember_appearance:
+            width = config.hidden_size + 1
+            inputs["appearance"] = torch.zeros(1, width + config.num_id_vectors + 1, width)
         return {name: tensor.to(self.slots.device) for name, tensor in inputs.items()}
 
     def output_names(self) -> list[str]:
         """Names of what `forward` returns: history `x` comes back as `next_x`."""
         layers = range(len(self.model.model.history_encoder.compressor))
         states = [f"next_{kind}_state_{index}" for index in layers for kind in ("conv", "ssm")]
-        if self.model.config.appearance_words:
-            states.append("next_histograms")
+        if self.model.config.remember_appearance:
+            states.append("next_appearance")
         return ["mask_logits", "class_logits", "foreground_logits", "next_features", *states]
 
 

@@ -1,8 +1,8 @@
 """The network in its two forms: all frames at once, and frame by frame."""
 
 import math
-from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from ausm_hf.model.history_ausm import (
     AusmAppearance,
     AusmMaskPropagation,
     average_maps,
+    conjugate_gradients,
     mark_history,
     to_maps,
     to_tokens,
@@ -88,11 +89,16 @@ def outputs_of(result, index: int | slice):
 
 @pytest.mark.parametrize("temporal_mixer", ["mamba", "mamba2"])
 @pytest.mark.parametrize(
-    "pixel_encoder, stride, key_stride, local_kernel, radius, words",
-    [("fpn", 16, 2, 3, 2, 24), ("fpn", 8, 2, 3, 2, 24), ("msdeform", 32, 1, 0, 0, 0), ("msdeform", 8, 1, 0, 0, 0)],
+    "pixel_encoder, stride, key_stride, local_kernel, radius, appearance",
+    [
+        ("fpn", 16, 2, 3, 2, True),
+        ("fpn", 8, 2, 3, 2, True),
+        ("msdeform", 32, 1, 0, 0, False),
+        ("msdeform", 8, 1, 0, 0, False),
+    ],
 )
 def test_parallel_form_equals_recurrent_form(
-    temporal_mixer, pixel_encoder, stride, key_stride, local_kernel, radius, words
+    temporal_mixer, pixel_encoder, stride, key_stride, local_kernel, radius, appearance
 ):
     """The most important test of the project: what is trained is what runs."""
     model = tiny_model(
@@ -102,7 +108,7 @@ def test_parallel_form_equals_recurrent_form(
         history_key_stride=key_stride,
         history_local_kernel=local_kernel,
         mask_propagation_radius=radius,
-        appearance_words=words,
+        remember_appearance=appearance,
     )
     pixels, masks, switch, slots = clips()
     labels = [torch.tensor([0, 1, -100]), torch.tensor([1])]
@@ -337,7 +343,6 @@ def test_bad_input_is_refused(change, message):
         ({"mask_refinement_layers": -1}, "`mask_refinement_layers` must be at least 0, got -1"),
         ({"history_local_kernel": -1}, "`history_local_kernel` must be 0 or odd, got -1"),
         ({"mask_propagation_radius": -1}, "`mask_propagation_radius` must lie in 0 .. 32, got -1"),
-        ({"appearance_words": -1}, "`appearance_words` must be at least 0, got -1"),
         ({"backbone_config": {"model_type": "nothing"}}, "`backbone_config`"),
     ],
 )
@@ -358,7 +363,7 @@ def test_presets():
         assert (config.num_compressor_layers, config.num_history_decoder_layers) == (6, 6)
         assert config.backbone_config.embed_dim == channels
         # The paper's form
-        assert config.history_local_kernel == config.mask_propagation_radius == config.appearance_words == 0
+        assert config.history_local_kernel == config.mask_propagation_radius == config.remember_appearance == 0
 
 
 def test_how_a_network_starts():
@@ -458,12 +463,13 @@ def test_propagated_masks_reach_the_logits():
     assert iou(second.masks_queries_logits[0, 0] > 0, masks[0, 0] > 0) > 0.8
 
 
-def appearance(words: int = 24) -> AusmAppearance:
-    return tiny_model(appearance_words=words, num_id_vectors=5).model.history_encoder.appearance
+def appearance() -> AusmAppearance:
+    return tiny_model(remember_appearance=True, num_id_vectors=5).model.history_encoder.appearance
 
 
-def test_appearance_is_a_count_of_words():
-    """The logits, pixel by pixel: an object that comes later, one that is away for a frame, and a carried state."""
+def test_appearance_is_ridge_regression():
+    """The logits by numpy's least squares over all pixels of all frames: an object that comes later, one that is away
+    for a frame, a stream that begins and one that goes on."""
     module = appearance()
     torch.manual_seed(5)
     features = torch.randn(2, 5, 32, 4, 6)
@@ -472,47 +478,45 @@ def test_appearance_is_a_count_of_words():
     masks[:, 2, 0] = 0
     masks[:, 1:, 1, 5:8, 6:11] = 1
     slots = torch.tensor([[4, 1], [0, 2]])
-    shares = torch.nn.functional.avg_pool2d(masks.flatten(0, 1), 2).unflatten(0, (2, 4))
+    shares = F.avg_pool2d(masks.flatten(0, 1), 2).unflatten(0, (2, 4))
     begun, going = torch.tensor([True, False]), torch.tensor([True, True])
     there = torch.ones(2, 4, 2, dtype=torch.bool)
     with torch.no_grad():
         module.scale.fill_(1.5)
-        seen = module.describe(features)
-        logits, histograms = module(seen[:, 1:], seen[:, 0], shares, slots, there, begun, None)
-        half, carried = module(seen[:, 1:3], seen[:, 0], shares[:, :2], slots, there[:, :2], begun, None)
-        rest, resumed = module(seen[:, 3:], seen[:, 2], shares[:, 2:], slots, there[:, 2:], going, carried)
-        weight = module.words.weight
-    torch.testing.assert_close(torch.cat([half, rest], dim=1), logits)
-    torch.testing.assert_close(resumed, histograms)
+        logits, memory = module(features[:, 1:], features[:, 0], shares, slots, there, begun, None)
+        half, carried = module(features[:, 1:3], features[:, 0], shares[:, :2], slots, there[:, :2], begun, None)
+        rest, resumed = module(features[:, 3:], features[:, 2], shares[:, 2:], slots, there[:, 2:], going, carried)
+    torch.testing.assert_close(torch.cat([half, rest], dim=1), logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(resumed, memory)
 
-    def words(b, t, y, x):
-        vector = features[b, t, :, y, x]
-        return (weight @ vector / vector.norm()).softmax(0)
-
-    def histogram(b, owner, t):
-        """First and recent histogram of object 0, 1 or the background, 2, before frame t."""
-        first, recent = None, torch.zeros(24)
-        for past in range(0 if b == 0 else 1, t):  # the second stream has no frame 0
-            shares = torch.nn.functional.avg_pool2d(masks[b, past], 2)
-            shares = torch.cat([shares, 1 - shares.sum(0, keepdim=True)])[owner]
-            new = sum(shares[y, x] * words(b, past, y, x) for y in range(4) for x in range(6))
-            recent = 0.9 * recent + new
-            if first is None and shares.sum():
-                first = new
-        return first, recent
-
-    for b, t, y, x in [(0, 1, 1, 2), (0, 2, 3, 4), (0, 4, 0, 0), (1, 2, 2, 3), (1, 3, 3, 4)]:
-        likely = []
-        for owner in range(3):
-            first, recent = histogram(b, owner, t)
-            looks = torch.zeros(24) if first is None else (first / first.sum() + recent / recent.sum()) / 2
-            likely.append(looks @ words(b, t, y, x))
-        for n in range(2):
-            expected = 1.5 * ((likely[n] + 0.5 / 24) / (sum(likely) - likely[n] + 0.5 / 24)).log()
-            if histogram(b, n, t)[0] is None:
-                expected = torch.zeros(())
-            torch.testing.assert_close(logits[b, t - 1, n, y, x], expected)
-    assert not logits[1, 0].any() and not logits[0, 0, 1].any()
+    looks = features.double().flatten(3).mT.numpy()
+    looks = looks / np.linalg.norm(looks, axis=-1, keepdims=True)
+    looks = np.concatenate([looks, np.full_like(looks[..., :1], 0.5)], axis=-1)
+    owners = shares.double().flatten(3).numpy()
+    owners = np.concatenate([owners, 1 - owners.sum(axis=2, keepdims=True)], axis=2)
+    for b in range(2):
+        rows, weights, wanted, seen = [], [], [], set()
+        for t in range(4):
+            weights = [0.98 * weight for weight in weights]
+            for n in range(3) if t or not b else ():  # the second stream has no frame 0
+                if owners[b, t, n].any():
+                    rows.append(looks[b, t])
+                    weights.append(owners[b, t, n] / owners[b, t, n].sum() * (0.02 if n in seen else 1))
+                    wanted.append(np.eye(3)[[n] * 24])
+                    seen.add(n)
+            if not seen:
+                assert not logits[b, t].any()
+                continue
+            root = np.sqrt(np.concatenate(weights))[:, None]
+            ridge = np.concatenate([np.concatenate(rows) * root, np.sqrt(0.03) * np.eye(33)])
+            classifier = np.linalg.lstsq(ridge, np.concatenate([np.concatenate(wanted) * root, np.zeros((33, 3))]))[0]
+            scores = looks[b, t + 1] @ classifier
+            for n in range(2):
+                best = np.delete(scores, n, axis=1).max(axis=1).clip(min=0)
+                expected = 1.5 * (scores[:, n] - best) if n in seen else np.zeros(24)
+                torch.testing.assert_close(
+                    logits[b, t, n].flatten(), torch.from_numpy(expected).float(), atol=2e-5, rtol=1e-4
+                )
 
 
 def test_untrained_appearance_finds_what_was_hidden():
@@ -527,48 +531,49 @@ def test_untrained_appearance_finds_what_was_hidden():
         for t in range(3):
             features[0, t] = torch.where(masks[0, t, n] > 0, kind.view(-1, 1, 1), features[0, t])
     features[0, 3, :, 2:6, 4:8] = kinds[0].view(-1, 1, 1)
+    before, features = features[:, 0], features[:, 1:]
+    there, started = torch.ones(1, 3, 2, dtype=torch.bool), torch.tensor([True])
     with torch.no_grad():
-        words, there = module.describe(features), torch.ones(1, 3, 2, dtype=torch.bool)
-        before, words = words[:, 0], words[:, 1:]
-        logits, _ = module(words, before, masks, torch.tensor([[3, 0]]), there, torch.tensor([True]), None)
+        logits, _ = module(features, before, masks, torch.tensor([[3, 0]]), there, started, None)
         # A column that is only padding has no part in it, whichever slot it names.
-        padded, _ = module(
-            words,
-            before,
-            F.pad(masks, (0, 0, 0, 0, 0, 1)),
-            torch.tensor([[3, 0, 3]]),
-            F.pad(there, (0, 1)),
-            torch.tensor([True]),
-            None,
-        )
+        more = F.pad(masks, (0, 0, 0, 0, 0, 1))
+        padded, _ = module(features, before, more, torch.tensor([[3, 0, 3]]), F.pad(there, (0, 1)), started, None)
     out = torch.zeros(8, 8, dtype=torch.bool)
     out[2:6, 4:8] = True
-    assert torch.equal(logits[0, -1, 0] > 0, out)
-    assert (logits[0, -1, 1] < 0).all()
-    assert torch.equal(padded[:, :, :2], logits)
+    assert (logits[0, -1, 0] > 2)[out].all() and (logits[0, -1, 0] < -2)[~out].all()
+    assert (logits[0, -1, 1] < -2).all()
+    torch.testing.assert_close(padded[:, :, :2], logits)
 
 
-def test_words_are_kept_for_the_next_frame():
-    """Those in the history are those of the frame before: without them they are computed again."""
-    model = tiny_model(appearance_words=24)
-    encoder = model.model.history_encoder
-    torch.manual_seed(7)
-    masks = torch.zeros(1, 1, 16, 16)
-    masks[..., 4:10, 4:10] = 1
-    slots, taken = torch.tensor([[2]]), torch.ones(1, 1, dtype=torch.bool)
-    frames = torch.randn(3, 1, 3, 64, 64)
+def test_an_object_that_fills_the_frame_stands_against_nobody():
+    """Whose score is 0: a pixel that is as unlike it as can be has a negative logit."""
+    module = appearance()
+    features = torch.randn(32).view(1, 1, 32, 1, 1).expand(-1, 2, -1, 4, 4).clone()
+    features[0, 1, :, :2] *= -1
+    masks, there, started = torch.ones(1, 1, 1, 4, 4), torch.ones(1, 1, 1, dtype=torch.bool), torch.tensor([True])
     with torch.no_grad():
-        history = model.init_history(1)
-        for frame in frames[:2]:
-            history = model.step(frame, history.replace_objects(slots, taken, masks)).history
-        torch.testing.assert_close(history.words, encoder.appearance.describe(history.features))
-        kept = model.step(frames[2], history.replace_objects(slots, taken, masks))
-        without = model.step(frames[2], replace(history.replace_objects(slots, taken, masks), words=None))
-        other = replace(history.replace_objects(slots, taken, masks), words=history.words.flip(1))
-        others = model.step(frames[2], other)
-    torch.testing.assert_close(kept.masks_queries_logits, without.masks_queries_logits)
-    torch.testing.assert_close(kept.history.histograms, without.history.histograms)
-    assert not torch.allclose(kept.history.histograms, others.history.histograms)
+        logits, _ = module(features[:, 1:], features[:, 0], masks, torch.tensor([[2]]), there, started, None)
+        score = 4 / (1 + 0.03 / 1.25)  # 1.25 is the squared length of a pixel's looks
+    torch.testing.assert_close(logits[0, 0, 0, 2:], torch.full((2, 4), score))
+    torch.testing.assert_close(logits[0, 0, 0, :2], torch.full((2, 4), -score * (1 - 0.25) / 1.25))
+
+
+def test_conjugate_gradients_are_torchs_solver():
+    """And its gradients, but for those of a column of zeros, of an object that was never seen: they are zero."""
+    torch.manual_seed(7)
+    looks = F.normalize(torch.randn(3, 500, 64) * torch.linspace(2, 0.01, 64), dim=-1)
+    matrices = (looks.mT @ looks / 250 + 0.03 * torch.eye(64)).requires_grad_()
+    targets = torch.cat([looks[:, :4].mT, torch.zeros(3, 64, 1)], dim=-1).requires_grad_()
+    results = [
+        conjugate_gradients(matrices, targets, AusmAppearance.SOLVER_STEPS),
+        torch.linalg.solve(matrices, targets),
+    ]
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+    weights = torch.randn_like(results[0])
+    got, expected = (torch.autograd.grad((result * weights).sum(), (matrices, targets)) for result in results)
+    torch.testing.assert_close(got[0], expected[0], atol=1e-3 * float(expected[0].abs().max()), rtol=1e-3)
+    torch.testing.assert_close(got[1][..., :4], expected[1][..., :4], atol=1e-3, rtol=1e-3)
+    assert not got[1][..., 4].any()
 
 
 @pytest.mark.parametrize("size", [(8, 12), (4, 6), (5, 7), (16, 24), (20, 30)])

@@ -2,7 +2,6 @@
 
 import functools
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,26 +172,3 @@ def test_tensorboard(recipe_file, tmp_path):
     pytest.importorskip("tensorboard")
     train(load_recipe(recipe_file, ["tracker=tensorboard"]))
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
-
-
-def test_words_are_fitted_where_the_checkpoint_has_none(recipe_file, tmp_path):
-    """And never again: neither from a checkpoint that has them nor when a run goes on."""
-
-    def words(output_dir: str, start: Path | None, *overrides: str) -> torch.Tensor:
-        if start is not None:
-            overrides += ("model.preset=null", f"model.path={start}", "model.label_sets=null")
-            overrides += ("model.overrides={appearance_words: 8}",)
-        recipe = load_recipe(recipe_file, [f"output_dir={tmp_path / output_dir}", "optim.lr=1e-6", *overrides])
-        model = AusmForUniversalSegmentation.from_pretrained(train(recipe))
-        appearance = model.model.history_encoder.appearance
-        return None if appearance is None else appearance.words.weight
-
-    assert words("without", None, "model.overrides.appearance_words=0") is None
-    fitted = words("fitted", tmp_path / "without" / "final", "seed=1", "save_every=1")
-    torch.testing.assert_close(fitted.norm(dim=-1), torch.full((8,), 40.0), atol=1e-3, rtol=0)
-    again = words("again", tmp_path / "fitted" / "final", "seed=2")
-    torch.testing.assert_close(again, fitted, atol=1e-4, rtol=0)
-    newest = max((tmp_path / "fitted").glob("step-*"))
-    resumed = words("fitted", tmp_path / "without" / "final", "seed=1", "save_every=1", "optim.max_steps=3")
-    assert newest.name == "step-00000002"
-    torch.testing.assert_close(resumed, fitted, atol=1e-4, rtol=0)

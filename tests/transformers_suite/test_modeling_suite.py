@@ -43,7 +43,7 @@ class AusmModelTester:
             num_decoder_layers=self.num_hidden_layers,
             history_feedforward_size=32,
             mask_propagation_radius=2,
-            appearance_words=16,
+            remember_appearance=True,
             decoder_feedforward_size=32,
             num_id_vectors=4,
             num_detection_queries=self.seq_length,

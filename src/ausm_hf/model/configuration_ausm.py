@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "history_local_kernel": 5,
         "history_gate_init": 1.0,
         "mask_propagation_radius": 4,
-        "appearance_words": 512,
+        "remember_appearance": True,
         "num_decoder_layers": 2,
         "decoder_feedforward_size": 512,
         "num_id_vectors": 32,
@@ -153,10 +153,10 @@ class AusmConfig(PreTrainedConfig):
             How many stride-8 pixels far, in each direction, a pixel looks in the previous frame for what is like it.
             The masks of followed objects come along and become a start for the logits of their masks, so their
             outlines need not pass through ID vectors. 0, the paper's form, has none of this.
-        appearance_words (`int`, *optional*, defaults to 0):
-            How many kinds of pixels are told apart to remember what each followed object looks like, as histograms
-            that a stream carries on; a pixel that looks like an object then gives its mask a higher logit, wherever it
-            is. 0, the paper's form, has none of this.
+        remember_appearance (`bool`, *optional*, defaults to `False`):
+            Whether a stream remembers what each followed object looks like, as a linear classifier of pixels that is
+            fitted to the frames so far; a pixel that looks like an object then gives its mask a higher logit, wherever
+            it is. The paper's form has none of this.
         history_gate_init (`float`, *optional*, defaults to 0.0):
             Initial gate of what the history adds to the frame's features. 0 makes a fresh network reproduce the
             Mask2Former that it was initialised from; networks that start without one start at 1.
@@ -239,7 +239,7 @@ class AusmConfig(PreTrainedConfig):
     history_self_attention: bool = True
     history_local_kernel: int = 0
     mask_propagation_radius: int = 0
-    appearance_words: int = 0
+    remember_appearance: bool = False
     history_gate_init: float = 0.0
     num_decoder_layers: int = 9
     decoder_feedforward_size: int = 2048
@@ -325,8 +325,6 @@ class AusmConfig(PreTrainedConfig):
             raise ValueError(
                 f"`mask_propagation_radius` must lie in 0 .. {MAX_RADIUS}, got {self.mask_propagation_radius}."
             )
-        if self.appearance_words < 0:
-            raise ValueError(f"`appearance_words` must be at least 0, got {self.appearance_words}.")
         # A broken or hostile file must not take all memory. No network of use comes near.
         for name in (
             *positive,
@@ -334,7 +332,6 @@ class AusmConfig(PreTrainedConfig):
             "pixel_encoder_feedforward_size",
             "mask_refinement_layers",
             "history_local_kernel",
-            "appearance_words",
         ):
             most = MAX_LAYERS if name.endswith("_layers") else MAX_SIZE
             if getattr(self, name) > most:

@@ -40,12 +40,9 @@ class AusmHistory:
         masks (`torch.Tensor` of shape `(B, n, height, width)`):
             `M_{t-1}`: the mask of each object in the previous frame, in [0, 1], at any resolution; all zeros where
             the object was absent.
-        histograms (`torch.FloatTensor` of shape `(B, 2, num_id_vectors + 1, words)`, *optional*):
+        appearance (`torch.FloatTensor` of shape `(B, D + 1 + num_id_vectors + 1, D + 1)`, *optional*):
             What each slot's object and, last, the background looked like up to frame t - 2: see [`AusmAppearance`].
-            `None` before the first frame, and without `appearance_words`.
-        words (`torch.FloatTensor` of shape `(B, S, words)`, *optional*):
-            The words of each stride-8 pixel of the previous frame, kept so that they aren't computed again. `None`
-            likewise.
+            `None` before the first frame, and without `remember_appearance`.
     """
 
     features: Tensor | None
@@ -53,8 +50,7 @@ class AusmHistory:
     slots: Tensor
     taken: Tensor
     masks: Tensor
-    histograms: Tensor | None = None
-    words: Tensor | None = None
+    appearance: Tensor | None = None
 
     @classmethod
     def empty(cls, batch_size: int, device: torch.device | str, dtype: torch.dtype) -> AusmHistory:
@@ -77,13 +73,14 @@ class AusmHistory:
         return replace(self, slots=slots, taken=taken, masks=masks)
 
     def forget_appearance(self, columns: list[int]) -> AusmHistory:
-        """The same past without what the objects of these columns looked like: their slots' histograms begin anew."""
-        if not columns or self.histograms is None:
+        """The same past without what the objects of these columns looked like: their pixels were nobody's."""
+        if not columns or self.appearance is None:
             return self
-        histograms = self.histograms.clone()
+        appearance = self.appearance.clone()
+        of_slots = appearance[:, appearance.shape[2] :]
         for stream, slots in enumerate(self.slots[:, columns].tolist()):
-            histograms[stream, :, slots] = 0
-        return replace(self, histograms=histograms)
+            of_slots[stream, slots] = 0
+        return replace(self, appearance=appearance)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name, for saving, exporting and counting bytes."""
@@ -95,12 +92,8 @@ class AusmHistory:
     def detach(self) -> AusmHistory:
         """The same history without its graph: what one training clip passes to the next."""
         states = None if self.states is None else tuple(tuple(x.detach() for x in state) for state in self.states)
-        features, histograms, words = (
-            None if x is None else x.detach() for x in (self.features, self.histograms, self.words)
-        )
-        return replace(
-            self, features=features, states=states, masks=self.masks.detach(), histograms=histograms, words=words
-        )
+        features, appearance = (None if x is None else x.detach() for x in (self.features, self.appearance))
+        return replace(self, features=features, states=states, masks=self.masks.detach(), appearance=appearance)
 
     @property
     def num_bytes(self) -> int:
@@ -403,78 +396,105 @@ class AusmMaskPropagation(nn.Module):
 
 class AusmAppearance(nn.Module):
     """
-    What each followed object looks like, wherever it is: how often which of `appearance_words` learned words is seen
-    in it. Of each slot and of the background there are two histograms, from the first frame that shows it and over the
-    recent ones, and a pixel's word says whose it is: the logit is the logarithm of how likely it is in the object,
-    over how likely it is in all others and the background together. So an object that was hidden is known again, and
-    who crosses it doesn't take it over. The histograms are a sum over frames: both forms compute the same.
+    What each followed object looks like, wherever it is: a linear classifier from a pixel's features to whose pixel it
+    is, fitted to the frames so far by ridge regression, as few-shot learners do (R2D2, arXiv 1805.08136). So an object
+    that was hidden is known again, and who crosses it doesn't take it over.
+
+    In each frame, each object and the background count the same, whatever their size. The sums over pixels that the
+    regression needs are moving averages over frames which start with the first frame that shows an object: that is
+    all that a stream keeps, and both forms compute the same.
     """
 
-    SHARPNESS = 40.0  # of cosines, in new words: how decidedly a pixel is of the word that it is most like
-    FADING = 0.9  # weight of a frame in the recent histogram, relative to the frame after it
-    EPSILON = 0.5  # how often any other word may be seen, relative to how often words are; so no logit is extreme
+    FADING = 0.98  # weight of a frame in the averages, relative to the frame after it
+    RIDGE = 0.03
+    SOLVER_STEPS = 20  # of conjugate gradients: with this ridge, to the precision of float32
 
     def __init__(self, config: AusmConfig):
         super().__init__()
         self.num_slots = config.num_id_vectors
-        self.words = nn.Linear(config.hidden_size, config.appearance_words, bias=False)
         self.scale = nn.Parameter(torch.zeros(1))
 
     def describe(self, features: Tensor) -> Tensor:
-        """The words of each pixel, as shares: features (..., D, h, w) to float32 (..., S, words)."""
-        tokens = F.normalize(features.flatten(-2).mT, dim=-1)
-        return self.words(tokens).softmax(-1, dtype=torch.float32)
+        """What is classified: features (..., D, h, w) to float32 (..., S, R) of the same length, and a constant."""
+        looks = channels_last(features).flatten(-3, -2).float().contiguous()
+        return F.pad(F.normalize(looks, dim=-1), (0, 1), value=0.5)
 
     def forward(
         self,
-        words: Tensor,
-        words_before: Tensor,
+        features: Tensor,
+        previous: Tensor,
         shares: Tensor,
         slots: Tensor,
         taken: Tensor,
         started: Tensor,
-        histograms: Tensor | None,
+        memory: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
-            words (`torch.FloatTensor` of shape `(B, T, S, words)`): What `describe` says of `X_1 .. X_T`.
-            words_before (`torch.FloatTensor` of shape `(B, S, words)`): And of `X_0`.
+            features (`torch.Tensor` of shape `(B, T, D, h, w)`): `X_1 .. X_T`.
+            previous (`torch.Tensor` of shape `(B, D, h, w)`): `X_0`.
             shares (`torch.Tensor` of shape `(B, T, n, h, w)`): What share of each cell `M_0 .. M_{T-1}` cover.
             slots (`torch.LongTensor` of shape `(B, n)`): The slot of each object.
             taken (`torch.BoolTensor` of shape `(B, T, n)`): Whether there is an object.
             started (`torch.BoolTensor` of shape `(B,)`): False where `X_0` is no frame.
-            histograms (`torch.FloatTensor` of shape `(B, 2, num_id_vectors + 1, words)`, *optional*): Those of the
-                frames before `X_0`.
+            memory (`torch.FloatTensor` of shape `(B, R + num_id_vectors + 1, R)`, *optional*): R is D + 1. Averages
+                over the frames before `X_0`: first `R` rows of products of looks over all pixels, then the looks of
+                each slot's object and of the background.
 
         Returns:
-            Logits of shape `(B, T, n, h, w)`, 0 for an object that has not been seen yet, and the histograms of the
+            Logits of shape `(B, T, n, h, w)`, 0 for an object that has not been seen yet, and the averages over the
             frames before `X_T`.
         """
         batch, frames = shares.shape[:2]
         size = shares.shape[-2:]
+        looks = self.describe(features)
+        seen = torch.cat([self.describe(previous).unsqueeze(1), looks[:, :-1]], dim=1)  # (B, T, S, R)
         shares = shares.float().flatten(3)
         shares = torch.cat([shares, (1 - shares.sum(dim=2, keepdim=True)).clamp(min=0)], dim=2)
         shares = torch.cat([shares[:, :1] * started.view(-1, 1, 1, 1), shares[:, 1:]], dim=1)
         holders = F.one_hot(F.pad(slots, (0, 1), value=self.num_slots), self.num_slots + 1).unsqueeze(1)
         holders = holders * F.pad(taken, (0, 1), value=True).unsqueeze(-1).float()  # (B, T, n + 1, num_slots + 1)
-        if histograms is None:
-            histograms = words.new_zeros(batch, 2, self.num_slots + 1, words.shape[-1])
-        first, recent = histograms.unbind(1)
-        logits = []
+
+        evenly = shares / shares.sum(dim=-1, keepdim=True).clamp(min=1e-6)
+        means = holders.mT @ (evenly @ seen)  # (B, T, num_slots + 1, R); zeros where it is not to be seen
+        width = looks.shape[-1]
+        if memory is None:
+            memory = looks.new_zeros(batch, width + self.num_slots + 1, width)
+        memories = []
         for t in range(frames):
-            counts = shares[:, t] @ (words[:, t - 1] if t else words_before)  # (B, n + 1, words)
-            new = holders[:, t].mT @ counts
-            first = torch.where(first.sum(dim=-1, keepdim=True) > 0, first, new)
-            recent = self.FADING * recent + new
-            seen = holders[:, t] @ recent
-            looks = (F.normalize(holders[:, t] @ first, p=1, dim=-1) + F.normalize(seen, p=1, dim=-1)) / 2
-            likely = looks @ words[:, t].mT  # (B, n + 1, S)
-            others = likely.sum(dim=1, keepdim=True) - likely
-            known = seen.sum(dim=-1, keepdim=True) > 0
-            epsilon = self.EPSILON / words.shape[-1]
-            logits.append((((likely + epsilon).log() - (others + epsilon).log()) * known)[:, :-1])
-        logits = self.scale * torch.stack(logits, dim=1).unflatten(-1, size)
-        return logits, torch.stack([first, recent], dim=1)
+            known = memory[:, width:, -1:] > 0
+            weights = torch.where(known, 1 - self.FADING, 1.0)
+            of_pixels = evenly[:, t].mT @ (holders[:, t] @ weights)  # (B, S, 1)
+            products = (of_pixels * seen[:, t]).mT @ seen[:, t]
+            memory = self.FADING * memory + torch.cat([products, weights * means[:, t]], dim=1)
+            memories.append(memory)
+
+        averages = torch.stack(memories, dim=1)
+        targets = holders @ averages[:, :, width:]  # (B, T, n + 1, R)
+        ridge = self.RIDGE * torch.eye(width, device=looks.device)
+        classifiers = conjugate_gradients(averages[:, :, :width] + ridge, targets.mT, self.SOLVER_STEPS)
+        scores = (looks @ classifiers).mT  # 1 is wanted in the object, 0 elsewhere
+        best, second = F.pad(scores, (0, 0, 0, 1)).topk(2, dim=2).values.split(1, dim=2)
+        logits = self.scale * (scores - torch.where(scores == best, second, best))
+        logits = logits * (targets[..., -1:] > 0)
+        return logits[:, :, :-1].unflatten(-1, size), memory
+
+
+def conjugate_gradients(matrices: Tensor, targets: Tensor, steps: int) -> Tensor:
+    """
+    Solves `matrices @ x = targets` for positive definite matrices (..., R, R) and columns (..., R, n) without a
+    factorisation, which not every runtime has.
+    """
+    x, residual, direction = torch.zeros_like(targets), targets, targets
+    length = residual.square().sum(dim=-2, keepdim=True)
+    for _ in range(steps):
+        image = matrices @ direction
+        step = length / (direction * image).sum(dim=-2, keepdim=True).clamp(min=1e-30)
+        x = x + step * direction
+        residual = residual - step * image
+        length, before = residual.square().sum(dim=-2, keepdim=True), length
+        direction = residual + length / before.clamp(min=1e-30) * direction
+    return x
 
 
 class AusmHistoryEncoder(nn.Module):
@@ -498,7 +518,7 @@ class AusmHistoryEncoder(nn.Module):
             self.local_read = nn.Conv2d(size, size, kernel, padding=kernel // 2, groups=size)
             self.mark_readout = AusmMarkReadout(config)
         self.mask_propagation = AusmMaskPropagation(config) if config.mask_propagation_radius else None
-        self.appearance = AusmAppearance(config) if config.appearance_words else None
+        self.appearance = AusmAppearance(config) if config.remember_appearance else None
         self.decoder = nn.ModuleList(AusmHistoryDecoderLayer(config) for _ in range(config.num_history_decoder_layers))
         self.output_norm = nn.LayerNorm(config.hidden_size)
         self.output_projection = nn.Linear(config.hidden_size, config.hidden_size)
@@ -521,7 +541,7 @@ class AusmHistoryEncoder(nn.Module):
         marks: Tensor,
         positions: Tensor,
         history: AusmHistory,
-    ) -> tuple[Tensor, Tensor | None, tuple[tuple[Tensor, ...], ...], Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, tuple[tuple[Tensor, ...], ...], Tensor | None]:
         """
         Args:
             features (`torch.Tensor` of shape `(B * T, D, h, w)`): `X_1 .. X_T`.
@@ -535,8 +555,8 @@ class AusmHistoryEncoder(nn.Module):
 
         Returns:
             What the history adds to the features, `G - X`, of shape `(B * T, D, h', w')`; logits (B * T, n, h, w) of
-            where objects are by where they were and what they look like, None without both parts; and the new states,
-            histograms and words.
+            where objects are by where they were and what they look like, None without both parts; the new states, and
+            the new memory of what objects look like.
         """
         batch, frames = masks.shape[:2]
         size = (features.shape[-2], features.shape[-1])
@@ -549,7 +569,7 @@ class AusmHistoryEncoder(nn.Module):
             first = channels_last(history.features).to(features.dtype)
         past = channels_first(torch.cat([first.unsqueeze(1), present[:, :-1]], dim=1).flatten(0, 1))
 
-        followed = histograms = words = None
+        followed = appearance = None
         if self.mask_propagation is not None or self.appearance is not None:
             # `M_0` of a stream that begins is drawn on its first frame, not on `X_0`.
             started = (first[:, 0, 0] != self.initial_features).any(dim=1)
@@ -559,13 +579,18 @@ class AusmHistoryEncoder(nn.Module):
             known = (masks > 0.5).flatten(3).any(dim=-1)
             followed = self.mask_propagation(features, past, shares, known.flatten(0, 1))
         if self.appearance is not None:
-            described = self.appearance.describe(features).unflatten(0, (batch, frames))
-            before = self.appearance.describe(channels_first(first)) if history.words is None else history.words
-            shares = shares.unflatten(0, (batch, frames))
-            alike, histograms = self.appearance(described, before, shares, slots, taken, started, history.histograms)
+            with torch.autocast(features.device.type, enabled=False):
+                alike, appearance = self.appearance(
+                    features.unflatten(0, (batch, frames)),
+                    channels_first(first),
+                    shares.unflatten(0, (batch, frames)),
+                    slots,
+                    taken,
+                    started,
+                    history.appearance,
+                )
             alike = alike.flatten(0, 1).to(features.dtype)
             followed = alike if followed is None else followed + alike
-            words = described[:, -1]
 
         size = (marks.shape[-2], marks.shape[-1])
         queries, past, marks = (to_tokens(average_maps(x, size)) for x in (features, past, marks))
@@ -585,4 +610,4 @@ class AusmHistoryEncoder(nn.Module):
         for layer in self.decoder:
             hidden_states = layer(hidden_states, keys, values, positions, size)
         change = self.gate * self.output_projection(self.output_norm(hidden_states))
-        return to_maps(change, size), followed, tuple(states), histograms, words
+        return to_maps(change, size), followed, tuple(states), appearance

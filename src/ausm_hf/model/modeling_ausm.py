@@ -137,8 +137,7 @@ class AusmPreTrainedModel(PreTrainedModel):
             init.constant_(module.scale, 8.0)
             init.constant_(module.offset, -4.0)
         elif isinstance(module, AusmAppearance):
-            init.normal_(module.words.weight, std=module.SHARPNESS * self.config.hidden_size**-0.5)
-            init.ones_(module.scale)
+            init.constant_(module.scale, 4.0)
         elif isinstance(module, Mask2FormerPixelDecoder):
             init.normal_(module.level_embed)
         elif isinstance(module, Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention):
@@ -322,7 +321,7 @@ class AusmModel(AusmPreTrainedModel):
         marks = over_frames(self.history_encoder.mark_vectors(id_vectors))
         marks = mark_history(marks, history_masks_seen, history_size)
         positions = sine_positions(history_size, features.shape[1], features.device, features.dtype)
-        change, followed, states, histograms, words = self.history_encoder(
+        change, followed, states, appearance = self.history_encoder(
             features, seen_masks, id_slots, taken, marks, positions, history
         )
         changes = [resize_maps(change, (level.shape[-2], level.shape[-1])) for level in frame_features.levels]
@@ -360,8 +359,7 @@ class AusmModel(AusmPreTrainedModel):
                 id_slots,
                 taken[:, -1],
                 history_masks[:, -1],
-                histograms,
-                words,
+                appearance,
             ),
             intermediate_masks_queries_logits=tuple(masks[:-1]) if output_intermediate else None,
             intermediate_query_hidden_states=tuple(hidden_states[:-1]) if output_intermediate else None,

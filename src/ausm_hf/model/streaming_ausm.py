@@ -412,24 +412,21 @@ def _join(histories: list[AusmHistory]) -> AusmHistory:
     """The histories of several streams, all before or all after their first frame, as one of a batch."""
     most = max(history.slots.shape[1] for history in histories)
     missing = [most - history.slots.shape[1] for history in histories]
-    features = states = histograms = words = None
+    features = states = appearance = None
     if histories[0].features is not None:
         features = torch.cat([history.features for history in histories])
         states = tuple(
             tuple(map(torch.cat, zip(*layers))) for layers in zip(*(history.states for history in histories))
         )
-    if histories[0].histograms is not None:
-        histograms = torch.cat([history.histograms for history in histories])
-    if all(history.words is not None for history in histories):
-        words = torch.cat([history.words for history in histories])
+    if histories[0].appearance is not None:
+        appearance = torch.cat([history.appearance for history in histories])
     return AusmHistory(
         features,
         states,
         slots=torch.cat([F.pad(history.slots, (0, n)) for history, n in zip(histories, missing)]),
         taken=torch.cat([F.pad(history.taken, (0, n)) for history, n in zip(histories, missing)]),
         masks=torch.cat([F.pad(history.masks, (0, 0, 0, 0, 0, n)) for history, n in zip(histories, missing)]),
-        histograms=histograms,
-        words=words,
+        appearance=appearance,
     )
 
 
@@ -445,8 +442,7 @@ def _split(joined: AusmHistory, numbers: list[int]) -> list[AusmHistory]:
             joined.slots[i : i + 1, :number],
             joined.taken[i : i + 1, :number],
             joined.masks[i : i + 1, :number],
-            None if joined.histograms is None else joined.histograms[i : i + 1],
-            None if joined.words is None else joined.words[i : i + 1],
+            None if joined.appearance is None else joined.appearance[i : i + 1],
         )
         for i, number in enumerate(numbers)
     ]

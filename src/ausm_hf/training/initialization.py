@@ -1,44 +1,8 @@
 """Weights to start training from."""
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
-from scipy.cluster.vq import kmeans2
-from torch.utils.data import Dataset
 
 from ausm_hf.model.backbone_efficientnet_lite import EfficientNetLiteBackbone
-from ausm_hf.model.modeling_ausm import AusmForUniversalSegmentation
-
-
-@torch.no_grad()
-def fit_words(
-    model: AusmForUniversalSegmentation,
-    dataset: Dataset,
-    collator: Callable[[list[dict]], dict],
-    num_clips: int = 64,
-    num_pixels: int = 40_000,
-) -> None:
-    """
-    Start the words of `model`'s appearance from what its features look like, in place: k-means of the pixels of the
-    first and the last frame of the first clips. They tell objects apart at once; random words have to learn it.
-
-    Args:
-        model ([`AusmForUniversalSegmentation`]): With trained features, and `appearance_words`.
-        dataset, collator: Clips, as [`train`] takes them.
-        num_clips, num_pixels: How many are looked at. Which pixels is the same in every run.
-    """
-    network = model.eval().model
-    pixels = []
-    for index in range(num_clips):
-        frames = collator([dataset[index]])["pixel_values_videos"][0, [0, -1]]
-        pixels.append(network.encode_frames(frames.to(network.device)).levels[0].flatten(2).mT.flatten(0, 1))
-    tokens = F.normalize(torch.cat(pixels).float().cpu(), dim=-1)
-    chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[:num_pixels]
-    appearance = network.history_encoder.appearance
-    words = appearance.words.weight
-    centers, _ = kmeans2(tokens[chosen].numpy(), len(words), minit="points", seed=0)
-    words.copy_(appearance.SHARPNESS * F.normalize(torch.from_numpy(centers), dim=-1))
 
 
 def load_imagenet_weights(backbone: EfficientNetLiteBackbone) -> None:

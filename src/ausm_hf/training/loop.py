@@ -51,7 +51,7 @@ from .history import (
     sample_history,
     switch_frames_of_clip,
 )
-from .initialization import fit_words, load_imagenet_weights
+from .initialization import load_imagenet_weights
 from .optimizer import build_optimizer, is_backbone_parameter, learning_rate_factor, set_learning_rate
 from .recipe import Recipe, recipe_to_dict
 from .samples import SampleWriter
@@ -134,8 +134,6 @@ def train(
         dataset, collator = build_data(recipe, config, processor.image_processor)
     if model is None:
         model = build_model(recipe, config)
-        if _has_new_words(recipe, config) and not checkpoints(output_dir):
-            fit_words(model.to(accelerator.device), dataset, collator)
     if evaluate is None:
         evaluate = SampleWriter(dataset, collator)
     if recipe.gradient_checkpointing:
@@ -291,12 +289,6 @@ def build_model(recipe: Recipe, config: AusmConfig) -> AusmForUniversalSegmentat
     if recipe.model.imagenet_backbone:
         load_imagenet_weights(model.model.backbone)
     return model
-
-
-def _has_new_words(recipe: Recipe, config: AusmConfig) -> bool:
-    """Whether the network has words for what objects look like that no checkpoint knows yet."""
-    path = recipe.model.path
-    return bool(config.appearance_words) and (path is None or not AusmConfig.from_pretrained(path).appearance_words)
 
 
 def _load_model(path: str, config: AusmConfig, reinitialize: list[str]) -> AusmForUniversalSegmentation:
