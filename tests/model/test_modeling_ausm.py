@@ -427,13 +427,30 @@ def test_untrained_propagation_follows_what_moves():
     assert torch.equal(logits[0] > 0, masks[1] > 0)
 
 
-def test_propagation_says_nothing_of_an_object_that_was_away():
+def test_propagation_says_nothing_of_an_object_that_may_be_anywhere():
     shares = torch.zeros(1, 2, 8, 8)
     shares[0, 1, 2:5, 2:5] = 1
     with torch.no_grad():
         away, seen = mask_propagation(2)(*torch.randn(2, 1, 32, 8, 8), shares, torch.tensor([[False, True]]))[0]
     assert (away == 0).all()
     assert (seen != 0).all()
+
+
+@pytest.mark.parametrize("appearance", [False, True])
+def test_who_has_been_seen_and_has_no_mask_is_away(appearance):
+    """Of two objects the first has a mask after frame 1, none after frame 2, and the second never had one."""
+    model = tiny_model(mask_propagation_radius=2, remember_appearance=appearance)
+    known = []
+    propagation = model.model.history_encoder.mask_propagation
+    propagation.register_forward_pre_hook(lambda module, inputs: known.append(inputs[3][0].tolist()))
+    masks = torch.zeros(1, 2, 16, 16)
+    masks[0, 0, 4:10, 4:10] = 1
+    slots, taken = torch.tensor([[2, 0]]), torch.ones(1, 2, dtype=torch.bool)
+    with torch.no_grad():
+        history = model.step(torch.randn(1, 3, 64, 64)).history
+        for given in (masks, 0 * masks, 0 * masks):
+            history = model.step(torch.randn(1, 3, 64, 64), history.replace_objects(slots, taken, given)).history
+    assert known == [[True, False], [appearance, False], [appearance, False]]
 
 
 def test_propagation_without_an_object_to_follow():
@@ -483,9 +500,9 @@ def test_appearance_is_ridge_regression():
     there = torch.ones(2, 4, 2, dtype=torch.bool)
     with torch.no_grad():
         module.scale.fill_(1.5)
-        logits, memory = module(features[:, 1:], features[:, 0], shares, slots, there, begun, None)
-        half, carried = module(features[:, 1:3], features[:, 0], shares[:, :2], slots, there[:, :2], begun, None)
-        rest, resumed = module(features[:, 3:], features[:, 2], shares[:, 2:], slots, there[:, 2:], going, carried)
+        logits, known, memory = module(features[:, 1:], features[:, 0], shares, slots, there, begun, None)
+        half, _, carried = module(features[:, 1:3], features[:, 0], shares[:, :2], slots, there[:, :2], begun, None)
+        rest, _, resumed = module(features[:, 3:], features[:, 2], shares[:, 2:], slots, there[:, 2:], going, carried)
     torch.testing.assert_close(torch.cat([half, rest], dim=1), logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(resumed, memory)
 
@@ -504,6 +521,7 @@ def test_appearance_is_ridge_regression():
                     weights.append(owners[b, t, n] / owners[b, t, n].sum() * (0.02 if n in seen else 1))
                     wanted.append(np.eye(3)[[n] * 24])
                     seen.add(n)
+            assert known[b, t].tolist() == [n in seen for n in range(2)]
             if not seen:
                 assert not logits[b, t].any()
                 continue
@@ -534,10 +552,10 @@ def test_untrained_appearance_finds_what_was_hidden():
     before, features = features[:, 0], features[:, 1:]
     there, started = torch.ones(1, 3, 2, dtype=torch.bool), torch.tensor([True])
     with torch.no_grad():
-        logits, _ = module(features, before, masks, torch.tensor([[3, 0]]), there, started, None)
+        logits, *_ = module(features, before, masks, torch.tensor([[3, 0]]), there, started, None)
         # A column that is only padding has no part in it, whichever slot it names.
         more = F.pad(masks, (0, 0, 0, 0, 0, 1))
-        padded, _ = module(features, before, more, torch.tensor([[3, 0, 3]]), F.pad(there, (0, 1)), started, None)
+        padded, *_ = module(features, before, more, torch.tensor([[3, 0, 3]]), F.pad(there, (0, 1)), started, None)
     out = torch.zeros(8, 8, dtype=torch.bool)
     out[2:6, 4:8] = True
     assert (logits[0, -1, 0] > 2)[out].all() and (logits[0, -1, 0] < -2)[~out].all()
@@ -552,7 +570,7 @@ def test_an_object_that_fills_the_frame_stands_against_nobody():
     features[0, 1, :, :2] *= -1
     masks, there, started = torch.ones(1, 1, 1, 4, 4), torch.ones(1, 1, 1, dtype=torch.bool), torch.tensor([True])
     with torch.no_grad():
-        logits, _ = module(features[:, 1:], features[:, 0], masks, torch.tensor([[2]]), there, started, None)
+        logits, *_ = module(features[:, 1:], features[:, 0], masks, torch.tensor([[2]]), there, started, None)
         score = 4 / (1 + 0.03 / 1.25)  # 1.25 is the squared length of a pixel's looks
     torch.testing.assert_close(logits[0, 0, 0, 2:], torch.full((2, 4), score))
     torch.testing.assert_close(logits[0, 0, 0, :2], torch.full((2, 4), -score * (1 - 0.25) / 1.25))

@@ -357,10 +357,11 @@ class AusmMaskPropagation(nn.Module):
         Args:
             features, previous (`torch.Tensor` of shape `(N, D, h, w)`): `X_t` and `X_{t-1}`.
             shares (`torch.Tensor` of shape `(N, n, h, w)`): What share of each cell `M_{t-1}` covers.
-            known (`torch.BoolTensor` of shape `(N, n)`): Whether an object has a mask in `M_{t-1}`.
+            known (`torch.BoolTensor` of shape `(N, n)`): Whether `M_{t-1}` says where an object was, or that it was
+                away.
 
         Returns:
-            Logits of shape `(N, n, h, w)`; 0 for an object without a mask, which may be anywhere.
+            Logits of shape `(N, n, h, w)`; 0 for an object of which it says neither, which may be anywhere.
         """
         height, width = features.shape[-2:]
         queries, keys = (
@@ -428,7 +429,7 @@ class AusmAppearance(nn.Module):
         taken: Tensor,
         started: Tensor,
         memory: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """
         Args:
             features (`torch.Tensor` of shape `(B, T, D, h, w)`): `X_1 .. X_T`.
@@ -442,8 +443,8 @@ class AusmAppearance(nn.Module):
                 each slot's object and of the background.
 
         Returns:
-            Logits of shape `(B, T, n, h, w)`, 0 for an object that has not been seen yet, and the averages over the
-            frames before `X_T`.
+            Logits of shape `(B, T, n, h, w)`, 0 for an object that has not been seen yet; whether it has, bool
+            `(B, T, n)`; and the averages over the frames before `X_T`.
         """
         batch, frames = shares.shape[:2]
         size = shares.shape[-2:]
@@ -476,8 +477,9 @@ class AusmAppearance(nn.Module):
         scores = (looks @ classifiers).mT  # 1 is wanted in the object, 0 elsewhere
         best, second = F.pad(scores, (0, 0, 0, 1)).topk(2, dim=2).values.split(1, dim=2)
         logits = self.scale * (scores - torch.where(scores == best, second, best))
-        logits = logits * (targets[..., -1:] > 0)
-        return logits[:, :, :-1].unflatten(-1, size), memory
+        known = targets[..., -1] > 0
+        logits = (logits * known.unsqueeze(-1))[:, :, :-1].unflatten(-1, size)
+        return logits, known[:, :, :-1], memory
 
 
 def conjugate_gradients(matrices: Tensor, targets: Tensor, steps: int) -> Tensor:
@@ -569,18 +571,15 @@ class AusmHistoryEncoder(nn.Module):
             first = channels_last(history.features).to(features.dtype)
         past = channels_first(torch.cat([first.unsqueeze(1), present[:, :-1]], dim=1).flatten(0, 1))
 
-        followed = appearance = None
+        followed = remembered = appearance = None
         if self.mask_propagation is not None or self.appearance is not None:
             # `M_0` of a stream that begins is drawn on its first frame, not on `X_0`.
             started = (first[:, 0, 0] != self.initial_features).any(dim=1)
             masks = torch.cat([masks[:, :1] * started.view(-1, 1, 1, 1, 1), masks[:, 1:]], dim=1)
             shares = average_maps(masks.flatten(0, 1), size).to(features.dtype)
-        if self.mask_propagation is not None and masks.shape[2]:
-            known = (masks > 0.5).flatten(3).any(dim=-1)
-            followed = self.mask_propagation(features, past, shares, known.flatten(0, 1))
         if self.appearance is not None:
             with torch.autocast(features.device.type, enabled=False):
-                alike, appearance = self.appearance(
+                followed, remembered, appearance = self.appearance(
                     features.unflatten(0, (batch, frames)),
                     channels_first(first),
                     shares.unflatten(0, (batch, frames)),
@@ -589,8 +588,13 @@ class AusmHistoryEncoder(nn.Module):
                     started,
                     history.appearance,
                 )
-            alike = alike.flatten(0, 1).to(features.dtype)
-            followed = alike if followed is None else followed + alike
+            followed = followed.flatten(0, 1).to(features.dtype)
+        if self.mask_propagation is not None and masks.shape[2]:
+            # An object that has been seen and has no mask now is away: it comes back where something looks like it.
+            known = (masks > 0.5).flatten(3).any(dim=-1)
+            known = known if remembered is None else known | remembered
+            moved = self.mask_propagation(features, past, shares, known.flatten(0, 1))
+            followed = moved if followed is None else followed + moved
 
         size = (marks.shape[-2], marks.shape[-1])
         queries, past, marks = (to_tokens(average_maps(x, size)) for x in (features, past, marks))
