@@ -38,7 +38,7 @@ class Stream:
         history = model.step(self.frame, empty).history
         self.features = history.features.clone()
         self.states = tuple(tuple(part.clone() for part in state) for state in history.states)
-        self.histograms = None if history.histograms is None else history.histograms.clone()
+        self.appearance = None if history.appearance is None else history.appearance.clone()
         self.function = torch.compile(self.advance) if how == "compiled" else self.advance
         if how == "graph":
             side = torch.cuda.Stream()
@@ -52,22 +52,22 @@ class Stream:
                 self.keep(*self.advance(self.frame, *self.kept()))
 
     def kept(self):
-        return self.features, self.states, self.masks, self.histograms
+        return self.features, self.states, self.masks, self.appearance
 
-    def advance(self, frame, features, states, masks, histograms):
-        history = AusmHistory(features, states, self.slots, self.taken, masks, histograms)
+    def advance(self, frame, features, states, masks, appearance):
+        history = AusmHistory(features, states, self.slots, self.taken, masks, appearance)
         output = self.model.step(frame, history)
         new = (output.masks_queries_logits[:, : masks.shape[1]] > 0).to(masks.dtype)
-        return output.history.features, output.history.states, new, output.history.histograms
+        return output.history.features, output.history.states, new, output.history.appearance
 
-    def keep(self, features, states, masks, histograms):
+    def keep(self, features, states, masks, appearance):
         self.features.copy_(features)
         for old, new in zip(self.states, states):
             for a, b in zip(old, new):
                 a.copy_(b)
         self.masks.copy_(masks)
-        if self.histograms is not None:
-            self.histograms.copy_(histograms)
+        if self.appearance is not None:
+            self.appearance.copy_(appearance)
 
     def step(self, frame) -> torch.Tensor:
         if self.graph is None:
