@@ -65,7 +65,7 @@ def test_files_of_a_followed_object(network, clip, moving_square, tmp_path):
 
 
 def test_found_objects_take_threshold_number_and_label_set(network, tiny_config, clip, tmp_path):
-    torch.manual_seed(5)  # of random networks, one that finds several objects
+    torch.manual_seed(1)  # of random networks, one that finds several objects
     network.model.load_state_dict(AusmForUniversalSegmentation(tiny_config).state_dict())
 
     def found(name, **how):
