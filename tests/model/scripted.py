@@ -95,7 +95,7 @@ class ScriptedModel:
         assert label_set == self.session.label_set
         tracked, detected = self.script[history.steps]
         # In a first frame the session's objects are only known by their number: prompts in the order given.
-        ids = self.session.obj_ids or list(tracked)
+        ids = [followed.object_id for followed in self.session.objects] or list(tracked)
         assert len(ids) == history.slots.shape[1]
         rows = [tracked.get(object_id, NOTHING) for object_id in ids] + detected
         rows += [NOTHING] * (len(ids) + self.num_detection_queries - len(rows))

@@ -8,6 +8,7 @@ import torch
 from scripted import FRAME, NOTHING, SIZE, A, B, C, ScriptedModel, Seen, frame_mask, play
 
 from ausm_hf import AusmImageProcessor, AusmProcessor
+from ausm_hf.model import streaming_ausm
 from ausm_hf.model.prompts_ausm import ObjectPrompt
 from ausm_hf.model.session_ausm import AusmInferenceSession, FollowedObject
 from ausm_hf.model.streaming_ausm import PROMPT_LOGIT, propagate_in_video_iterator, step_session
@@ -174,7 +175,7 @@ def test_prompt_for_the_first_frame_is_in_the_history_before_and_after_its_step(
     prompt = frame_mask(A)
     prompt[0, 0] = False  # a detail that the logits' resolution cannot show
     elsewhere = Seen(B.box, foreground=0.1)
-    model, session, outputs = play([({7: elsewhere}, [C]), ({7: B}, [C])], prompts={0: {7: prompt}})
+    model, session, outputs = play([({7: elsewhere}, []), ({7: B}, [])], prompts={0: {7: prompt}})
     for history in model.histories:
         assert history.masks[0, 0].equal(A.mask.float())
         assert history.slots.shape == (1, 1) and history.slots[0, 0] == session.objects[0].slot
@@ -205,6 +206,59 @@ def test_prompted_objects_are_never_thresholded_or_forgotten():
 def test_with_prompts_new_objects_are_found_only_when_asked(find, ids):
     session = AusmInferenceSession(find_new_objects=find)
     assert play([({1: A}, [B])], session, {0: {1: frame_mask(A)}})[2][0].object_ids == ids
+
+
+def test_what_nobody_asked_for_is_followed_as_a_bystander():
+    """It holds a slot, and marked objects leave it its pixels, in the history and in the output; nobody is told."""
+    wide = Seen((0, 2, 0, 6), logit=3.0)
+    script = [({1: A}, [C]), ({1: wide, -1: C}, [B]), ({1: wide, -1: C, -2: B}, [])]
+    model, session, outputs = play(script, prompts={0: {1: frame_mask(A)}})
+    assert [output.object_ids for output in outputs] == [[1]] * 3
+    assert [x.object_id for x in session.objects] == [1, -1, -2] and session.obj_ids == [1]
+    assert session.get_obj_num() == 1 and session.next_object_id == 2
+    assert len({x.slot for x in session.objects}) == 3
+    left = wide.mask & ~C.mask
+    for output in outputs[1:]:
+        assert (output.pred_masks[0, 0] > 0).equal(left)
+        assert output.pred_masks[0, 0].abs().equal(torch.where(wide.mask, 3.0, 5.0))
+    assert model.histories[2].masks[0, 0].equal(left.float()) and model.histories[2].masks[0, 1].equal(C.mask.float())
+
+
+def test_bystanders_need_but_be_likely():
+    """Whatever is asked of objects that are found; less where less is asked of these."""
+    faint, fainter = Seen(C.box, foreground=0.6), Seen(B.box, foreground=0.4)
+    script = [({1: A}, [faint, fainter]), ({1: A, -1: faint, -2: fainter}, [])]
+    for threshold, number in ((0.9, 2), (0.3, 3)):
+        session = AusmInferenceSession(seed=0, foreground_threshold=threshold)
+        play(script, session, prompts={0: {1: frame_mask(A)}})
+        assert len(session.objects) == number and all(x.absent_frames == 0 for x in session.objects)
+
+
+def test_a_bystander_that_is_marked_is_the_marked_object():
+    script = [({1: A}, [C]), ({1: A, -1: C}, []), ({1: A, 2: C}, [])]
+    _, session, outputs = play(script, prompts={0: {1: frame_mask(A)}, 1: {2: frame_mask(C)}})
+    assert [output.object_ids for output in outputs] == [[1], [1, 2], [1, 2]]
+    assert [x.object_id for x in session.objects] == [1, 2]
+
+
+def test_bystanders_become_objects_when_new_ones_are_asked_for():
+    script = [({1: A}, [C]), ({1: A, -1: C}, [B]), ({1: A, 2: C, 3: B}, [])]
+    model = ScriptedModel(script)
+    session = model.session = AusmInferenceSession(seed=0)
+    session.add_prompts(0, [1], [ObjectPrompt(mask=frame_mask(A))], (16, 24))
+    outputs = [step_session(model, session, FRAME)]
+    session.find_new_objects = True
+    outputs += [step_session(model, session, FRAME) for _ in range(2)]
+    assert [output.object_ids for output in outputs] == [[1], [1, 2, 3], [1, 2, 3]]
+    assert (outputs[1].pred_masks[1, 0] > 0).equal(C.mask)
+
+
+def test_bystanders_are_the_first_to_give_way(caplog):
+    """No warning when there are more than slots, and marked objects get theirs."""
+    script = [({1: A}, [B, C]), ({1: A, -1: B}, [C]), ({1: A, 2: B}, [])]
+    _, session, outputs = play(script, prompts={0: {1: frame_mask(A)}, 1: {2: frame_mask(C)}}, num_id_vectors=2)
+    assert [output.object_ids for output in outputs] == [[1], [1, 2], [1, 2]] and not caplog.records
+    assert [x.object_id for x in session.objects] == [1, 2]
 
 
 def test_prompt_on_a_later_frame_joins_after_its_step_with_an_id_of_its_own():
@@ -401,10 +455,12 @@ def test_frames_one_by_one_equal_a_video(tiny_model, moving_square):
         tiny_model(inference_session=streamed, frame=torch.zeros(3, 64, 64))
 
 
-def test_history_has_a_constant_size(tiny_model, moving_square):
+def test_history_has_a_constant_size(tiny_model, moving_square, monkeypatch):
     frames, masks = moving_square
     processor = AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64}))
     session = processor.init_video_session(video=np.concatenate([frames] * 3))
     processor.add_inputs_to_inference_session(session, 0, 1, masks[0])
+    session.foreground_threshold = 1.0
+    monkeypatch.setattr(streaming_ausm, "BYSTANDER_THRESHOLD", 1.0)  # or there may be as many as ID vectors
     sizes = {session.history.num_bytes for _ in tiny_model.propagate_in_video_iterator(session)}
     assert len(sizes) == 1

@@ -181,11 +181,12 @@ def test_removed_objects_leave_the_history_and_others_stay():
     assert step_session(model, session, FRAME).object_ids == [10]
 
 
-def test_the_trace_of_an_object_that_is_let_go_is_cleared(tiny_model, clips):
+def test_the_trace_of_an_object_that_is_let_go_is_cleared(tiny_model, clips, monkeypatch):
     """Where it alone marked pixels they begin anew; all others go on as they were."""
+    monkeypatch.setattr(streaming_ausm, "BYSTANDER_THRESHOLD", 1.0)
     processor, videos = clips
     size, frames = videos[0]
-    session = processor.init_video_session(seed=0, find_new_objects=False)
+    session = processor.init_video_session(seed=0, find_new_objects=False, foreground_threshold=1.0)
     masks = np.zeros((2, *size), bool)
     masks[0, : size[0] // 2, : size[1] // 2] = True
     masks[1, : size[0] // 2, size[1] // 4 :] = True
@@ -215,10 +216,11 @@ def test_the_trace_of_an_object_that_is_let_go_is_cleared(tiny_model, clips):
     assert session.history.features.equal(before.features) and session.history.masks.equal(before.masks[:, 1:])
 
 
-def test_what_is_marked_again_is_looked_at_anew(tiny_model, clips):
+def test_what_is_marked_again_is_looked_at_anew(tiny_model, clips, monkeypatch):
+    monkeypatch.setattr(streaming_ausm, "BYSTANDER_THRESHOLD", 1.0)
     processor, videos = clips
     size, frames = videos[0]
-    session = processor.init_video_session(seed=0, find_new_objects=False)
+    session = processor.init_video_session(seed=0, find_new_objects=False, foreground_threshold=1.0)
     masks = np.zeros((2, *size), bool)
     masks[0, : size[0] // 2, : size[1] // 2] = masks[1, size[0] // 2 :] = True
     processor.add_inputs_to_inference_session(session, None, [1, 2], input_masks=masks, original_size=size)

@@ -63,7 +63,7 @@ class FollowedObject:
     An object that holds a slot.
 
     Attributes:
-        object_id (`int`): What the user calls it.
+        object_id (`int`): What the user calls it; negative for a bystander.
         slot (`int`): Its row in the buffer of ID vectors.
         prompted (`bool`): Given by the user: never thresholded, never forgotten.
         absent_frames (`int`): For how many frames, up to now, it has not been seen.
@@ -77,6 +77,14 @@ class FollowedObject:
     prompted: bool
     absent_frames: int = 0
     class_votes: torch.Tensor | None = None
+
+    @property
+    def is_bystander(self) -> bool:
+        """
+        Found where only what is marked is asked for. It is followed so that the marked objects don't take it in, and
+        nobody is told of it.
+        """
+        return self.object_id < 0
 
 
 class AusmInferenceSession:
@@ -99,7 +107,7 @@ class AusmInferenceSession:
             as absent. `config.foreground_threshold` if not given.
         find_new_objects (`bool`, *optional*):
             Whether detections become objects. If not given: only in a stream without prompts, as far as known at its
-            first frame.
+            first frame. Where they don't, they are followed as bystanders, which are not in the output.
         label_set (`str`, *optional*):
             Label set that classes are taken from; `config.default_label_set` if not given.
         seed (`int`, *optional*):
@@ -152,11 +160,11 @@ class AusmInferenceSession:
     @property
     def obj_ids(self) -> list[int]:
         """Ids of the objects that are followed now, absent ones included."""
-        return [followed.object_id for followed in self.objects]
+        return [followed.object_id for followed in self.objects if not followed.is_bystander]
 
     def get_obj_num(self) -> int:
         """How many objects are followed now."""
-        return len(self.objects)
+        return len(self.obj_ids)
 
     def add_prompts(
         self, frame_idx: int | None, obj_ids: list[int], prompts: list[ObjectPrompt], video_size: tuple[int, int]
@@ -230,11 +238,10 @@ class AusmInferenceSession:
             given.pop(obj_id, None)
         self.prompts = {frame_idx: given for frame_idx, given in self.prompts.items() if given}
 
-    def new_object(self, slot: int) -> FollowedObject:
-        """An object that was found, with an id that nobody has had."""
-        followed = FollowedObject(self.next_object_id, slot, prompted=False)
+    def new_object_id(self) -> int:
+        """An id that nobody has had."""
         self.next_object_id += 1
-        return followed
+        return self.next_object_id - 1
 
     def draw_slots(self, number: int, num_slots: int, objects: list[FollowedObject]) -> list[int]:
         """

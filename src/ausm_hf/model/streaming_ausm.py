@@ -26,6 +26,7 @@ Encoded = TypeVar("Encoded")
 Result = TypeVar("Result")
 
 PROMPT_LOGIT = 100.0  # logit of a pixel that the user says belongs to an object; above any that the network gives
+BYSTANDER_THRESHOLD = 0.5  # foreground probability of who is kept off marked objects: more likely than not
 
 
 @dataclass
@@ -451,10 +452,11 @@ def _split(joined: AusmHistory, numbers: list[int]) -> list[AusmHistory]:
 def _seen(objects: list[FollowedObject], answer: Answer, threshold: float) -> dict[int, torch.Tensor]:
     """Mask logits of the followed objects that are in the frame; of prompted ones always."""
     non_empty = (answer.masks > 0).flatten(1).any(1).tolist()
+    thresholds = {True: min(threshold, BYSTANDER_THRESHOLD), False: threshold}
     return {
         followed.object_id: answer.masks[row]
         for row, followed in enumerate(objects)
-        if followed.prompted or (answer.foreground[row] >= threshold and non_empty[row])
+        if followed.prompted or (answer.foreground[row] >= thresholds[followed.is_bystander] and non_empty[row])
     }
 
 
@@ -482,6 +484,8 @@ def _finish(
     if find_new_objects is None:
         find_new_objects = not session.prompts
     size = answer.masks.shape[-2], answer.masks.shape[-1]
+    if find_new_objects:
+        seen = _adopt_bystanders(session, objects, seen)
 
     # Followed objects: the first queries, in the order of the history.
     scores: dict[int, float] = {}
@@ -518,20 +522,21 @@ def _finish(
     logits = {x.object_id: logits[x.object_id] for x in objects if x.object_id in logits}
 
     # Detections: the queries after those of the followed objects.
-    rows = []
-    if find_new_objects:
-        threshold = _threshold(model, session)
-        non_empty = (answer.masks > 0).flatten(1).any(1).tolist()
-        rows = [
-            row
-            for row in range(num_followed, len(answer.foreground))
-            if answer.foreground[row] > threshold and non_empty[row]
-        ]
-        rows.sort(key=lambda row: -answer.foreground[row])
-        rows = _without_duplicates(rows, answer.masks, list(logits.values()), config.duplicate_overlap)
-        num_free = num_slots - len(objects)
-        if len(rows) > num_free:
-            rows = rows[:num_free]
+    threshold = _threshold(model, session)
+    if not find_new_objects:
+        threshold = min(threshold, BYSTANDER_THRESHOLD)
+    non_empty = (answer.masks > 0).flatten(1).any(1).tolist()
+    rows = [
+        row
+        for row in range(num_followed, len(answer.foreground))
+        if answer.foreground[row] > threshold and non_empty[row]
+    ]
+    rows.sort(key=lambda row: -answer.foreground[row])
+    rows = _without_duplicates(rows, answer.masks, list(logits.values()), config.duplicate_overlap)
+    num_free = num_slots - len(objects)
+    if len(rows) > num_free:
+        rows = rows[:num_free]
+        if find_new_objects:
             _warn_once(
                 session,
                 "full buffer",
@@ -545,7 +550,8 @@ def _finish(
     masks = dict(zip(logits, exclusive)) | small
     found = [(row, mask) for row, mask, keep in zip(rows, exclusive[len(logits) :], kept) if keep]
     for (row, mask), slot in zip(found, session.draw_slots(len(found), num_slots, objects)):
-        new = session.new_object(slot)
+        object_id = session.new_object_id() if find_new_objects else min([0, *(x.object_id for x in objects)]) - 1
+        new = FollowedObject(object_id, slot, prompted=False)
         _vote(new, answer.foreground[row], answer.classes[row])
         objects.append(new)
         logits[new.object_id] = answer.masks[row]
@@ -562,11 +568,28 @@ def _finish(
     session.frame_size = frame.size
     session.prompts.pop(session.next_frame_idx, None)
     labels = config.label_sets[session.label_set or config.default_label_set]
-    result = _describe(session, [x for x in objects if x.object_id in logits], logits, scores, prompts, labels, size)
+    asked_for = [x for x in objects if x.object_id in logits and not x.is_bystander]
+    theirs = [masks[x.object_id] for x in objects if x.object_id in logits and x.is_bystander]
+    if theirs:
+        of_bystanders = torch.stack(theirs).any(dim=0)
+        logits |= {
+            x.object_id: torch.where(of_bystanders, -logits[x.object_id].abs(), logits[x.object_id]) for x in asked_for
+        }
+    result = _describe(session, asked_for, logits, scores, prompts, labels, size)
     session.next_frame_idx += 1
     if session.results is not None:
         session.results[result.frame_idx] = result
     return result
+
+
+def _adopt_bystanders(
+    session: AusmInferenceSession, objects: list[FollowedObject], seen: dict[int, torch.Tensor]
+) -> dict[int, torch.Tensor]:
+    """Who was a bystander is an object from now on, with an id of its own: `seen` by the new ids."""
+    ids = {x.object_id: session.new_object_id() if x.is_bystander else x.object_id for x in objects}
+    for followed in objects:
+        followed.object_id = ids[followed.object_id]
+    return {ids[object_id]: mask for object_id, mask in seen.items()}
 
 
 def _put_objects(history, objects: list[FollowedObject], masks: dict[int, torch.Tensor], size, like: torch.Tensor):
@@ -599,7 +622,7 @@ def _make_room(
 
 def _twins(objects: list[FollowedObject], logits: dict[int, torch.Tensor], max_overlap: float) -> set[int]:
     """Found objects whose mask has become that of another (by IoU): prompted and older ones stay."""
-    seen = sorted((x for x in objects if x.object_id in logits), key=lambda x: (not x.prompted, x.object_id))
+    seen = sorted((x for x in objects if x.object_id in logits), key=lambda x: (not x.prompted, abs(x.object_id)))
     if len(seen) < 2:
         return set()
     masks = torch.stack([logits[x.object_id] for x in seen]).flatten(1).gt(0).float()
