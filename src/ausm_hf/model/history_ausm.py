@@ -581,7 +581,7 @@ class AusmHistoryEncoder(nn.Module):
             with torch.autocast(features.device.type, enabled=False):
                 followed, remembered, appearance = self.appearance(
                     features.unflatten(0, (batch, frames)),
-                    channels_first(first),
+                    past.unflatten(0, (batch, frames))[:, 0],
                     shares.unflatten(0, (batch, frames)),
                     slots,
                     taken,
