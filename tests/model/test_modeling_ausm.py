@@ -576,6 +576,29 @@ def test_an_object_that_fills_the_frame_stands_against_nobody():
     torch.testing.assert_close(logits[0, 0, 0, :2], torch.full((2, 4), -score * (1 - 0.25) / 1.25))
 
 
+def test_a_pixel_that_is_unlike_all_others_is_no_more_the_objects_for_it():
+    """Nobody's score is 0, so one below it is no evidence; else a column of padding, which has 0, would change it."""
+    module = appearance()
+    along, across = torch.eye(32)[:2]
+    features = torch.stack([side * along + 1.7 * sign * across for side in (1, -1) for sign in (1, -1)])
+    features = features.T.reshape(1, 1, 32, 2, 2)  # the object above, the ground below
+    present = along.view(1, 1, 32, 1, 1).expand(-1, -1, -1, 2, 2)  # farther from the ground than the object was
+    masks, there = torch.tensor([1.0, 1, 0, 0]).view(1, 1, 1, 2, 2), torch.ones(1, 1, 1, dtype=torch.bool)
+    with torch.no_grad():
+        logits, *_ = module(present, features[:, 0], masks, torch.tensor([[2]]), there, torch.tensor([True]), None)
+        more, *_ = module(
+            present,
+            features[:, 0],
+            F.pad(masks, (0, 0, 0, 0, 0, 1)),
+            torch.tensor([[2, 0]]),
+            F.pad(there, (0, 1)),
+            torch.tensor([True]),
+            None,
+        )
+    assert (logits > 4).all()  # by more than the score that is wanted
+    torch.testing.assert_close(more[:, :, :1], logits)
+
+
 def test_conjugate_gradients_are_torchs_solver():
     """And its gradients, but for those of a column of zeros, of an object that was never seen: they are zero."""
     torch.manual_seed(7)

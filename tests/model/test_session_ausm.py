@@ -241,6 +241,12 @@ def test_a_bystander_that_is_marked_is_the_marked_object():
     assert [x.object_id for x in session.objects] == [1, 2]
 
 
+def test_of_bystanders_that_become_one_the_older_stays():
+    script = [({1: A}, [B]), ({1: A, -1: B}, [C]), ({1: A, -1: C, -2: C}, [])]
+    _, session, _ = play(script, prompts={0: {1: frame_mask(A)}})
+    assert [x.object_id for x in session.objects] == [1, -1]
+
+
 def test_bystanders_become_objects_when_new_ones_are_asked_for():
     script = [({1: A}, [C]), ({1: A, -1: C}, [B]), ({1: A, 2: C, 3: B}, [])]
     model = ScriptedModel(script)
