@@ -79,10 +79,11 @@ def check_promises(session, ever_used: set[int]):
     ids, slots = session.obj_ids, [x.slot for x in session.objects]
     assert len(set(ids)) == len(ids) <= SLOTS and all(i >= 1 for i in ids)
     assert len(set(slots)) == len(slots) and all(0 <= slot < SLOTS for slot in slots)
+    assert len({x.object_id for x in session.objects}) == len(slots)  # bystanders too
     assert session.next_object_id > max([0, *ids, *ever_used])
     if session.history is not None:
         assert session.history.slots.tolist() == [slots]
-        assert len(session.history.masks[0]) == len(ids) and session.history.masks.isfinite().all()
+        assert len(session.history.masks[0]) == len(slots) and session.history.masks.isfinite().all()
     assert all(frame_idx >= session.next_frame_idx and given for frame_idx, given in session.prompts.items())
 
 
