@@ -137,7 +137,7 @@ def separable_conv(channels: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels, bias=False),
         nn.GroupNorm(8, channels),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         PointwiseConv2d(channels, channels),
     )
 
@@ -154,7 +154,7 @@ class AusmMaskRefinementLayer(nn.Module):
         self.projection = last
 
     def forward(self, mask_features: Tensor) -> Tensor:
-        return mask_features + self.projection(F.relu(self.norm(self.conv(mask_features))))
+        return self.projection(F.relu(self.norm(self.conv(mask_features)), inplace=True)).add_(mask_features)
 
 
 class AusmPyramidPixelEncoder(nn.Module):
@@ -189,8 +189,8 @@ class AusmPyramidPixelEncoder(nn.Module):
     def mask_features(self, features: Tensor, feature_map: Tensor) -> Tensor:
         lateral = self.mask_lateral(feature_map)
         top = F.interpolate(self.mask_top(features), size=lateral.shape[-2:], mode="bilinear", align_corners=False)
-        merged = lateral + top
-        return self.mask_refinement(merged + self.mask_smooth(merged))
+        merged = top.add_(lateral)
+        return self.mask_refinement(self.mask_smooth(merged).add_(merged))
 
 
 class AusmPixelDecoderLayer(GradientCheckpointingLayer):
