@@ -114,7 +114,7 @@ def step_sessions(
         together = AusmFrameFeatures.join([inputs[i] for i in group])
         answers |= zip(group, _ask(model, together, [histories[i] for i in group], label_set))
 
-    seen = [_seen(objects[i], answers[i], _threshold(model, session)) for i, session in enumerate(sessions)]
+    seen = [_seen(model, session, objects[i], answers[i]) for i, session in enumerate(sessions)]
     for i, session in enumerate(sessions):
         if i not in masks:
             masks[i] = _prompt_masks(model, session, inputs[i], seen[i])
@@ -149,7 +149,7 @@ def preview_prompts(
     seen: dict[int, torch.Tensor] = {}
     if session.history is not None and session.prompts.get(session.next_frame_idx):  # it may correct what is seen
         (answer,) = _ask(model, encoded, [session.history], session.label_set)
-        seen = _seen(session.objects, answer, _threshold(model, session))
+        seen = _seen(model, session, session.objects, answer)
     return _prompt_masks(model, session, encoded, seen)
 
 
@@ -320,9 +320,12 @@ def _checked_pixel_values(frame: torch.Tensor) -> torch.Tensor:
     return pixel_values
 
 
-def _threshold(model, session: AusmInferenceSession) -> float:
-    given = session.foreground_threshold
-    return model.config.foreground_threshold if given is None else given
+def _threshold(model, session: AusmInferenceSession, for_bystanders: bool = False) -> float:
+    """The foreground probability from which on what nobody marked is followed."""
+    threshold = session.foreground_threshold
+    if threshold is None:
+        threshold = model.config.foreground_threshold
+    return min(threshold, BYSTANDER_THRESHOLD) if for_bystanders else threshold
 
 
 def _warn_once(session: AusmInferenceSession, what: str, message: str) -> None:
@@ -449,14 +452,15 @@ def _split(joined: AusmHistory, numbers: list[int]) -> list[AusmHistory]:
     ]
 
 
-def _seen(objects: list[FollowedObject], answer: Answer, threshold: float) -> dict[int, torch.Tensor]:
+def _seen(
+    model, session: AusmInferenceSession, objects: list[FollowedObject], answer: Answer
+) -> dict[int, torch.Tensor]:
     """Mask logits of the followed objects that are in the frame; of prompted ones always."""
     non_empty = (answer.masks > 0).flatten(1).any(1).tolist()
-    thresholds = {True: min(threshold, BYSTANDER_THRESHOLD), False: threshold}
     return {
-        followed.object_id: answer.masks[row]
-        for row, followed in enumerate(objects)
-        if followed.prompted or (answer.foreground[row] >= thresholds[followed.is_bystander] and non_empty[row])
+        x.object_id: answer.masks[row]
+        for row, x in enumerate(objects)
+        if x.prompted or (answer.foreground[row] >= _threshold(model, session, x.is_bystander) and non_empty[row])
     }
 
 
@@ -522,9 +526,7 @@ def _finish(
     logits = {x.object_id: logits[x.object_id] for x in objects if x.object_id in logits}
 
     # Detections: the queries after those of the followed objects.
-    threshold = _threshold(model, session)
-    if not find_new_objects:
-        threshold = min(threshold, BYSTANDER_THRESHOLD)
+    threshold = _threshold(model, session, for_bystanders=not find_new_objects)
     non_empty = (answer.masks > 0).flatten(1).any(1).tolist()
     rows = [
         row
@@ -550,7 +552,7 @@ def _finish(
     masks = dict(zip(logits, exclusive)) | small
     found = [(row, mask) for row, mask, keep in zip(rows, exclusive[len(logits) :], kept) if keep]
     for (row, mask), slot in zip(found, session.draw_slots(len(found), num_slots, objects)):
-        object_id = session.new_object_id() if find_new_objects else min([0, *(x.object_id for x in objects)]) - 1
+        object_id = session.new_object_id() if find_new_objects else _new_bystander_id(objects)
         new = FollowedObject(object_id, slot, prompted=False)
         _vote(new, answer.foreground[row], answer.classes[row])
         objects.append(new)
@@ -580,6 +582,10 @@ def _finish(
     if session.results is not None:
         session.results[result.frame_idx] = result
     return result
+
+
+def _new_bystander_id(objects: list[FollowedObject]) -> int:
+    return min([0, *(x.object_id for x in objects)]) - 1
 
 
 def _adopt_bystanders(
