@@ -26,6 +26,7 @@ from ausm_hf.data.davis import davis
 from ausm_hf.segment import load_model
 
 BEFORE, AFTER = 10, 5  # frames
+FIRST, SECOND = 3, 2  # slots
 WAYS = ("same slot", "another slot", "another slot, no past")
 
 
@@ -39,20 +40,30 @@ def patch_away(first: np.ndarray) -> np.ndarray:
     return patch & ~first
 
 
+def hold(session, slot: int) -> None:
+    """The next object that is marked gets this slot, bystanders get others."""
+
+    def draw_slots(number: int, num_slots: int, objects: list) -> list[int]:
+        held = {x.slot for x in objects}
+        free = [i for i in range(num_slots) if i not in held | {FIRST, SECOND}]
+        return (free if slot in held else [slot, *free])[:number]
+
+    session.draw_slots = draw_slots
+
+
 def second_masks(model, processor, frames: list, first: np.ndarray, patch: np.ndarray, way: str) -> list[np.ndarray]:
     """The second object's mask in the frames after its prompt."""
     session = processor.init_video_session(seed=0, find_new_objects=False)
-    slots = [3] if way == "same slot" else [2]
     add = processor.add_inputs_to_inference_session
     masks = []
     for t, frame in enumerate(frames):
         if t == 0 and way != "another slot, no past":
-            session.draw_slots = lambda number, *_: [3][:number]
+            hold(session, FIRST)
             add(session, None, 1, first, original_size=first.shape)
         if t == BEFORE:
             if session.obj_ids:
                 session.remove_object(1)
-            session.draw_slots = lambda number, *_: slots[:number]
+            hold(session, FIRST if way == "same slot" else SECOND)
             add(session, None, 2, patch, original_size=first.shape)
         output = model(inference_session=session, frame=processor(images=frame)["pixel_values"])
         if t > BEFORE:

@@ -3,6 +3,7 @@
 import json
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,6 +50,16 @@ def test_clicks_go_where_the_mask_is_wrong():
     too_much[5, 10] = False
     assert next_click(too_much, true) == ([34.5, 24.5], 0)
     assert next_click(true, true) is None
+
+
+def test_only_the_marked_object_gets_the_slot_that_is_looked_at():
+    session = SimpleNamespace()
+    runpy.run_path(str(BENCHMARKS / "slot_reuse.py"))["hold"](session, 3)
+    marked, bystander = SimpleNamespace(slot=3), SimpleNamespace(slot=0)
+    assert session.draw_slots(1, 6, []) == [3]
+    assert session.draw_slots(0, 6, []) == []
+    assert session.draw_slots(2, 6, [marked]) == [0, 1]
+    assert session.draw_slots(9, 6, [marked, bystander]) == [1, 4, 5]
 
 
 def test_slot_reuse(davis, tiny_checkpoint, tmp_path):
