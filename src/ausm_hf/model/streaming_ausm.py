@@ -552,7 +552,7 @@ def _finish(
     masks = dict(zip(logits, exclusive)) | small
     found = [(row, mask) for row, mask, keep in zip(rows, exclusive[len(logits) :], kept) if keep]
     for (row, mask), slot in zip(found, session.draw_slots(len(found), num_slots, objects)):
-        object_id = session.new_object_id() if find_new_objects else _new_bystander_id(objects)
+        object_id = session.new_object_id() if find_new_objects else min([0, *(x.object_id for x in objects)]) - 1
         new = FollowedObject(object_id, slot, prompted=False)
         _vote(new, answer.foreground[row], answer.classes[row])
         objects.append(new)
@@ -582,10 +582,6 @@ def _finish(
     if session.results is not None:
         session.results[result.frame_idx] = result
     return result
-
-
-def _new_bystander_id(objects: list[FollowedObject]) -> int:
-    return min([0, *(x.object_id for x in objects)]) - 1
 
 
 def _adopt_bystanders(
