@@ -63,6 +63,50 @@ class AusmHistory:
             masks=torch.zeros(batch_size, 0, 1, 1, dtype=dtype, device=device),
         )
 
+    @classmethod
+    def join(cls, histories: list[AusmHistory]) -> AusmHistory:
+        """Those of several streams, all before or all after their first frame, as a batch; columns that one lacks are
+        padding."""
+        if len(histories) == 1:
+            return histories[0]
+        most = max(history.slots.shape[1] for history in histories)
+        missing = [most - history.slots.shape[1] for history in histories]
+        features = states = appearance = None
+        if histories[0].features is not None:
+            features = torch.cat([history.features for history in histories])
+            states = tuple(
+                tuple(map(torch.cat, zip(*layers))) for layers in zip(*(history.states for history in histories))
+            )
+        if histories[0].appearance is not None:
+            appearance = torch.cat([history.appearance for history in histories])
+        return cls(
+            features,
+            states,
+            slots=torch.cat([F.pad(history.slots, (0, n)) for history, n in zip(histories, missing)]),
+            taken=torch.cat([F.pad(history.taken, (0, n)) for history, n in zip(histories, missing)]),
+            masks=torch.cat([F.pad(history.masks, (0, 0, 0, 0, 0, n)) for history, n in zip(histories, missing)]),
+            appearance=appearance,
+        )
+
+    def split(self, numbers: list[int]) -> list[AusmHistory]:
+        """Those of the streams of a batch after a frame, which follow `numbers` objects, without padding."""
+        if len(numbers) == 1:
+            return [self]
+        assert self.features is not None and self.states is not None
+        states = [tuple(zip(*(tensor.chunk(len(numbers)) for tensor in layer))) for layer in self.states]
+        appearance = [None] * len(numbers) if self.appearance is None else self.appearance.split(1)
+        return [
+            AusmHistory(
+                features,
+                tuple(layer[i] for layer in states),
+                self.slots[i : i + 1, :number],
+                self.taken[i : i + 1, :number],
+                self.masks[i : i + 1, :number],
+                appearance[i],
+            )
+            for i, (number, features) in enumerate(zip(numbers, self.features.split(1)))
+        ]
+
     def replace_objects(self, slots: Tensor, taken: Tensor, masks: Tensor) -> AusmHistory:
         """The same past with other objects: what `A` and `M` are after a frame is the caller's decision."""
         if slots.shape != taken.shape or slots.shape != masks.shape[:2] or masks.ndim != 4:

@@ -36,12 +36,14 @@ class Answer:
 
     Attributes:
         masks (`torch.FloatTensor` of shape `(rows, h, w)`): Logits.
+        non_empty (`list[bool]`): Whether any pixel's logit is positive.
         foreground (`list[float]`): Probability that there is an object.
         classes (`torch.FloatTensor` of shape `(rows, num_labels)`): Probabilities, on the CPU.
         history (`AusmHistory`): The history after the frame, its objects still those before it.
     """
 
     masks: torch.Tensor
+    non_empty: list[bool]
     foreground: list[float]
     classes: torch.Tensor
     history: AusmHistory
@@ -394,15 +396,15 @@ def _ask(model, frames: AusmFrameFeatures, histories: list[AusmHistory], label_s
     """One pass of the network over a frame of each of several streams. Columns that a stream lacks are padding."""
     numbers = [history.slots.shape[1] for history in histories]
     most = max(numbers)
-    joined = histories[0] if len(histories) == 1 else _join(histories)
-    output = model.step(frames, joined, label_set=label_set)
-    split = [output.history] if len(histories) == 1 else _split(output.history, numbers)
+    output = model.step(frames, AusmHistory.join(histories), label_set=label_set)
     answers = []
-    for i, (number, history) in enumerate(zip(numbers, split)):
+    for i, (number, history) in enumerate(zip(numbers, output.history.split(numbers))):
         rows = [*range(number), *range(most, output.foreground_queries_logits.shape[1])]
+        masks = output.masks_queries_logits[i, rows].float()
         answers.append(
             Answer(
-                masks=output.masks_queries_logits[i, rows].float(),
+                masks=masks,
+                non_empty=(masks > 0).flatten(1).any(1).tolist(),
                 foreground=output.foreground_queries_logits[i, rows].float().sigmoid().tolist(),
                 # Whether there is an object is the foreground's to say: "no object", the last class, is left out.
                 classes=output.class_queries_logits[i, rows, :-1].float().softmax(-1).cpu(),
@@ -412,55 +414,15 @@ def _ask(model, frames: AusmFrameFeatures, histories: list[AusmHistory], label_s
     return answers
 
 
-def _join(histories: list[AusmHistory]) -> AusmHistory:
-    """The histories of several streams, all before or all after their first frame, as one of a batch."""
-    most = max(history.slots.shape[1] for history in histories)
-    missing = [most - history.slots.shape[1] for history in histories]
-    features = states = appearance = None
-    if histories[0].features is not None:
-        features = torch.cat([history.features for history in histories])
-        states = tuple(
-            tuple(map(torch.cat, zip(*layers))) for layers in zip(*(history.states for history in histories))
-        )
-    if histories[0].appearance is not None:
-        appearance = torch.cat([history.appearance for history in histories])
-    return AusmHistory(
-        features,
-        states,
-        slots=torch.cat([F.pad(history.slots, (0, n)) for history, n in zip(histories, missing)]),
-        taken=torch.cat([F.pad(history.taken, (0, n)) for history, n in zip(histories, missing)]),
-        masks=torch.cat([F.pad(history.masks, (0, 0, 0, 0, 0, n)) for history, n in zip(histories, missing)]),
-        appearance=appearance,
-    )
-
-
-def _split(joined: AusmHistory, numbers: list[int]) -> list[AusmHistory]:
-    """The histories of the streams of a batch, which follow `numbers` objects."""
-    assert joined.features is not None and joined.states is not None  # it comes out of the network
-    features = joined.features.chunk(len(numbers))
-    states = [tuple(zip(*(tensor.chunk(len(numbers)) for tensor in layer))) for layer in joined.states]
-    return [
-        AusmHistory(
-            features[i],
-            tuple(layer[i] for layer in states),
-            joined.slots[i : i + 1, :number],
-            joined.taken[i : i + 1, :number],
-            joined.masks[i : i + 1, :number],
-            None if joined.appearance is None else joined.appearance[i : i + 1],
-        )
-        for i, number in enumerate(numbers)
-    ]
-
-
 def _seen(
     model, session: AusmInferenceSession, objects: list[FollowedObject], answer: Answer
 ) -> dict[int, torch.Tensor]:
     """Mask logits of the followed objects that are in the frame; of prompted ones always."""
-    non_empty = (answer.masks > 0).flatten(1).any(1).tolist()
     return {
         x.object_id: answer.masks[row]
         for row, x in enumerate(objects)
-        if x.prompted or (answer.foreground[row] >= _threshold(model, session, x.is_bystander) and non_empty[row])
+        if x.prompted
+        or (answer.foreground[row] >= _threshold(model, session, x.is_bystander) and answer.non_empty[row])
     }
 
 
@@ -527,11 +489,10 @@ def _finish(
 
     # Detections: the queries after those of the followed objects.
     threshold = _threshold(model, session, for_bystanders=not find_new_objects)
-    non_empty = (answer.masks > 0).flatten(1).any(1).tolist()
     rows = [
         row
         for row in range(num_followed, len(answer.foreground))
-        if answer.foreground[row] > threshold and non_empty[row]
+        if answer.foreground[row] > threshold and answer.non_empty[row]
     ]
     rows.sort(key=lambda row: -answer.foreground[row])
     rows = _without_duplicates(rows, answer.masks, list(logits.values()), config.duplicate_overlap)
