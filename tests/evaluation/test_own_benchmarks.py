@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ausm_hf import AusmImageProcessor, AusmProcessor
 from ausm_hf.data.davis import davis
 
 
@@ -117,3 +118,28 @@ def test_nothing_found_and_nothing_to_find(stills_ap):
     mask = column(6, 0)
     assert stills_ap.average_precision([photograph(["cat"], [(mask, "cat")], [])], True)["AP"] == 0
     assert stills_ap.average_precision([photograph(["cat"], [], [(mask, "cat", 0.5)])], True)["AP"] == -1
+
+
+def test_names_of_marked_objects_are_compared_object_by_object(tiny_model, monkeypatch):
+    """Six objects, more than there are ID vectors, of a model that calls the left half cats."""
+    labels, frame = load_script("labels"), np.zeros((64, 96, 3), np.uint8)
+    masks = {i: np.zeros((64, 96), bool) for i in range(1, 8)}
+    for i, mask in masks.items():
+        mask[8:40, 12 * i - 10 : 12 * i] = True
+    objects = [{"id": i, "label": "cat" if i < 4 else "dog"} for i in range(1, 7)] + [{"id": 7, "label": None}]
+    monkeypatch.setattr(labels, "load_frames", lambda row, indices: [frame])
+    monkeypatch.setattr(labels, "load_masks", lambda row, index, height, width: (masks, np.zeros((64, 96), bool)))
+
+    class Namer:
+        config, device = tiny_model.config, tiny_model.device
+
+        def __call__(self, inference_session, frame):
+            output = tiny_model(inference_session=inference_session, frame=frame)
+            output.labels = ["cat" if masks[i][:, :60].any() else "dog" for i in output.object_ids]
+            return output
+
+    processor = AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}))
+    make = processor.init_video_session
+    monkeypatch.setattr(processor, "init_video_session", lambda label_set, **given: make(**given))  # it has no COCO
+    pairs = labels.named({"objects": objects}, Namer(), processor)
+    assert pairs == [("cat", "cat")] * 3 + [("dog", "cat")] * 2 + [("dog", "dog")]

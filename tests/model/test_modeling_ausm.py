@@ -24,7 +24,7 @@ from ausm_hf.model.history_ausm import (
     to_tokens,
 )
 from ausm_hf.model.modeling_ausm import AusmForUniversalSegmentation, AusmModel
-from ausm_hf.model.pixels_ausm import PointwiseConv2d, sine_positions
+from ausm_hf.model.pixels_ausm import PointwiseConv2d, pool_in_masks, sine_positions
 
 
 def tiny_config(**overrides) -> AusmConfig:
@@ -108,6 +108,7 @@ def test_parallel_form_equals_recurrent_form(
         history_key_stride=key_stride,
         history_local_kernel=local_kernel,
         mask_propagation_radius=radius,
+        mask_pooling=appearance,
         remember_appearance=appearance,
     )
     pixels, masks, switch, slots = clips()
@@ -354,7 +355,7 @@ def test_bad_configuration_is_refused(change, message):
 def test_presets():
     config = AusmConfig.from_preset("nano")
     assert sum(p.numel() for p in AusmForUniversalSegmentation(config).parameters()) <= 7_500_000
-    assert config.id2label == {0: "object"} and config.label_sets["coco"][0] == "person"
+    assert config.id2label[0] == "person" and config.label_sets["object"] == ["object"]
     with pytest.raises(ValueError, match="no preset 'huge'"):
         AusmConfig.from_preset("huge")
     for preset, channels in (("tiny", 96), ("base", 128)):
@@ -364,6 +365,7 @@ def test_presets():
         assert config.backbone_config.embed_dim == channels
         # The paper's form
         assert config.history_local_kernel == config.mask_propagation_radius == config.remember_appearance == 0
+        assert not config.mask_pooling
 
 
 def test_how_a_network_starts():
@@ -637,6 +639,43 @@ def test_refinement_starts_by_changing_nothing():
         assert torch.equal(refined.mask_features(*features), plain.mask_features(*features))
         torch.nn.init.ones_(refined.mask_refinement[1].projection.weight)
         assert not torch.equal(refined.mask_features(*features), plain.mask_features(*features))
+
+
+def test_mask_pooling_is_the_mean_over_the_pixels_of_a_mask():
+    torch.manual_seed(0)
+    levels = tuple(torch.randn(2, 5, 16 // n, 24 // n) for n in (1, 2, 4))
+    logits = torch.randn(2, 3, 32, 48)
+    logits[1, 2] = -1.0
+    pooled = pool_in_masks(levels, logits)
+    assert pooled.shape == (2, 3, 15)
+    fine = torch.cat(
+        [level.repeat_interleave(2 * n, 2).repeat_interleave(2 * n, 3) for n, level in zip((1, 2, 4), levels)], 1
+    )
+    for frame in range(2):
+        for query in range(3):
+            inside = fine[frame][:, logits[frame, query] > 0]
+            expected = inside.mean(1) if inside.numel() else torch.zeros(15)
+            torch.testing.assert_close(pooled[frame, query], expected)
+
+
+def test_class_heads_read_what_is_in_the_masks():
+    """With mask pooling labels depend on the frame where the mask is, and masks and foreground are as without."""
+    plain, pooling = tiny_model(), tiny_model(mask_pooling=True)
+    pooling.load_state_dict({k: v for k, v in plain.state_dict().items() if "class_heads" not in k}, strict=False)
+    frame = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for name, head in pooling.class_heads.items():
+            head.weight[:, :32] = plain.class_heads[name].weight
+            head.weight[:, 32:] = 0
+            head.bias[:] = plain.class_heads[name].bias
+        expected, given = plain.step(frame), pooling.step(frame)
+        for name in ("masks_queries_logits", "foreground_queries_logits", "class_queries_logits"):
+            torch.testing.assert_close(given[name], expected[name])
+        output = pooling.model.step(frame)
+        levels = pooling.model.encode_frames(frame).levels
+        pooled = pool_in_masks(levels, output.masks_queries_logits)
+        torch.testing.assert_close(output.class_features, torch.cat([output.query_hidden_states, pooled], -1))
+        assert pooled.abs().amax(-1).gt(0).any()
 
 
 @pytest.mark.parametrize("stride", [8, 16, 32])

@@ -43,12 +43,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "remember_appearance": True,
         "num_decoder_layers": 2,
         "decoder_feedforward_size": 512,
+        "mask_pooling": True,
         "num_id_vectors": 32,
         "num_detection_queries": 20,
         "train_num_points": None,
         "no_object_weight": 0.3,
-        # What it is trained on teaches it to find objects, but hardly to name them.
-        "label_sets": {"object": ["object"], "coco": COCO_LABELS},
+        "label_sets": {"coco": COCO_LABELS, "object": ["object"]},
     },
     # The paper's sizes.
     "tiny": {
@@ -164,6 +164,9 @@ class AusmConfig(PreTrainedConfig):
             Layers of the Pixel Decoder (Mask2Former's Transformer decoder with masked attention).
         decoder_feedforward_size (`int`, *optional*, defaults to 2048):
             Hidden size of its feed-forward.
+        mask_pooling (`bool`, *optional*, defaults to `False`):
+            Whether the classification heads read, beside a query's state, the mean of the frame's features at strides
+            8, 16 and 32 over the query's mask, as OpenSeg's do. The paper's form has none of this.
         num_id_vectors (`int`, *optional*, defaults to 100):
             N_id: ID vectors in the buffer `B`, hence objects that can be followed at the same time.
         num_detection_queries (`int`, *optional*, defaults to 100):
@@ -243,6 +246,7 @@ class AusmConfig(PreTrainedConfig):
     history_gate_init: float = 0.0
     num_decoder_layers: int = 9
     decoder_feedforward_size: int = 2048
+    mask_pooling: bool = False
     num_id_vectors: int = 100
     num_detection_queries: int = 100
     foreground_threshold: float = 0.5

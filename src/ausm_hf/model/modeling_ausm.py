@@ -49,6 +49,7 @@ from .pixels_ausm import (
     AusmPixelDecoder,
     AusmPixelDecoderLayer,
     AusmPyramidPixelEncoder,
+    pool_in_masks,
     sine_positions,
 )
 from .session_ausm import AusmInferenceSession, AusmVideoSegmentationOutput
@@ -350,9 +351,14 @@ class AusmModel(AusmPreTrainedModel):
         )
         hidden_states = [x.unflatten(0, (batch, frames)) for x in states_per_layer]
         masks = [x.unflatten(0, (batch, frames)) for x in masks_per_layer]
+        class_features = hidden_states
+        if self.config.mask_pooling:
+            pooled = [pool_in_masks(frame_features.levels, x).unflatten(0, (batch, frames)) for x in masks_per_layer]
+            class_features = [torch.cat(parts, dim=-1) for parts in zip(hidden_states, pooled)]
         return AusmModelOutput(
             masks_queries_logits=masks[-1],
             query_hidden_states=hidden_states[-1],
+            class_features=class_features[-1],
             history=AusmHistory(
                 features.unflatten(0, (batch, frames))[:, -1],
                 states,
@@ -363,6 +369,7 @@ class AusmModel(AusmPreTrainedModel):
             ),
             intermediate_masks_queries_logits=tuple(masks[:-1]) if output_intermediate else None,
             intermediate_query_hidden_states=tuple(hidden_states[:-1]) if output_intermediate else None,
+            intermediate_class_features=tuple(class_features[:-1]) if output_intermediate else None,
         )
 
 
@@ -397,8 +404,9 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         self.model = AusmModel(config)
         self.foreground_head = nn.Linear(config.hidden_size, 1)
         # One more than labels: the last one is "no object", as in Mask2Former.
+        size = config.hidden_size * (4 if config.mask_pooling else 1)
         self.class_heads = nn.ModuleDict(
-            {name: nn.Linear(config.hidden_size, len(labels) + 1) for name, labels in config.label_sets.items()}
+            {name: nn.Linear(size, len(labels) + 1) for name, labels in config.label_sets.items()}
         )
         self.criterion = AusmLoss(config)
         self.post_init()
@@ -413,13 +421,14 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         """The heads on the query states of every layer that `output` has, as the loss takes them."""
         states = (*(output.intermediate_query_hidden_states or ()), output.query_hidden_states)
         masks = (*(output.intermediate_masks_queries_logits or ()), output.masks_queries_logits)
+        class_features = (*(output.intermediate_class_features or ()), output.class_features)
         return [
             {
                 "masks": layer_masks,
                 "foreground": self.foreground_head(layer_states).squeeze(-1),
-                "classes": {name: head(layer_states) for name, head in self.class_heads.items()},
+                "classes": {name: head(layer_features) for name, head in self.class_heads.items()},
             }
-            for layer_states, layer_masks in zip(states, masks)
+            for layer_states, layer_masks, layer_features in zip(states, masks, class_features)
         ]
 
     def encode_frames(self, pixel_values: Tensor) -> AusmFrameFeatures:
@@ -460,7 +469,7 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         output = self.model.step(pixel_values, history)
         return AusmForUniversalSegmentationOutput(
             masks_queries_logits=output.masks_queries_logits,
-            class_queries_logits=head(output.query_hidden_states),
+            class_queries_logits=head(output.class_features),
             foreground_queries_logits=self.foreground_head(output.query_hidden_states).squeeze(-1),
             history=output.history,
             **_recorded(output),
@@ -557,7 +566,7 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             output = self.model(pixel_values_videos, history=history, return_dict=True, **recording)
             result = AusmForUniversalSegmentationOutput(
                 masks_queries_logits=output.masks_queries_logits,
-                class_queries_logits=self._class_head(None)(output.query_hidden_states),
+                class_queries_logits=self._class_head(None)(output.class_features),
                 foreground_queries_logits=self.foreground_head(output.query_hidden_states).squeeze(-1),
                 history=output.history,
                 **_recorded(output),

@@ -18,12 +18,17 @@ class AusmModelOutput(ModelOutput):
             Mask logits of every query, in the order [A; V].
         query_hidden_states (`torch.Tensor` of shape `(B, T, Q, D)`):
             Normalised hidden states of the queries after the last layer.
+        class_features (`torch.Tensor` of shape `(B, T, Q, D)`, or `(B, T, Q, 4 * D)` with `mask_pooling`):
+            What classification heads read: the hidden states and, with `mask_pooling`, the means of the frame's
+            features over the masks.
         history (`AusmHistory`):
             The history after the last frame. Its objects are the ones that were passed in.
         intermediate_masks_queries_logits (`tuple(torch.Tensor)`, *optional*):
             Masks before the first and after every layer but the last, when asked for with `output_intermediate`.
         intermediate_query_hidden_states (`tuple(torch.Tensor)`, *optional*):
             Query states belonging to them.
+        intermediate_class_features (`tuple(torch.Tensor)`, *optional*):
+            Class features belonging to them.
         hidden_states (`tuple(torch.Tensor)` of shape `(B * T, Q, D)`, *optional*):
             The queries before the first and after every layer of the Pixel Decoder, frames in the batch, with
             `output_hidden_states=True`.
@@ -38,9 +43,11 @@ class AusmModelOutput(ModelOutput):
     # Always given; the defaults are there because a ModelOutput may have one field at most without.
     masks_queries_logits: Tensor = None  # type: ignore[assignment]
     query_hidden_states: Tensor = None  # type: ignore[assignment]
+    class_features: Tensor = None  # type: ignore[assignment]
     history: AusmHistory = None  # type: ignore[assignment]
     intermediate_masks_queries_logits: tuple[Tensor, ...] | None = None
     intermediate_query_hidden_states: tuple[Tensor, ...] | None = None
+    intermediate_class_features: tuple[Tensor, ...] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     cross_attentions: tuple[Tensor, ...] | None = None

@@ -193,6 +193,25 @@ class AusmPyramidPixelEncoder(nn.Module):
         return self.mask_refinement(self.mask_smooth(merged).add_(merged))
 
 
+def pool_in_masks(levels: tuple[Tensor, ...], mask_logits: Tensor) -> Tensor:
+    """
+    Mask pooling, as in OpenSeg: the mean of each map over the pixels of each query's mask.
+
+    Args:
+        levels (`tuple[torch.Tensor]`): Maps (N, D, ., .) at strides 8, 16, 32.
+        mask_logits (`torch.Tensor` of shape `(N, Q, h, w)`): They get no gradient.
+
+    Returns:
+        The means, side by side, of shape (N, Q, D * number of maps); zeros where a mask is empty.
+    """
+    inside, means = (mask_logits.detach() > 0).to(levels[0].dtype), []
+    for level in levels:
+        inside = average_maps(inside, (level.shape[-2], level.shape[-1]))
+        weights = inside.flatten(2)
+        means.append(weights / weights.sum(-1, keepdim=True).clamp(min=1e-3) @ to_tokens(level))
+    return torch.cat(means, dim=-1)
+
+
 class AusmPixelDecoderLayer(GradientCheckpointingLayer):
     """Masked cross-attention, self-attention, feed-forward; post-norm, as in Mask2Former."""
 
