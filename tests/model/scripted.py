@@ -22,6 +22,7 @@ class Seen:
     box: tuple[int, int, int, int]  # top, bottom, left, right in mask logits
     foreground: float = 0.9
     dog: float = 0.5
+    bird: float = 0.0  # in a label set that has it
     logit: float = 5.0
     no_object: float = 50.0  # odds of "no object" in the class logits
 
@@ -81,7 +82,7 @@ class ScriptedModel:
             foreground_threshold=0.5,
             duplicate_overlap=0.5,
             max_age=max_age,
-            label_sets={"pets": LABELS, "ships": ["tug", "yacht"]},
+            label_sets={"pets": LABELS, "ships": ["tug", "yacht"], "birds": [*LABELS, "bird"], "pet": ["pet"]},
             default_label_set="pets",
         )
         self.histories = []
@@ -93,6 +94,10 @@ class ScriptedModel:
             torch.zeros(batch_size, 0, dtype=torch.bool),
             torch.zeros(batch_size, 0, 1, 1),
         )
+
+    def odds(self, seen):
+        number = len(self.config.label_sets[self.session.label_set or self.config.default_label_set])
+        return {1: [1.0], 2: [1 - seen.dog, seen.dog], 3: [1 - seen.dog - seen.bird, seen.dog, seen.bird]}[number]
 
     def step(self, pixel_values, history, label_set=None):
         self.histories.append(history)
@@ -106,7 +111,7 @@ class ScriptedModel:
         return SimpleNamespace(
             masks_queries_logits=torch.stack([torch.where(x.mask, x.logit, -5.0) for x in rows])[None],
             foreground_queries_logits=torch.tensor([[x.foreground for x in rows]]).logit(),
-            class_queries_logits=torch.tensor([[[1 - x.dog, x.dog, x.no_object] for x in rows]]).log(),
+            class_queries_logits=torch.tensor([[[*self.odds(x), x.no_object] for x in rows]]).log(),
             history=replace(history, steps=history.steps + 1),
         )
 

@@ -248,15 +248,46 @@ def test_of_bystanders_that_become_one_the_older_stays():
 
 
 def test_bystanders_become_objects_when_new_ones_are_asked_for():
-    script = [({1: A}, [C]), ({1: A, -1: C}, [B]), ({1: A, 2: C, 3: B}, [])]
+    script = [({1: A}, [C]), ({1: A, -1: C}, [B]), ({1: A, -1: C, 2: B}, []), ({1: A, 2: B, 3: C}, [])]
     model = ScriptedModel(script)
     session = model.session = AusmInferenceSession(seed=0)
     session.add_prompts(0, [1], [ObjectPrompt(mask=frame_mask(A))], (16, 24))
     outputs = [step_session(model, session, FRAME)]
     session.find_new_objects = True
-    outputs += [step_session(model, session, FRAME) for _ in range(2)]
-    assert [output.object_ids for output in outputs] == [[1], [1, 2, 3], [1, 2, 3]]
-    assert (outputs[1].pred_masks[1, 0] > 0).equal(C.mask)
+    outputs += [step_session(model, session, FRAME) for _ in range(3)]
+    assert [sorted(output.object_ids) for output in outputs] == [[1], [1, 2], [1, 2, 3], [1, 2, 3]]
+    assert (outputs[2].pred_masks[outputs[2].object_ids.index(3), 0] > 0).equal(C.mask)
+
+
+@pytest.mark.parametrize(
+    ("label_set", "dog", "foreground", "ids"),
+    [
+        ("birds", 0.6, 0.95, [[1], [1], [1, 2], [1, 2]]),
+        ("birds", 0.4, 0.95, [[1]] * 4),  # no label has half of the votes
+        ("birds", 0.6, 0.7, [[1]] * 4),  # named, but below the threshold
+        ("pet", 0.6, 0.95, [[1]] * 4),  # all have the same name, so it says nothing, and what is faint isn't followed
+    ],
+)
+def test_what_is_less_probable_is_an_object_when_it_is_named(label_set, dog, foreground, ids):
+    faint, followed = (Seen(C.box, foreground=f, dog=dog, bird=0.3) for f in (0.6, foreground))
+    model = ScriptedModel([({}, [A, faint])] + [({1: A, -1: followed, 2: followed}, [])] * 3)
+    session = model.session = AusmInferenceSession(seed=0, foreground_threshold=0.8, label_set=label_set)
+    outputs = [step_session(model, session, FRAME) for _ in ids]
+    assert [output.object_ids for output in outputs] == ids
+    assert len(session.objects) == (1 if label_set == "pet" else 2)
+    assert outputs[-1].labels[1:] == ["dog"] * (len(ids[-1]) - 1)
+
+
+def test_bystanders_give_way_to_objects(caplog):
+    """Of two ID vectors a bystander holds one until an object is found; then there is no room for another."""
+    faint = Seen(C.box, foreground=0.6, dog=0.4, bird=0.3)
+    script = [({}, [A, faint]), ({1: A, -1: faint}, [B]), ({1: A, 2: B}, [C])]
+    model = ScriptedModel(script, num_id_vectors=2)
+    session = model.session = AusmInferenceSession(seed=0, foreground_threshold=0.8, label_set="birds")
+    outputs = [step_session(model, session, FRAME) for _ in script[:2]]
+    assert [output.object_ids for output in outputs] == [[1], [1, 2]] and not caplog.records
+    assert step_session(model, session, FRAME).object_ids == [1, 2]
+    assert "All 2 ID vectors are taken" in caplog.text
 
 
 def test_bystanders_are_the_first_to_give_way(caplog):

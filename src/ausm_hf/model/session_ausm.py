@@ -81,10 +81,16 @@ class FollowedObject:
     @property
     def is_bystander(self) -> bool:
         """
-        Found where only what is marked is asked for. It is followed so that the marked objects don't take it in, and
-        nobody is told of it.
+        Found where only what is marked is asked for, or found but not sure enough to be an object. It is followed so
+        that objects don't take it in, and nobody is told of it.
         """
         return self.object_id < 0
+
+    @property
+    def is_named(self) -> bool:
+        """Whether its label has at least as many votes as all others together, and more than one frame gives."""
+        votes = self.class_votes
+        return votes is not None and bool(2 * votes.max() >= votes.sum() >= 1)
 
 
 class AusmInferenceSession:
@@ -107,7 +113,8 @@ class AusmInferenceSession:
             as absent. `config.foreground_threshold` if not given.
         find_new_objects (`bool`, *optional*):
             Whether detections become objects. If not given: only in a stream without prompts, as far as known at its
-            first frame. Where they don't, they are followed as bystanders, which are not in the output.
+            first frame. Where they don't, they are followed as bystanders, which are not in the output; where they
+            do, so are less probable ones (0.5 and more), until they are surely named.
         label_set (`str`, *optional*):
             Label set that classes are taken from; `config.default_label_set` if not given.
         seed (`int`, *optional*):

@@ -26,7 +26,7 @@ Encoded = TypeVar("Encoded")
 Result = TypeVar("Result")
 
 PROMPT_LOGIT = 100.0  # logit of a pixel that the user says belongs to an object; above any that the network gives
-BYSTANDER_THRESHOLD = 0.5  # foreground probability of who is kept off marked objects: more likely than not
+BYSTANDER_THRESHOLD = 0.5  # foreground probability of who is kept off the objects: more likely than not
 
 
 @dataclass
@@ -450,8 +450,9 @@ def _finish(
     if find_new_objects is None:
         find_new_objects = not session.prompts
     size = answer.masks.shape[-2], answer.masks.shape[-1]
+    labels = config.label_sets[session.label_set or config.default_label_set]
     if find_new_objects:
-        seen = _adopt_bystanders(session, objects, seen)
+        seen = _adopt_bystanders(model, session, objects, seen, answer)
 
     # Followed objects: the first queries, in the order of the history.
     scores: dict[int, float] = {}
@@ -488,18 +489,22 @@ def _finish(
     logits = {x.object_id: logits[x.object_id] for x in objects if x.object_id in logits}
 
     # Detections: the queries after those of the followed objects.
-    threshold = _threshold(model, session, for_bystanders=not find_new_objects)
+    least = _threshold(model, session, for_bystanders=not find_new_objects or len(labels) > 1)
     rows = [
         row
         for row in range(num_followed, len(answer.foreground))
-        if answer.foreground[row] > threshold and answer.non_empty[row]
+        if answer.foreground[row] > least and answer.non_empty[row]
     ]
     rows.sort(key=lambda row: -answer.foreground[row])
     rows = _without_duplicates(rows, answer.masks, list(logits.values()), config.duplicate_overlap)
+    threshold = _threshold(model, session) if find_new_objects else 1.0
+    num_new = sum(answer.foreground[row] > threshold for row in rows)
+    objects = _make_room(objects, num_new, num_slots, scores, bystanders_only=True)
+    logits = {x.object_id: logits[x.object_id] for x in objects if x.object_id in logits}
     num_free = num_slots - len(objects)
     if len(rows) > num_free:
         rows = rows[:num_free]
-        if find_new_objects:
+        if num_new > num_free:
             _warn_once(
                 session,
                 "full buffer",
@@ -513,7 +518,8 @@ def _finish(
     masks = dict(zip(logits, exclusive)) | small
     found = [(row, mask) for row, mask, keep in zip(rows, exclusive[len(logits) :], kept) if keep]
     for (row, mask), slot in zip(found, session.draw_slots(len(found), num_slots, objects)):
-        object_id = session.new_object_id() if find_new_objects else min([0, *(x.object_id for x in objects)]) - 1
+        is_object = answer.foreground[row] > threshold
+        object_id = session.new_object_id() if is_object else min([0, *(x.object_id for x in objects)]) - 1
         new = FollowedObject(object_id, slot, prompted=False)
         _vote(new, answer.foreground[row], answer.classes[row])
         objects.append(new)
@@ -530,7 +536,6 @@ def _finish(
     session.find_new_objects = find_new_objects
     session.frame_size = frame.size
     session.prompts.pop(session.next_frame_idx, None)
-    labels = config.label_sets[session.label_set or config.default_label_set]
     asked_for = [x for x in objects if x.object_id in logits and not x.is_bystander]
     theirs = [masks[x.object_id] for x in objects if x.object_id in logits and x.is_bystander]
     if theirs:
@@ -546,12 +551,21 @@ def _finish(
 
 
 def _adopt_bystanders(
-    session: AusmInferenceSession, objects: list[FollowedObject], seen: dict[int, torch.Tensor]
+    model,
+    session: AusmInferenceSession,
+    objects: list[FollowedObject],
+    seen: dict[int, torch.Tensor],
+    answer: Answer,
 ) -> dict[int, torch.Tensor]:
-    """Who was a bystander is an object from now on, with an id of its own: `seen` by the new ids."""
-    ids = {x.object_id: session.new_object_id() if x.is_bystander else x.object_id for x in objects}
-    for followed in objects:
-        followed.object_id = ids[followed.object_id]
+    """
+    Bystanders that are above the threshold and surely named are objects from now on, with ids of their own: `seen` by
+    the new ids.
+    """
+    ids = {x.object_id: x.object_id for x in objects}
+    for row, followed in enumerate(objects):
+        if followed.is_bystander and answer.foreground[row] >= _threshold(model, session) and followed.is_named:
+            old, followed.object_id = followed.object_id, session.new_object_id()
+            ids[old] = followed.object_id
     return {ids[object_id]: mask for object_id, mask in seen.items()}
 
 
@@ -571,14 +585,21 @@ def _vote(followed: FollowedObject, foreground: float, class_probabilities: torc
 
 
 def _make_room(
-    objects: list[FollowedObject], number: int, num_slots: int, scores: dict[int, float]
+    objects: list[FollowedObject],
+    number: int,
+    num_slots: int,
+    scores: dict[int, float],
+    bystanders_only: bool = False,
 ) -> list[FollowedObject]:
-    """Lets go of the fewest found objects for `number` more to fit: first the longest absent, then the least sure."""
+    """
+    Lets go of the fewest found objects for `number` more to fit: bystanders first, then the longest absent, then the
+    least sure.
+    """
     surplus = len(objects) + number - num_slots
     if surplus <= 0:
         return objects
-    found = [x for x in objects if not x.prompted]
-    found.sort(key=lambda x: (-x.absent_frames, scores.get(x.object_id, 0.0)))
+    found = [x for x in objects if x.is_bystander or not (x.prompted or bystanders_only)]
+    found.sort(key=lambda x: (not x.is_bystander, -x.absent_frames, scores.get(x.object_id, 0.0)))
     let_go = {x.object_id for x in found[:surplus]}
     return [x for x in objects if x.object_id not in let_go]
 
