@@ -248,7 +248,8 @@ def test_of_bystanders_that_become_one_the_older_stays():
 
 
 def test_bystanders_become_objects_when_new_ones_are_asked_for():
-    script = [({1: A}, [C]), ({1: A, -1: C}, [B]), ({1: A, -1: C, 2: B}, []), ({1: A, 2: B, 3: C}, [])]
+    dog = Seen(C.box, dog=0.9)
+    script = [({1: A}, [dog]), ({1: A, -1: dog}, [B]), ({1: A, -1: dog, 2: B}, []), ({1: A, 2: B, 3: dog}, [])]
     model = ScriptedModel(script)
     session = model.session = AusmInferenceSession(seed=0)
     session.add_prompts(0, [1], [ObjectPrompt(mask=frame_mask(A))], (16, 24))
@@ -262,9 +263,9 @@ def test_bystanders_become_objects_when_new_ones_are_asked_for():
 @pytest.mark.parametrize(
     ("label_set", "dog", "foreground", "ids"),
     [
-        ("birds", 0.6, 0.95, [[1], [1], [1, 2], [1, 2]]),
-        ("birds", 0.4, 0.95, [[1]] * 4),  # no label has half of the votes
-        ("birds", 0.6, 0.7, [[1]] * 4),  # named, but below the threshold
+        ("birds", 0.7, 0.95, [[1], [1], [1, 2], [1, 2]]),
+        ("birds", 0.6, 0.95, [[1]] * 4),  # no label has two thirds of the votes
+        ("birds", 0.7, 0.7, [[1]] * 4),  # named, but below the threshold
         ("pet", 0.6, 0.95, [[1]] * 4),  # all have the same name, so it says nothing, and what is faint isn't followed
     ],
 )

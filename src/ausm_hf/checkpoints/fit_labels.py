@@ -33,7 +33,6 @@ from ausm_hf.data.stills import stills
 SETS = {"coco_mini": 6, "coco_mval": 6, "street": 2, "pennfudan": 1, "people": 1, "cats": 1, "fashion": 1}
 FOUND = 0.5  # least IoU of a detection with the object whose label it learns
 PENALTY = 3e-3  # of the squares of the weights, for features of variance 1
-BALANCE = 0.5  # a label of n examples counts n ** (1 - BALANCE) times one of a single example
 
 
 def views(frame: np.ndarray, masks: np.ndarray, number: int, rng: np.random.Generator) -> Iterator[tuple]:
@@ -99,15 +98,13 @@ def fit(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     mean, deviation = features.mean(0), features.std(0) + 1e-5
     inputs = (features - mean) / deviation
     count = torch.bincount(labels, minlength=len(COCO_LABELS)).float()
-    importance = count.clamp(min=1) ** -BALANCE
-    importance /= importance[labels].mean()
     weight = torch.zeros(len(count), features.shape[1], requires_grad=True)
     bias = torch.zeros(len(count), requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
-        value = F.cross_entropy(inputs @ weight.T + bias, labels, importance) + PENALTY * weight.square().sum() / 2
+        value = F.cross_entropy(inputs @ weight.T + bias, labels) + PENALTY * weight.square().sum() / 2
         value.backward()
         return value
 

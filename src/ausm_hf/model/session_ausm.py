@@ -88,9 +88,9 @@ class FollowedObject:
 
     @property
     def is_named(self) -> bool:
-        """Whether its label has at least as many votes as all others together, and more than one frame gives."""
+        """Whether its label has two thirds of the votes, and there are more than one frame gives."""
         votes = self.class_votes
-        return votes is not None and bool(2 * votes.max() >= votes.sum() >= 1)
+        return votes is not None and bool(3 * votes.max() >= 2 * votes.sum() >= 2)
 
 
 class AusmInferenceSession:
