@@ -46,7 +46,11 @@ def test_same_masks_and_classes_without_history(backbone, temporal_mixer, tmp_pa
     theirs = mask2former(backbone)
     theirs.save_pretrained(tmp_path)
     ours = from_mask2former(
-        tmp_path, temporal_mixer=temporal_mixer, num_compressor_layers=1, num_history_decoder_layers=1
+        tmp_path,
+        temporal_mixer=temporal_mixer,
+        num_compressor_layers=1,
+        num_history_decoder_layers=1,
+        mask_pooling=backbone == "resnet",
     )
     image = torch.randn(2, 3, 64, 96)
     with torch.no_grad():

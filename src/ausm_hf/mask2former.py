@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
@@ -75,10 +76,12 @@ def from_mask2former(
     weight, bias = source.class_predictor.weight, source.class_predictor.bias
     known = {label: index for index, label in their_labels.items()}
     head_weight, head_bias = head.weight.detach().clone(), head.bias.detach().clone()
+    # With `mask_pooling` a head reads more than theirs did.
+    rows = F.pad(weight.detach(), (0, head_weight.shape[1] - weight.shape[1]))
     for index, label in enumerate(config.label_sets[config.default_label_set]):
         if label in known:
-            head_weight[index], head_bias[index] = weight[known[label]].detach(), bias[known[label]].detach()
-    head_weight[-1], head_bias[-1] = weight[-1].detach(), bias[-1].detach()
+            head_weight[index], head_bias[index] = rows[known[label]], bias[known[label]].detach()
+    head_weight[-1], head_bias[-1] = rows[-1], bias[-1].detach()
     weights[f"class_heads.{config.default_label_set}.weight"] = head_weight
     weights[f"class_heads.{config.default_label_set}.bias"] = head_bias
     weights["foreground_head.weight"] = (weight[:-1].mean(dim=0) - weight[-1])[None].detach()
