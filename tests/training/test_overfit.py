@@ -43,7 +43,7 @@ def clip():
 def test_the_loss_on_one_clip_falls_to_near_zero(tiny_config, clip, mode, refinement, steps):
     # A seed of which the same detection query finds the other square in both clips. Otherwise the predictions before
     # the first layer, which have seen no picture, can't but be wrong of one of the two, and the loss stays above 1.
-    torch.manual_seed(1 if refinement == 0 else 3)
+    torch.manual_seed(0 if refinement == 0 else 3)
     config = AusmConfig(**tiny_config.to_dict() | {"mask_refinement_layers": refinement})
     network = AusmForUniversalSegmentation(config).train()
     form = network if mode == "parallel" else IterativeForm(network)
