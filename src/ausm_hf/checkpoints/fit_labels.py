@@ -11,7 +11,6 @@ labels become its default ones.
 
 import argparse
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from ausm_hf import AusmConfig, AusmForUniversalSegmentation, AusmProcessor
 from ausm_hf.data.clips import load_frames, load_masks
 from ausm_hf.data.labels import COCO_LABELS
 from ausm_hf.data.stills import stills
+from ausm_hf.training.checkpoint import publish_folder
 
 # Sets of photographs, and in how many views each photograph is shown.
 SETS = {"coco_mini": 6, "coco_mval": 6, "street": 2, "pennfudan": 1, "people": 1, "cats": 1, "fashion": 1}
@@ -94,12 +94,11 @@ def labelled_features(model, processor, root: Path, split: str = "train") -> tup
 
 
 def fit(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight (80, size) and bias (80,) of the regression. Labels without an example get a bias of -30."""
+    """Weight (80, size) and bias (80,) of the regression."""
     mean, deviation = features.mean(0), features.std(0) + 1e-5
     inputs = (features - mean) / deviation
-    count = torch.bincount(labels, minlength=len(COCO_LABELS)).float()
-    weight = torch.zeros(len(count), features.shape[1], requires_grad=True)
-    bias = torch.zeros(len(count), requires_grad=True)
+    weight = torch.zeros(len(COCO_LABELS), features.shape[1], requires_grad=True)
+    bias = torch.zeros(len(COCO_LABELS), requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, line_search_fn="strong_wolfe")
 
     def loss():
@@ -110,7 +109,7 @@ def fit(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     optimizer.step(loss)
     weight, bias = weight.detach() / deviation, bias.detach()
-    return weight, torch.where(count > 0, bias - weight @ mean, -30.0)
+    return weight, bias - weight @ mean
 
 
 def load(checkpoint: Path) -> tuple[AusmForUniversalSegmentation, dict[str, Tensor]]:
@@ -159,8 +158,7 @@ def fit_labels(checkpoint: Path, root: Path, folder: Path) -> Path:
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
         partial.chmod(0o755)
         (partial / "model.safetensors").chmod(0o644)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        publish_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

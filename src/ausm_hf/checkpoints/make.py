@@ -10,7 +10,6 @@ the log of the last run lie beside them.
 
 import argparse
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,6 +19,7 @@ import yaml
 from safetensors.torch import save_file
 
 from ausm_hf import AusmForUniversalSegmentation, AusmImageProcessor, AusmProcessor
+from ausm_hf.training.checkpoint import publish_folder
 
 MAX_BYTES = 15_000_000
 
@@ -87,8 +87,7 @@ def make_checkpoint(runs: list[Path], folder: Path) -> Path:
         partial.chmod(0o755)
         for path in partial.iterdir():
             path.chmod(0o644)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        publish_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
