@@ -49,7 +49,7 @@ def test_a_part_that_the_last_run_added_is_its_own(runs, tmp_path, tiny_config):
     first, second = (load_file(run / "final" / "model.safetensors") for run in runs)
     made = load_file(make_checkpoint(runs, tmp_path / "made") / "model.safetensors")
     assert made.keys() == second.keys()
-    scale, query = "model.history_encoder.appearance.scale", "model.detection_queries.weight"
+    scale, query = "model.history_encoder.appearance.scale", "model.id_vectors.weight"
     assert scale not in first and torch.equal(made[scale], second[scale].half())
     assert torch.equal(made[query], ((first[query] + second[query]) / 2).half())
     with pytest.raises(ValueError, match="networks of the runs differ"):
@@ -58,7 +58,7 @@ def test_a_part_that_the_last_run_added_is_its_own(runs, tmp_path, tiny_config):
 
 def test_runs_that_make_no_checkpoint(runs, tmp_path, tiny_config):
     config = copy.deepcopy(tiny_config)
-    config.num_detection_queries += 1
+    config.num_id_vectors += 1
     AusmForUniversalSegmentation(config).save_pretrained(runs[0] / "final")
     with pytest.raises(ValueError, match="networks of the runs differ"):
         make_checkpoint(runs, tmp_path / "made")

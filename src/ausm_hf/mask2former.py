@@ -60,6 +60,7 @@ def from_mask2former(
         "num_decoder_layers": theirs.decoder_layers - 1,
         "decoder_feedforward_size": theirs.dim_feedforward,
         "num_detection_queries": theirs.num_queries,
+        "query_selection": False,
     }
     for name, value in sizes.items():
         if name in overrides and overrides[name] != value:

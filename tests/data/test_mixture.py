@@ -86,6 +86,12 @@ def test_detect_overrides_what_the_rows_say(sources):
     assert not ClipMixture([still], [1], 2, (32, 32))[0]["first_frame_given"]
 
 
+@pytest.mark.parametrize("exhaustive", [True, False])
+def test_exhaustive_overrides_what_the_rows_say(sources, exhaustive):
+    still = ClipSource(sources[1].clips, pseudo_video=True, exhaustive=exhaustive)
+    assert ClipMixture([still], [1], 2, (32, 32))[0]["exhaustive"] == exhaustive
+
+
 def test_a_group_in_several_pieces_is_a_prompt_only(tmp_path):
     write_frames(tmp_path, ["picture"])
     one = np.zeros((HEIGHT, WIDTH), np.uint8)
@@ -231,5 +237,7 @@ def test_nano_mixture_reads_what_prepare_writes(tmp_path):
     (tmp_path / "davis" / "ImageSets" / "2016").mkdir(parents=True)
     (tmp_path / "davis" / "ImageSets" / "2016" / "train.txt").write_text("bear\n")
     mixture = nano_mixture(str(tmp_path), 2, (32, 32), seed=5)
-    assert mixture.weights[0] == pytest.approx(0.5)
-    assert all(len(mixture[i]["masks"]) for i in range(6))
+    assert mixture.weights[0] == pytest.approx(0.33)
+    items = [mixture[i] for i in range(40)]
+    assert all(len(item["masks"]) for item in items)
+    assert {item["exhaustive"] for item in items} == {True, False}  # the cats are all there; of the rest nobody knows

@@ -313,7 +313,7 @@ def test_stills(tmp_path, no_reading, names, exhaustive, labels, label_set, give
     assert clip.frames.shape[0] == 1 and clip.masks.sum(dim=(1, 2, 3)).tolist() == [100, 100]
     assert clip.ignore.sum() == 1
     assert (clip.labels, clip.label_set, clip.first_frame_given) == (labels, label_set, given)
-    assert clip.exhaustive is not given
+    assert clip.exhaustive == exhaustive
 
 
 def test_every_tenth_photograph_is_held_out(tmp_path):

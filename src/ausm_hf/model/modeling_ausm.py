@@ -49,6 +49,7 @@ from .pixels_ausm import (
     AusmPixelDecoder,
     AusmPixelDecoderLayer,
     AusmPyramidPixelEncoder,
+    AusmQuerySelection,
     pool_in_masks,
     sine_positions,
 )
@@ -101,7 +102,7 @@ class AusmPreTrainedModel(PreTrainedModel):
             if (gain := getattr(module, "init_gain", 1.0)) != 1.0:
                 init.copy_(module.weight, gain * module.weight)
             if module.bias is not None:
-                init.zeros_(module.bias)
+                init.constant_(module.bias, getattr(module, "init_bias", 0.0))
         elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -189,8 +190,11 @@ class AusmModel(AusmPreTrainedModel):
         # B and V, each with the positions that Mask2Former's queries have. An ID vector is mark and query in one.
         self.id_vectors = nn.Embedding(config.num_id_vectors, config.hidden_size)
         self.id_positions = nn.Embedding(config.num_id_vectors, config.hidden_size)
-        self.detection_queries = nn.Embedding(config.num_detection_queries, config.hidden_size)
-        self.detection_positions = nn.Embedding(config.num_detection_queries, config.hidden_size)
+        if config.query_selection:
+            self.query_selection = AusmQuerySelection(config)
+        else:
+            self.detection_queries = nn.Embedding(config.num_detection_queries, config.hidden_size)
+            self.detection_positions = nn.Embedding(config.num_detection_queries, config.hidden_size)
         self.history_encoder = AusmHistoryEncoder(config)
         self.pixel_decoder = AusmPixelDecoder(config)
         self.post_init()
@@ -335,18 +339,25 @@ class AusmModel(AusmPreTrainedModel):
 
         # Who is where
         # Called, not read: see `HeldConv1d`.
-        numbers = torch.arange(self.config.num_detection_queries, device=device)
-        detections = self.detection_queries(numbers).expand(batch, -1, -1)
-        detection_positions = self.detection_positions(numbers).expand(batch, -1, -1)
+        places = selection_logits = None
+        if self.config.query_selection:
+            selected = self.query_selection(levels[1])
+            detections, detection_positions, places = selected.queries, selected.positions, selected.places
+            selection_logits = selected.logits.unflatten(0, (batch, frames))
+        else:
+            numbers = torch.arange(self.config.num_detection_queries, device=device)
+            detections = self.detection_queries(numbers).expand(batch * frames, -1, -1)
+            detection_positions = self.detection_positions(numbers).expand(batch * frames, -1, -1)
         query_mask = F.pad(taken.flatten(0, 1), (0, detections.shape[1]), value=True)[:, None, None, :]
         states_per_layer, masks_per_layer = self.pixel_decoder(
-            over_frames(torch.cat([id_vectors, detections], dim=1)),
-            over_frames(torch.cat([self.id_positions(id_slots), detection_positions], dim=1)),
+            torch.cat([over_frames(id_vectors), detections], dim=1),
+            torch.cat([over_frames(self.id_positions(id_slots)), detection_positions], dim=1),
             query_mask if id_slots.shape[1] else None,
             levels,
             mask_features,
             history_masks_seen,
             tracked_logits,
+            places,
             output_intermediate,
         )
         hidden_states = [x.unflatten(0, (batch, frames)) for x in states_per_layer]
@@ -367,6 +378,7 @@ class AusmModel(AusmPreTrainedModel):
                 history_masks[:, -1],
                 appearance,
             ),
+            selection_logits=selection_logits,
             intermediate_masks_queries_logits=tuple(masks[:-1]) if output_intermediate else None,
             intermediate_query_hidden_states=tuple(hidden_states[:-1]) if output_intermediate else None,
             intermediate_class_features=tuple(class_features[:-1]) if output_intermediate else None,
@@ -422,7 +434,7 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         states = (*(output.intermediate_query_hidden_states or ()), output.query_hidden_states)
         masks = (*(output.intermediate_masks_queries_logits or ()), output.masks_queries_logits)
         class_features = (*(output.intermediate_class_features or ()), output.class_features)
-        return [
+        predictions = [
             {
                 "masks": layer_masks,
                 "foreground": self.foreground_head(layer_states).squeeze(-1),
@@ -430,6 +442,9 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             }
             for layer_states, layer_masks, layer_features in zip(states, masks, class_features)
         ]
+        if output.selection_logits is not None:
+            predictions[0]["selection"] = output.selection_logits  # it is done before the first layer
+        return predictions
 
     def encode_frames(self, pixel_values: Tensor) -> AusmFrameFeatures:
         """

@@ -23,6 +23,8 @@ class AusmModelOutput(ModelOutput):
             features over the masks.
         history (`AusmHistory`):
             The history after the last frame. Its objects are the ones that were passed in.
+        selection_logits (`torch.Tensor` of shape `(B, T, H / 16, W / 16)`, *optional*):
+            With `query_selection`, of each cell: the middle of an object is here.
         intermediate_masks_queries_logits (`tuple(torch.Tensor)`, *optional*):
             Masks before the first and after every layer but the last, when asked for with `output_intermediate`.
         intermediate_query_hidden_states (`tuple(torch.Tensor)`, *optional*):
@@ -45,6 +47,7 @@ class AusmModelOutput(ModelOutput):
     query_hidden_states: Tensor = None  # type: ignore[assignment]
     class_features: Tensor = None  # type: ignore[assignment]
     history: AusmHistory = None  # type: ignore[assignment]
+    selection_logits: Tensor | None = None
     intermediate_masks_queries_logits: tuple[Tensor, ...] | None = None
     intermediate_query_hidden_states: tuple[Tensor, ...] | None = None
     intermediate_class_features: tuple[Tensor, ...] | None = None

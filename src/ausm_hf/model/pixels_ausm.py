@@ -212,6 +212,87 @@ def pool_in_masks(levels: tuple[Tensor, ...], mask_logits: Tensor) -> Tensor:
     return torch.cat(means, dim=-1)
 
 
+@dataclass
+class SelectedQueries:
+    """
+    Detection queries of N frames, and where they come from.
+
+    Attributes:
+        queries, positions (`torch.Tensor` of shape `(N, N_det, D)`): The queries and their positions.
+        places (`torch.Tensor` of shape `(N, N_det, 2)`): x and y in [0, 1] of the picture.
+        logits (`torch.Tensor` of shape `(N, h, w)`): Of each cell of stride 16: the middle of an object is here.
+    """
+
+    queries: Tensor
+    positions: Tensor
+    places: Tensor
+    logits: Tensor
+
+
+class AusmQuerySelection(nn.Module):
+    """Makes detection queries of the features where objects seem to be, as FastInst does, best first."""
+
+    def __init__(self, config: AusmConfig):
+        super().__init__()
+        self.number = config.num_detection_queries
+        self.smooth = separable_conv(config.hidden_size)
+        score: Any = PointwiseConv2d(config.hidden_size, 1)
+        score.init_bias = -4.0  # few cells are the middle of an object
+        self.score = score
+
+    def forward(self, level: Tensor) -> SelectedQueries:
+        """
+        Args:
+            level (`torch.Tensor` of shape `(N, D, h, w)`): The map of stride 16.
+        """
+        height, width = level.shape[-2:]
+        level = level + self.smooth(level)
+        logits = self.score(level)
+        scores = logits.detach().float()
+        # Peaks first, then the other cells, both by their score: nothing ties, so all forms choose alike.
+        ranks = (scores - 1e3 * (F.max_pool2d(scores, 3, stride=1, padding=1) > scores)).flatten(1)
+        chosen = ranks.topk(min(self.number, height * width), dim=1).indices
+        # Of a small map that has fewer cells than there are queries, they begin again.
+        chosen = chosen[:, torch.arange(self.number, device=level.device) % chosen.shape[1]]
+        positions = sine_positions((height, width), level.shape[1], level.device, level.dtype)
+        tokens = to_tokens(level)
+        places = torch.stack([(chosen % width + 0.5) / width, (chosen // width + 0.5) / height], dim=-1)
+        return SelectedQueries(
+            tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1])),
+            positions[chosen],
+            places.to(level.dtype),
+            logits.squeeze(1),
+        )
+
+
+class AusmReach(nn.Module):
+    """Where a selected query's object can be: an ellipse about its place, whose middle and radii the query says."""
+
+    def __init__(self, config: AusmConfig):
+        super().__init__()
+        projection: Any = nn.Linear(config.hidden_size, 4)
+        projection.init_gain = 0.0  # a circle, or what is one in a square picture
+        self.projection = projection
+
+    def forward(self, queries: Tensor, places: Tensor, size: tuple[int, int]) -> Tensor:
+        """
+        Args:
+            queries (`torch.Tensor` of shape `(N, Q, D)`), places (`torch.Tensor` of shape `(N, Q, 2)`): See
+                [`SelectedQueries`].
+
+        Returns:
+            Logits (N, Q, h, w) for a map of `size`: 3 in the middle, 0 on the ellipse, falling with the distance.
+        """
+        offset, log_radius = self.projection(queries).split(2, dim=-1)
+        middle, radius = places + 0.1 * offset, 0.2 * log_radius.clamp(-5, 5).exp()
+        distances = []
+        for axis, length in enumerate(reversed(size)):
+            along = (torch.arange(length, device=queries.device, dtype=queries.dtype) + 0.5) / length
+            distances.append(((along - middle[..., axis, None]) / radius[..., axis, None]).square())
+        distance = (distances[0][..., None, :] + distances[1][..., :, None] + 1e-4).sqrt()
+        return 3 * (1 - distance)
+
+
 class AusmPixelDecoderLayer(GradientCheckpointingLayer):
     """Masked cross-attention, self-attention, feed-forward; post-norm, as in Mask2Former."""
 
@@ -257,6 +338,7 @@ class AusmPixelDecoder(nn.Module):
         # Small, or the first masks are so decided that training starts by undoing them.
         last.init_gain = 0.1
         self.mask_embedder = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size), nn.ReLU(), last)
+        self.reach = AusmReach(config) if config.query_selection else None
 
     def forward(
         self,
@@ -267,6 +349,7 @@ class AusmPixelDecoder(nn.Module):
         mask_features: Tensor,
         tracked_masks: Tensor,
         tracked_logits: Tensor | None,
+        places: Tensor | None,
         output_intermediate: bool,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """
@@ -279,6 +362,7 @@ class AusmPixelDecoder(nn.Module):
                 seen. They start by looking there.
             tracked_logits (`torch.Tensor` of shape `(N, n, ., .)`, *optional*): Added to the masks of the first n
                 queries.
+            places (`torch.Tensor` of shape `(N, Q - n, 2)`, *optional*): Where the other queries were selected.
             output_intermediate (`bool`): Whether to give masks for every layer or only for the last one.
 
         Returns:
@@ -286,11 +370,15 @@ class AusmPixelDecoder(nn.Module):
         """
         tracked = tracked_masks.shape[1]
 
-        def with_tracked_logits(masks: Tensor) -> Tensor:
-            if tracked_logits is None or not tracked:
-                return masks
-            logits = F.interpolate(tracked_logits, size=masks.shape[-2:], mode="bilinear", align_corners=False)
-            return torch.cat([masks[:, :tracked] + logits, masks[:, tracked:]], dim=1)
+        def with_start(masks: Tensor, states: Tensor) -> Tensor:
+            """Adds what is known of the masks beside the product of embeddings and features."""
+            followed, found = masks[:, :tracked], masks[:, tracked:]
+            size = masks.shape[-2], masks.shape[-1]
+            if tracked_logits is not None and tracked:
+                followed = followed + F.interpolate(tracked_logits, size=size, mode="bilinear", align_corners=False)
+            if self.reach is not None and places is not None:
+                found = found + self.reach(states[:, tracked:], places, size)
+            return torch.cat([followed, found], dim=1)
 
         levels = levels[::-1][: len(self.layers)]  # those that a layer reads
         sizes = [(level.shape[-2], level.shape[-1]) for level in levels]
@@ -311,12 +399,12 @@ class AusmPixelDecoder(nn.Module):
             if output_intermediate or layer is None:
                 all_states.append(normed)
                 masks = torch.einsum("nqc,nchw->nqhw", mask_embeddings, mask_features)
-                all_masks.append(with_tracked_logits(masks))
+                all_masks.append(with_start(masks, normed))
             if layer is None:
                 break
             number = index % len(levels)
             small_masks = torch.bmm(mask_embeddings.detach(), small_mask_features[number])
-            foreground = with_tracked_logits(small_masks.unflatten(-1, sizes[number])) >= 0
+            foreground = with_start(small_masks.unflatten(-1, sizes[number]), normed.detach()) >= 0
             if index == 0 and tracked:
                 seen = (tracked_masks > 0.5).to(tracked_masks.dtype)  # soft masks are nowhere zero
                 last_seen = average_maps(seen, sizes[number]) > 0

@@ -197,13 +197,11 @@ class RollOut(IterativeForm):
 
 def _join_frames(predictions: tuple[dict[str, Any], ...]) -> dict[str, Any]:
     """One prediction of T frames from T predictions of one."""
-    return {
-        "masks": torch.cat([p["masks"] for p in predictions], dim=1),
-        "foreground": torch.cat([p["foreground"] for p in predictions], dim=1),
-        "classes": {
-            name: torch.cat([p["classes"][name] for p in predictions], dim=1) for name in predictions[0]["classes"]
-        },
+    joined = {name: torch.cat([p[name] for p in predictions], dim=1) for name in predictions[0] if name != "classes"}
+    joined["classes"] = {
+        name: torch.cat([p["classes"][name] for p in predictions], dim=1) for name in predictions[0]["classes"]
     }
+    return joined
 
 
 def _cut_instances(instances: Instances, frames: slice) -> Instances:
