@@ -4,7 +4,8 @@
 
 ROOT is what `python -m ausm_hf.data.prepare` wrote. Every object with one of COCO's labels in the photographs that
 are kept out of fitting the head is marked by its mask, in a stream of one frame, and the label that comes out is
-compared with the true one. `coco_mval` has about as many objects of each of the 80 labels; the other sets show what is frequent.
+compared with the true one. `coco_mval` has about as many objects of each of the 80 labels; the other sets show what is
+frequent.
 
 Writes `labels.json` and prints a table.
 """

@@ -74,7 +74,7 @@ class ScriptedModel:
     device, dtype = torch.device("cpu"), torch.float32
     encode_frames = staticmethod(encode_frames)
 
-    def __init__(self, script, num_id_vectors=4, num_detection_queries=4, max_age=60):
+    def __init__(self, script, num_id_vectors=4, num_detection_queries=4, max_age=60, radius=0):
         self.script = script
         self.num_detection_queries = num_detection_queries
         self.config = SimpleNamespace(
@@ -82,6 +82,7 @@ class ScriptedModel:
             foreground_threshold=0.5,
             duplicate_overlap=0.5,
             max_age=max_age,
+            mask_propagation_radius=radius,
             label_sets={"pets": LABELS, "ships": ["tug", "yacht"], "birds": [*LABELS, "bird"], "pet": ["pet"]},
             default_label_set="pets",
         )

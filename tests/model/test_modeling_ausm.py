@@ -391,7 +391,9 @@ def test_how_selected_queries_start():
     """Few cells are the middle of an object, and all objects reach equally far."""
     model = tiny_model(query_selection=True).model
     assert model.query_selection.score.bias.item() == -4 and model.query_selection.score.weight.std() > 0.1
-    assert not model.pixel_decoder.reach.projection.weight.any() and not model.pixel_decoder.reach.projection.bias.any()
+    assert (
+        not model.pixel_decoder.reach.projection.weight.any() and not model.pixel_decoder.reach.projection.bias.any()
+    )
 
 
 def mask_propagation(radius: int) -> AusmMaskPropagation:

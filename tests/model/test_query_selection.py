@@ -153,7 +153,7 @@ def test_the_selection_is_a_term_of_the_loss(tiny_config):
 
 
 def test_the_network_learns_where_to_look(tiny_config):
-    """A few steps on one picture with two squares: both are found, and in other places than the fresh network looks."""
+    """Both squares of one picture are found after a few steps on it."""
     config = AusmConfig.from_dict({**tiny_config.to_dict(), "foreground_threshold": 0.5})
     torch.manual_seed(0)
     model = AusmForUniversalSegmentation(config)

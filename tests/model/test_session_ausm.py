@@ -279,6 +279,52 @@ def test_what_is_less_probable_is_an_object_when_it_is_named(label_set, dog, for
     assert outputs[-1].labels[1:] == ["dog"] * (len(ids[-1]) - 1)
 
 
+def test_a_bystander_that_is_out_of_view_is_let_go():
+    """To be found anew; the id of a marked object waits."""
+    script = [({1: A}, [C]), ({1: A, -1: C}, []), ({-1: NOTHING}, []), ({}, [C])]
+    _, session, _ = play(script[:3], prompts={0: {1: frame_mask(A)}})
+    assert [x.object_id for x in session.objects] == [1]
+    _, session, _ = play(script, prompts={0: {1: frame_mask(A)}})
+    assert [x.object_id for x in session.objects] == [1, -1]
+
+
+@pytest.mark.parametrize(("find", "number"), [(True, 0), (False, 1)])
+def test_a_bystander_that_nobody_can_name_is_let_go(find, number):
+    """Where it could have become an object: after fifteen votes, here of 0.9 each."""
+    followed = Seen(C.box, foreground=0.9)
+    script = [({1: A}, [Seen(C.box, foreground=0.6)])] + [({1: A, -1: followed}, [])] * 17
+    for frames, expected in ((17, 1), (18, number)):
+        session = AusmInferenceSession(seed=0, foreground_threshold=0.8, find_new_objects=find)
+        _, session, outputs = play(script[:frames], session, prompts={0: {1: frame_mask(A)}})
+        assert [output.object_ids for output in outputs] == [[1]] * frames
+        assert sum(x.is_bystander for x in session.objects) == expected
+
+
+def test_what_was_found_takes_in_nothing_from_afar():
+    """With a radius of one cell of stride 8: what comes into view farther away is an object of its own."""
+    wide = Seen((0, 2, 0, 6), logit=3.0)
+    script = [({}, [A]), ({1: wide}, [C])]
+    _, _, outputs = play(script, radius=1)
+    assert [output.object_ids for output in outputs] == [[1], [1, 2]]
+    near = torch.zeros(4, 6, dtype=torch.bool)
+    near[:2, :4] = True
+    assert (outputs[1].pred_masks[0, 0] > 0).equal(near)
+    # Masks that aren't propagated may be anywhere, and what is marked may too.
+    _, _, outputs = play(script, radius=0)
+    assert outputs[1].object_ids == [1] and (outputs[1].pred_masks[0, 0] > 0).equal(wide.mask)
+    script = [({1: A}, [B]), ({1: wide, -1: B}, [])]
+    _, session, outputs = play(script, prompts={0: {1: frame_mask(A)}}, radius=1)
+    assert [x.prompted for x in session.objects] == [True, False]
+    assert (outputs[1].pred_masks[0, 0] > 0).equal(wide.mask)
+
+
+def test_what_was_found_and_is_away_may_come_back_anywhere():
+    """A leap is that too: for a frame it is away."""
+    _, _, outputs = play([({}, [A]), ({1: C}, []), ({1: C}, [])], radius=1)
+    assert [output.object_ids for output in outputs] == [[1], [], [1]]
+    assert (outputs[2].pred_masks[0, 0] > 0).equal(C.mask)
+
+
 def test_bystanders_give_way_to_objects(caplog):
     """Of two ID vectors a bystander holds one until an object is found; then there is no room for another."""
     faint = Seen(C.box, foreground=0.6, dog=0.4, bird=0.3)

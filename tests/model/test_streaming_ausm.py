@@ -264,6 +264,7 @@ class Parade:
         self.config = SimpleNamespace(
             num_id_vectors=num_id_vectors,
             foreground_threshold=0.5,
+            mask_propagation_radius=0,
             duplicate_overlap=0.5,
             max_age=5,
             label_sets={"things": ["thing"]},

@@ -321,7 +321,7 @@ def selection_loss(logits: Tensor, instances: Instances, plan: TeacherForcing) -
     masks = F.pad(instances.small_masks.transpose(1, 2).flatten(0, 1), (0, 0, 0, 0, 0, 1))
     wanted = F.pad(plan.detected, (0, 1))[..., None, None]
     cover = F.interpolate(masks, size=size, mode="area")
-    around = sum(side * F.avg_pool2d(cover, side, 1, side // 2) for side in (1, 3, 5, 9, 15))
+    around = torch.stack([side * F.avg_pool2d(cover, side, 1, side // 2) for side in (1, 3, 5, 9, 15)]).sum(0)
     middles = around.masked_fill(cover <= 0, -1).flatten(2).argmax(-1).unflatten(0, logits.shape[:2])
     cover = cover.unflatten(0, logits.shape[:2])
     rows, columns = (torch.arange(length, device=logits.device) for length in size)
@@ -397,7 +397,7 @@ class AusmLoss(nn.Module):
                 layer["selection"] = selection_loss(prediction["selection"], instances, plan)
             for name, value in layer.items():
                 terms[name] = terms.get(name, 0.0) + getattr(self.config, f"{name}_weight") * value / num_instances
-        return sum(terms.values()), {name: value.detach() for name, value in terms.items()}
+        return torch.stack(list(terms.values())).sum(), {name: value.detach() for name, value in terms.items()}
 
     def _check_labels(self, classes: dict[str, Tensor], instances: Instances, label_sets: list[str | None]):
         for clip, name in enumerate(label_sets):

@@ -57,6 +57,9 @@ class AusmVideoSegmentationOutput(ModelOutput):
     frame_idx: int = None  # type: ignore[assignment]
 
 
+BYSTANDER_TRIAL = 15.0  # votes, about as many frames
+
+
 @dataclass
 class FollowedObject:
     """
@@ -91,6 +94,18 @@ class FollowedObject:
         """Whether its label has two thirds of the votes, and there are more than one frame gives."""
         votes = self.class_votes
         return votes is not None and bool(3 * votes.max() >= 2 * votes.sum() >= 2)
+
+    def is_past(self, max_age: int | None, on_trial: bool) -> bool:
+        """
+        Whether it is let go: after `max_age` frames in which it was not seen. Nobody was told of a bystander: one that
+        is not seen, or has not been named in a long trial, is let go at once, to be found anew.
+        """
+        if self.prompted:
+            return False
+        if self.is_bystander:
+            votes = 0.0 if self.class_votes is None else float(self.class_votes.sum())
+            return self.absent_frames > 0 or (on_trial and votes > BYSTANDER_TRIAL)
+        return max_age is not None and self.absent_frames >= max_age
 
 
 class AusmInferenceSession:

@@ -418,12 +418,29 @@ def _seen(
     model, session: AusmInferenceSession, objects: list[FollowedObject], answer: Answer
 ) -> dict[int, torch.Tensor]:
     """Mask logits of the followed objects that are in the frame; of prompted ones always."""
+    masks, non_empty = answer.masks[: len(objects)], answer.non_empty
+    if model.config.mask_propagation_radius and not all(x.prompted for x in objects):
+        masks = _within_reach(masks, answer.history.masks[0], model.config.mask_propagation_radius, objects)
+        non_empty = (masks > 0).flatten(1).any(1).tolist()
     return {
-        x.object_id: answer.masks[row]
+        x.object_id: masks[row]
         for row, x in enumerate(objects)
-        if x.prompted
-        or (answer.foreground[row] >= _threshold(model, session, x.is_bystander) and answer.non_empty[row])
+        if x.prompted or (answer.foreground[row] >= _threshold(model, session, x.is_bystander) and non_empty[row])
     }
+
+
+def _within_reach(
+    logits: torch.Tensor, previous: torch.Tensor, radius: int, objects: list[FollowedObject]
+) -> torch.Tensor:
+    """
+    Mask logits (n, h, w) of followed objects without what lies farther from their masks in the frame before than masks
+    are propagated, `radius` cells of stride 8. So an object that was found doesn't take in what comes into view, which
+    is there to be found itself. Prompted objects, and those that were away, may be anywhere.
+    """
+    near = F.max_pool2d(F.max_pool2d(previous.float(), 2), 2 * radius + 1, stride=1, padding=radius)
+    near = F.interpolate(near[None], size=logits.shape[-2:])[0] > 0
+    free = torch.tensor([x.prompted for x in objects], device=logits.device) | ~near.flatten(1).any(1)
+    return torch.where(near | free[:, None, None], logits, -logits.abs())
 
 
 def _finish(
@@ -477,11 +494,7 @@ def _finish(
     small = {object_id: history_mask(mask, size) for object_id, mask in prompts.items()}
     logits = seen | {object_id: (mask * 2 - 1) * PROMPT_LOGIT for object_id, mask in small.items()}
     twins = _twins([*objects, *joining], logits, config.duplicate_overlap)
-    objects = [
-        x
-        for x in objects
-        if x.object_id not in twins and (config.max_age is None or x.prompted or x.absent_frames < config.max_age)
-    ]
+    objects = [x for x in objects if x.object_id not in twins and not x.is_past(config.max_age, find_new_objects)]
     objects = _make_room(objects, len(joining), num_slots, scores)
     for followed, slot in zip(joining, session.draw_slots(len(joining), num_slots, objects)):
         followed.slot = slot

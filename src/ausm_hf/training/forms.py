@@ -197,11 +197,11 @@ class RollOut(IterativeForm):
 
 def _join_frames(predictions: tuple[dict[str, Any], ...]) -> dict[str, Any]:
     """One prediction of T frames from T predictions of one."""
-    joined = {name: torch.cat([p[name] for p in predictions], dim=1) for name in predictions[0] if name != "classes"}
-    joined["classes"] = {
-        name: torch.cat([p["classes"][name] for p in predictions], dim=1) for name in predictions[0]["classes"]
+    first = predictions[0]
+    return {
+        **{name: torch.cat([p[name] for p in predictions], dim=1) for name in first if name != "classes"},
+        "classes": {name: torch.cat([p["classes"][name] for p in predictions], dim=1) for name in first["classes"]},
     }
-    return joined
 
 
 def _cut_instances(instances: Instances, frames: slice) -> Instances:
