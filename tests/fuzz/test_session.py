@@ -32,6 +32,7 @@ class ErraticModel:
             num_id_vectors=SLOTS,
             foreground_threshold=0.5,
             duplicate_overlap=0.5,
+            mask_propagation_radius=1,
             max_age=3,
             label_sets={"pets": ["cat", "dog"]},
             default_label_set="pets",
