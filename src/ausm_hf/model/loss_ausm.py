@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from .configuration_ausm import AusmConfig
-from .history_ausm import binarize
+from .history_ausm import average_maps, binarize
 
 MASK_STRIDE = 4
 
@@ -320,7 +320,7 @@ def selection_loss(logits: Tensor, instances: Instances, plan: TeacherForcing) -
     # With one more object that isn't there, so that there always is one.
     masks = F.pad(instances.small_masks.transpose(1, 2).flatten(0, 1), (0, 0, 0, 0, 0, 1))
     wanted = F.pad(plan.detected, (0, 1))[..., None, None]
-    cover = F.interpolate(masks, size=size, mode="area")
+    cover = average_maps(masks, size)
     around = torch.stack([side * F.avg_pool2d(cover, side, 1, side // 2) for side in (1, 3, 5, 9, 15)]).sum(0)
     middles = around.masked_fill(cover <= 0, -1).flatten(2).argmax(-1).unflatten(0, logits.shape[:2])
     cover = cover.unflatten(0, logits.shape[:2])
@@ -330,7 +330,7 @@ def selection_loss(logits: Tensor, instances: Instances, plan: TeacherForcing) -
     spread = (cover.sum((-2, -1), keepdim=True).sqrt() / 6).clamp(min=0.5)
     near = torch.where(wanted, (-squares / (2 * spread.square())).exp(), 0.0).amax(dim=2)
     positive = (near == 1).float()
-    known = F.interpolate(instances.pixel_weights, size=size, mode="area") > 0.5
+    known = average_maps(instances.pixel_weights, size) > 0.5
     everywhere = (plan.searched & plan.exhaustive[:, None])[..., None, None]
     counted = (everywhere & known) | ((cover > 0.5) & wanted).any(dim=2)
     logits = logits.float()

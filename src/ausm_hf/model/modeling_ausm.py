@@ -338,13 +338,13 @@ class AusmModel(AusmPreTrainedModel):
             tracked_logits = followed + (0 if tracked_logits is None else tracked_logits)
 
         # Who is where
-        # Called, not read: see `HeldConv1d`.
         places = selection_logits = None
         if self.config.query_selection:
             selected = self.query_selection(levels[1])
             detections, detection_positions, places = selected.queries, selected.positions, selected.places
             selection_logits = selected.logits.unflatten(0, (batch, frames))
         else:
+            # Called, not read: see `HeldConv1d`.
             numbers = torch.arange(self.config.num_detection_queries, device=device)
             detections = self.detection_queries(numbers).expand(batch * frames, -1, -1)
             detection_positions = self.detection_positions(numbers).expand(batch * frames, -1, -1)

@@ -338,7 +338,7 @@ class AusmPixelDecoder(nn.Module):
         # Small, or the first masks are so decided that training starts by undoing them.
         last.init_gain = 0.1
         self.mask_embedder = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size), nn.ReLU(), last)
-        self.reach = AusmReach(config) if config.query_selection else None
+        self.reach: Any = AusmReach(config) if config.query_selection else None
 
     def forward(
         self,
@@ -376,7 +376,7 @@ class AusmPixelDecoder(nn.Module):
             size = masks.shape[-2], masks.shape[-1]
             if tracked_logits is not None and tracked:
                 followed = followed + F.interpolate(tracked_logits, size=size, mode="bilinear", align_corners=False)
-            if self.reach is not None and places is not None:
+            if places is not None:
                 found = found + self.reach(states[:, tracked:], places, size)
             return torch.cat([followed, found], dim=1)
 

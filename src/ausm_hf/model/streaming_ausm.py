@@ -114,7 +114,8 @@ def step_sessions(
     answers: dict[int, Answer] = {}
     for (_, label_set), group in groups.items():
         together = AusmFrameFeatures.join([inputs[i] for i in group])
-        answers |= zip(group, _ask(model, together, [histories[i] for i in group], label_set))
+        asked = [histories[i] for i in group], [objects[i] for i in group]
+        answers |= zip(group, _ask(model, together, *asked, label_set))
 
     seen = [_seen(model, session, objects[i], answers[i]) for i, session in enumerate(sessions)]
     for i, session in enumerate(sessions):
@@ -150,7 +151,7 @@ def preview_prompts(
     (encoded,) = _encoded_frames(model, [session], [frame])
     seen: dict[int, torch.Tensor] = {}
     if session.history is not None and session.prompts.get(session.next_frame_idx):  # it may correct what is seen
-        (answer,) = _ask(model, encoded, [session.history], session.label_set)
+        (answer,) = _ask(model, encoded, [session.history], [session.objects], session.label_set)
         seen = _seen(model, session, session.objects, answer)
     return _prompt_masks(model, session, encoded, seen)
 
@@ -392,15 +393,23 @@ def _start(
     return objects, _put_objects(model.init_history(1), objects, small, size, frame.stride_4)
 
 
-def _ask(model, frames: AusmFrameFeatures, histories: list[AusmHistory], label_set: str | None) -> list[Answer]:
+def _ask(
+    model,
+    frames: AusmFrameFeatures,
+    histories: list[AusmHistory],
+    objects: list[list[FollowedObject]],
+    label_set: str | None,
+) -> list[Answer]:
     """One pass of the network over a frame of each of several streams. Columns that a stream lacks are padding."""
-    numbers = [history.slots.shape[1] for history in histories]
-    most = max(numbers)
+    numbers = [len(followed) for followed in objects]
+    most, radius = max(numbers), model.config.mask_propagation_radius
     output = model.step(frames, AusmHistory.join(histories), label_set=label_set)
     answers = []
     for i, (number, history) in enumerate(zip(numbers, output.history.split(numbers))):
         rows = [*range(number), *range(most, output.foreground_queries_logits.shape[1])]
         masks = output.masks_queries_logits[i, rows].float()
+        if radius and not all(x.prompted for x in objects[i]):
+            masks[:number] = _within_reach(masks[:number], history.masks[0], radius, objects[i])
         answers.append(
             Answer(
                 masks=masks,
@@ -412,21 +421,6 @@ def _ask(model, frames: AusmFrameFeatures, histories: list[AusmHistory], label_s
             )
         )
     return answers
-
-
-def _seen(
-    model, session: AusmInferenceSession, objects: list[FollowedObject], answer: Answer
-) -> dict[int, torch.Tensor]:
-    """Mask logits of the followed objects that are in the frame; of prompted ones always."""
-    masks, non_empty = answer.masks[: len(objects)], answer.non_empty
-    if model.config.mask_propagation_radius and not all(x.prompted for x in objects):
-        masks = _within_reach(masks, answer.history.masks[0], model.config.mask_propagation_radius, objects)
-        non_empty = (masks > 0).flatten(1).any(1).tolist()
-    return {
-        x.object_id: masks[row]
-        for row, x in enumerate(objects)
-        if x.prompted or (answer.foreground[row] >= _threshold(model, session, x.is_bystander) and non_empty[row])
-    }
 
 
 def _within_reach(
@@ -441,6 +435,18 @@ def _within_reach(
     near = F.interpolate(near[None], size=logits.shape[-2:])[0] > 0
     free = torch.tensor([x.prompted for x in objects], device=logits.device) | ~near.flatten(1).any(1)
     return torch.where(near | free[:, None, None], logits, -logits.abs())
+
+
+def _seen(
+    model, session: AusmInferenceSession, objects: list[FollowedObject], answer: Answer
+) -> dict[int, torch.Tensor]:
+    """Mask logits of the followed objects that are in the frame; of prompted ones always."""
+    return {
+        x.object_id: answer.masks[row]
+        for row, x in enumerate(objects)
+        if x.prompted
+        or (answer.foreground[row] >= _threshold(model, session, x.is_bystander) and answer.non_empty[row])
+    }
 
 
 def _finish(
