@@ -1,7 +1,8 @@
 """Segment a video with ONNX Runtime and NumPy, without PyTorch: python run_onnx.py STEP.onnx VIDEO OUT_DIR [MASK.png]
 
 `ausm export-onnx STEP.onnx --like VIDEO` writes the step. MASK.png marks objects of the first frame (pixel = id of the
-object, 0 = background); without it objects are found. OUT_DIR gets an indexed PNG per frame.
+object, 0 = background); without it objects are found. OUT_DIR gets an indexed PNG per frame. Shorter than the package:
+nothing is followed unseen, as its bystanders are, and a mask may reach anywhere.
 """
 
 import json

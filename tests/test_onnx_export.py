@@ -290,9 +290,7 @@ def test_the_example_runs_without_torch(nano, shared_data, tmp_path, monkeypatch
         return [slot for slot in range(num_slots) if slot not in held][:number]
 
     monkeypatch.setattr(AusmInferenceSession, "draw_slots", first_free)
-    # The example has no bystanders, and lets masks reach anywhere.
-    monkeypatch.setattr(streaming_ausm, "BYSTANDER_THRESHOLD", 1.0)
-    monkeypatch.setattr(model.config, "mask_propagation_radius", 0)
+    monkeypatch.setattr(streaming_ausm, "BYSTANDER_THRESHOLD", 1.0)  # the example has no bystanders
     # As large as the network wants them: Pillow resizes a little otherwise than the processor, and what that changes
     # in a mask comes back with it in the next frame.
     height, width = clip_of(shared_data, 1, processor)[0].shape[-2:]
