@@ -56,7 +56,7 @@ def test_device_maps_change_nothing(device_map, temporal_mixer, tiny_config, pix
 @pytest.mark.parametrize("refinement", [0, 2])
 def test_half_precision(dtype, refinement, tiny_model, pixels, tmp_path):
     torch.manual_seed(0)
-    # Rounding moves selected queries of random weights to other places.
+    # Selected queries may come from other places: see the next test.
     changes = {"mask_refinement_layers": refinement, "query_selection": False}
     config = AusmConfig(**tiny_model.config.to_dict() | changes)
     plain = AusmForUniversalSegmentation(config).eval()
@@ -73,6 +73,25 @@ def test_half_precision(dtype, refinement, tiny_model, pixels, tmp_path):
         assert difference.max() < 0.1
     # Of this network's random masks a cell may fall on the other side of the threshold; then a query looks elsewhere.
     assert difference.quantile(0.8) < 0.03 and difference.max() < 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("refinement", [0, 2])
+def test_selected_queries_in_half_precision(dtype, refinement, tiny_model, pixels):
+    """They come from the same places but for one of twenty that rounding may move, and say there what they said."""
+    torch.manual_seed(0)
+    config = AusmConfig(**tiny_model.config.to_dict() | {"mask_refinement_layers": refinement})
+    model = AusmForUniversalSegmentation(config).eval()
+    places = []
+    model.model.query_selection.register_forward_hook(lambda module, inputs, output: places.append(output.places))
+    with torch.no_grad():
+        wanted = model(pixels).foreground_queries_logits.flatten(0, 1)
+        found = model.to(dtype)(pixels).foreground_queries_logits.flatten(0, 1)
+    assert found.dtype == places[1].dtype == dtype
+    same = (places[0][:, :, None] - places[1][:, None].float()).abs().amax(-1) < 0.01
+    frames, before, after = same.nonzero(as_tuple=True)
+    assert len(frames) >= 19
+    assert ((wanted[frames, before] - found[frames, after].float()).abs() / wanted.abs().max()).max() < 0.25
 
 
 def test_dtype_auto_is_that_of_the_file(tiny_model, tmp_path):
