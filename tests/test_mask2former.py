@@ -61,6 +61,15 @@ def test_same_masks_and_classes_without_history(backbone, temporal_mixer, tmp_pa
     assert expected.masks_queries_logits.std() > 0.5
 
 
+def test_its_queries_are_learned_ones_whatever_the_preset_has():
+    theirs = mask2former()
+    ours = from_mask2former(theirs, preset="nano")
+    queries = theirs.model.transformer_module.queries_features.weight
+    assert not ours.config.query_selection and torch.equal(ours.model.detection_queries.weight, queries)
+    with pytest.raises(ValueError, match="`query_selection` comes from the Mask2Former, False; it can't be True"):
+        from_mask2former(theirs, query_selection=True)
+
+
 def test_labels_are_matched_by_name():
     theirs = mask2former()
     ours = from_mask2former(theirs, label_sets={"mine": ["boat", "dog"]}, num_compressor_layers=1)

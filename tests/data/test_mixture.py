@@ -227,9 +227,11 @@ def test_nano_mixture_reads_what_prepare_writes(tmp_path):
     for name in names:
         folder = tmp_path / "stills" / name
         (folder / "images").mkdir(parents=True)
-        Image.fromarray(np.full((HEIGHT, WIDTH, 3), 90, dtype=np.uint8)).save(folder / "images" / "0.webp")
-        write_mask(folder / "masks" / "0.png", index_mask(0, [1]))
-        meta = {"name": name, "exhaustive": name == "cats", "instances": {"0": {"1": "cat"}}}
+        instances = {str(number): {"1": "cat"} for number in range(10)}
+        for stem in instances:
+            Image.fromarray(np.full((HEIGHT, WIDTH, 3), 90, dtype=np.uint8)).save(folder / "images" / f"{stem}.webp")
+            write_mask(folder / "masks" / f"{stem}.png", index_mask(0, [1]))
+        meta = {"name": name, "exhaustive": name == "cats", "instances": instances}
         (folder / "meta.json").write_text(json.dumps(meta))
     write_frames(tmp_path / "davis" / "JPEGImages" / "480p" / "bear", ["00000", "00001"], ".jpg")
     for t in range(2):
@@ -241,3 +243,11 @@ def test_nano_mixture_reads_what_prepare_writes(tmp_path):
     items = [mixture[i] for i in range(40)]
     assert all(len(item["masks"]) for item in items)
     assert {item["exhaustive"] for item in items} == {True, False}  # the cats are all there; of the rest nobody knows
+    davis, *photographs = mixture.sources
+    assert all(len(source.clips) == 9 for source in photographs)  # a tenth is left out
+    prompts_only = [
+        source.clips[0]["video_id"]
+        for source in photographs
+        if ClipMixture([replace(source, paste=0.0)], [1], 1, (32, 32))[0]["first_frame_given"]
+    ]
+    assert prompts_only == ["street/0"]

@@ -44,6 +44,15 @@ def test_queries_are_the_features_of_the_best_peaks(selection):
             assert torch.allclose(selected.places[n, q], torch.tensor([(x + 0.5) / 9, (y + 0.5) / 7]))
 
 
+def test_ranks_are_exact_in_half_precision(selection):
+    """In a map with one peak: it, then the cells with the next best scores, though scores are near each other."""
+    selection = selection.to(torch.bfloat16)
+    slope = torch.linspace(0, 1, 12, dtype=torch.bfloat16).expand(1, 16, 1, -1) * selection.score.weight.sign()
+    torch.nn.init.zeros_(selection.smooth[-1].weight)
+    places = selection(slope).places[0, :, 0]
+    assert torch.allclose(places.float(), (torch.tensor([11, 10, 9, 8]) + 0.5) / 12, atol=0.01)
+
+
 def test_a_map_with_fewer_cells_than_queries_gives_as_many_queries(selection):
     selected = selection(torch.randn(1, 16, 1, 2))
     assert selected.queries.shape == selected.positions.shape == (1, 4, 16)

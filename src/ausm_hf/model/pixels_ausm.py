@@ -248,8 +248,8 @@ class AusmQuerySelection(nn.Module):
         height, width = level.shape[-2:]
         level = level + self.smooth(level)
         logits = self.score(level)
-        scores = logits.detach().float()
-        # Peaks first, then the other cells, both by their score: nothing ties, so all forms choose alike.
+        scores = logits.detach()
+        # Peaks first, then the other cells, both by their score (in float32): nothing ties, so all forms choose alike.
         ranks = (scores - 1e3 * (F.max_pool2d(scores, 3, stride=1, padding=1) > scores)).flatten(1)
         chosen = ranks.topk(min(self.number, height * width), dim=1).indices
         # Of a small map that has fewer cells than there are queries, they begin again.
