@@ -23,8 +23,7 @@ def exclusive(logits):
 
 
 step = onnxruntime.InferenceSession(sys.argv[1])
-folder = Path(sys.argv[3])
-folder.mkdir(parents=True, exist_ok=True)
+(folder := Path(sys.argv[3])).mkdir(parents=True, exist_ok=True)
 about = {key: json.loads(value) for key, value in step.get_modelmeta().custom_metadata_map.items()}
 outputs = [x.name for x in step.get_outputs()]
 # A stream starts with zeros; `next_x` of one frame is `x` of the next.
