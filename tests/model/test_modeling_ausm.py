@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_backbones import TINY_SWIN
+from torch.overrides import TorchFunctionMode
 from transformers import Mask2FormerConfig, SwinConfig
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoder,
@@ -16,6 +17,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 from ausm_hf.model.configuration_ausm import AusmConfig
 from ausm_hf.model.history_ausm import (
     AusmAppearance,
+    AusmHistory,
     AusmMaskPropagation,
     average_maps,
     conjugate_gradients,
@@ -255,6 +257,28 @@ def test_deformable_pixel_encoder_is_mask2formers():
     torch.testing.assert_close(masks, expected.mask_features)
     for level, reference in zip(levels, reversed(expected.multi_scale_features)):
         torch.testing.assert_close(level, reference)
+
+
+@pytest.mark.parametrize("pixel_encoder", ["fpn", "msdeform"])
+def test_a_step_takes_no_numbers_from_the_host(pixel_encoder):
+    """Nor gives it any: each would wait for the device, and a CUDA graph can't hold it."""
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            assert function.__name__ not in {
+                "tensor", "as_tensor", "from_numpy", "item", "tolist", "nonzero", "cpu",
+                "__bool__", "__int__", "__float__", "__index__",
+            }  # fmt: skip
+            return function(*args, **(kwargs or {}))
+
+    model = AusmModel(tiny_config(pixel_encoder=pixel_encoder)).eval()
+    frame, slots, taken = torch.randn(1, 3, 64, 64), torch.arange(2)[None], torch.ones(1, 2, dtype=torch.bool)
+    masks = torch.rand(1, 2, 16, 16).round()
+    with torch.no_grad():
+        first = model.step(frame, AusmHistory(None, None, slots, taken, masks)).history
+        history = AusmHistory(first.features, first.states, slots, taken, masks, first.appearance)
+        with Watch():
+            model.step(frame, history)
 
 
 def test_attention_back_ends_agree():

@@ -111,8 +111,32 @@ class AusmDeformablePixelEncoder(Mask2FormerPixelDecoder):
         self.num_fpn_levels = 0  # leaves the stride-4 level to `mask_features`
 
     def forward(self, feature_maps: list[Tensor]) -> list[Tensor]:
-        output = super().forward(feature_maps, output_attentions=False, output_hidden_states=False, return_dict=True)
-        return list(output.multi_scale_features)[::-1]
+        """Its own forward copies the maps' sizes to the device in each layer, which no CUDA graph may hold."""
+        maps = [project(x) for project, x in zip(self.input_projections, feature_maps[::-1])]
+        sizes = [(x.shape[2], x.shape[3]) for x in maps]
+        tokens = torch.cat([to_tokens(x) for x in maps], dim=1)
+        codes = [sine_positions(size, tokens.shape[2], tokens.device, tokens.dtype) for size in sizes]
+        positions = torch.cat([code + level for code, level in zip(codes, self.level_embed)])[None]
+        boxes = self.reference_boxes(sizes, tokens)
+        for layer in self.encoder.layers:
+            layer_output = layer(
+                tokens, None, position_embeddings=positions, reference_points=boxes, spatial_shapes_list=sizes
+            )
+            tokens = layer_output[0]
+        parts = tokens.split([height * width for height, width in sizes], dim=1)
+        return [part.mT.unflatten(2, size) for part, size in zip(parts, sizes)][::-1]
+
+    def reference_boxes(self, sizes: list[tuple[int, int]], tokens: Tensor) -> Tensor:
+        """
+        The place of each token, and for each level a width and height by which offsets, then relative to a box, are in
+        pixels of that level: (1, S, levels, 4).
+        """
+        whole = tokens.new_ones(1, len(sizes), 2)
+        places = self.encoder.get_reference_points(sizes, whole, tokens.device)
+        points: Any = self.encoder.layers[0].self_attn.n_points
+        lengths = [length for height, width in sizes for length in (width, height)]
+        extents = torch.cat([tokens.new_full((1,), 2 * points / length) for length in lengths])
+        return torch.cat([places, extents.view(1, 1, len(sizes), 2).expand_as(places)], dim=-1)
 
     def mask_features(self, features: Tensor, feature_map: Tensor) -> Tensor:
         lateral = self.adapter_1(feature_map)
