@@ -23,12 +23,14 @@ try:
 except ImportError:
     triton = None
 
-# Channels of a program, frames under way at a time, and warps, of the kernel that goes forward. Triton loads ahead
-# only what a lane reads in 4 bytes or more: of 2-byte numbers that takes two channels per lane.
-FORWARD = {"C_BLOCK": 32, "STAGES": 1, "num_warps": 1}
-FORWARD_2_BYTES = {"C_BLOCK": 64, "STAGES": 2, "num_warps": 1}
+# Channels of a program, frames loaded together, and warps, of the kernel that goes forward.
+FORWARD = {"C_BLOCK": 64, "FRAMES": 2, "num_warps": 1}
 BLOCK = 32  # channels of a program going backward, one per lane
 PROGRAMS = 132 * 24  # how many run at a time on a large GPU: what exceeds it only waits
+
+# What the kernel that goes forward is not told to be aligned: where Triton knows that rows are, it gives neighbouring
+# channels to a lane and spreads their states over other lanes, which then have to exchange numbers for every frame.
+UNALIGNED = ["channels", "D", "dt_bias", "x_n", "x_t", "dt_n", "dt_t", "gate_n", "gate_t"]
 
 if triton is not None:
     LOG2_E = tl.constexpr(1.4426950408889634)
@@ -45,13 +47,24 @@ if triton is not None:
         return tl.maximum(x, 0) + 2 * z * (1 + z2 * (1 / 3 + z2 * series))
 
     @triton.jit
-    def _load_frame(x, dt, dt_bias, B, t, T, x_t, dt_t, B_t, c, has_c, s, has_s):
-        """x, the time step before and after softplus, and B of one frame; a frame past the end changes nothing."""
-        live = t < T
-        x_ = tl.load(x + t * x_t + c, mask=has_c & live, other=0).to(tl.float32)
-        raw = tl.load(dt + t * dt_t + c, mask=has_c & live, other=0).to(tl.float32) + dt_bias
-        B_ = tl.load(B + t * B_t + s, mask=has_s & live, other=0).to(tl.float32)
-        return x_, raw, tl.where(live, _softplus(raw), 0.0), B_
+    def _load_frame(x, dt, B, t, T, x_t, dt_t, B_t, c, has_c, s, has_s):
+        """x, the time step before its bias, and B of one frame; past the end zeros."""
+        x_ = tl.load(x + t * x_t + c, mask=has_c & (t < T), other=0)
+        dt_ = tl.load(dt + t * dt_t + c, mask=has_c & (t < T), other=0)
+        B_ = tl.load(B + t * B_t + s, mask=has_s & (t < T), other=0)
+        return x_, dt_, B_
+
+    @triton.jit
+    def _widen(x, dt, B, dt_bias, live):
+        """x, the time step before and after softplus, and B in float32; a frame past the end changes nothing."""
+        raw = dt.to(tl.float32) + dt_bias
+        return x.to(tl.float32), raw, tl.where(live, _softplus(raw), 0.0), B.to(tl.float32)
+
+    @triton.jit
+    def _load_output(C, gate, t, T, C_t, gate_t, has_c, s, has_s):
+        """C and the gate of one frame; past the end zeros."""
+        C_ = tl.load(C + t * C_t + s, mask=has_s & (t < T), other=0)
+        return C_, tl.load(gate + t * gate_t, mask=has_c & (t < T), other=0)
 
     @triton.jit
     def _advance(h, x, delta, B, rates):
@@ -60,10 +73,20 @@ if triton is not None:
         return decay * h + B[:, None] * (delta * x)[None, :], decay
 
     @triton.jit
+    def _forward_frame(h, x, dt, B, C, z, dt_bias, D, rates, y, live, has_c):
+        """One frame forward, from what was loaded before: stores y, returns the state."""
+        x, raw, delta, B = _widen(x, dt, B, dt_bias, live)
+        h, decay = _advance(h, x, delta, B, rates)
+        z = z.to(tl.float32)
+        y_ = (tl.sum(h * C.to(tl.float32)[:, None], 0) + D * x) * z / (1 + tl.exp(-z))
+        tl.store(y, y_, mask=has_c & live)
+        return h
+
+    @triton.jit(do_not_specialize=UNALIGNED)
     def _forward_kernel(
         x, dt, A, B, C, D, dt_bias, gate, state, y, last_state,
         N, T, channels, x_n, x_t, dt_n, dt_t, B_n, B_t, C_n, C_t, gate_n, gate_t,
-        HAS_STATE: tl.constexpr, S: tl.constexpr, S_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, STAGES: tl.constexpr,
+        HAS_STATE: tl.constexpr, S: tl.constexpr, S_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, FRAMES: tl.constexpr,
     ):  # fmt: skip
         c = tl.program_id(1) * C_BLOCK + tl.arange(0, C_BLOCK)
         s = tl.arange(0, S_BLOCK)
@@ -73,39 +96,54 @@ if triton is not None:
         D_, bias = tl.load(D + c, mask=has_c, other=0), tl.load(dt_bias + c, mask=has_c, other=0)
         for sequence in range(tl.program_id(0), N, tl.num_programs(0)):
             n = tl.cast(sequence, tl.int64)
+            x_, dt_, B_ = x + n * x_n, dt + n * dt_n, B + n * B_n
+            C_, gate_, y_ = C + n * C_n, gate + n * gate_n + c, y + n * T * channels + c
             if HAS_STATE:
                 h = tl.load(state + n * S * channels + tile, mask=has, other=0)
             else:
                 h = tl.zeros((S_BLOCK, C_BLOCK), tl.float32)
-            for t in tl.range(0, T, num_stages=STAGES):
-                x_, raw, delta, B_ = _load_frame(
-                    x + n * x_n, dt + n * dt_n, bias, B + n * B_n, t, T, x_t, dt_t, B_t, c, has_c, s, has_s
-                )
-                h, decay = _advance(h, x_, delta, B_, rates)
-                C_ = tl.load(C + n * C_n + t * C_t + s, mask=has_s, other=0).to(tl.float32)
-                z = tl.load(gate + n * gate_n + t * gate_t + c, mask=has_c, other=0).to(tl.float32)
-                y_ = (tl.sum(h * C_[:, None], 0) + D_ * x_) * z / (1 + tl.exp(-z))
-                tl.store(y + (n * T + t) * channels + c, y_, mask=has_c)
+            # All loads of some frames first, so that they wait for memory together.
+            for t in range(0, T, FRAMES):
+                x0, dt0, B0 = _load_frame(x_, dt_, B_, t, T, x_t, dt_t, B_t, c, has_c, s, has_s)
+                C0, z0 = _load_output(C_, gate_, t, T, C_t, gate_t, has_c, s, has_s)
+                if FRAMES >= 2:
+                    x1, dt1, B1 = _load_frame(x_, dt_, B_, t + 1, T, x_t, dt_t, B_t, c, has_c, s, has_s)
+                    C1, z1 = _load_output(C_, gate_, t + 1, T, C_t, gate_t, has_c, s, has_s)
+                if FRAMES >= 4:
+                    x2, dt2, B2 = _load_frame(x_, dt_, B_, t + 2, T, x_t, dt_t, B_t, c, has_c, s, has_s)
+                    C2, z2 = _load_output(C_, gate_, t + 2, T, C_t, gate_t, has_c, s, has_s)
+                    x3, dt3, B3 = _load_frame(x_, dt_, B_, t + 3, T, x_t, dt_t, B_t, c, has_c, s, has_s)
+                    C3, z3 = _load_output(C_, gate_, t + 3, T, C_t, gate_t, has_c, s, has_s)
+                h = _forward_frame(h, x0, dt0, B0, C0, z0, bias, D_, rates, y_ + t * channels, t < T, has_c)
+                if FRAMES >= 2:
+                    h = _forward_frame(
+                        h, x1, dt1, B1, C1, z1, bias, D_, rates, y_ + (t + 1) * channels, t + 1 < T, has_c
+                    )
+                if FRAMES >= 4:
+                    h = _forward_frame(
+                        h, x2, dt2, B2, C2, z2, bias, D_, rates, y_ + (t + 2) * channels, t + 2 < T, has_c
+                    )
+                    h = _forward_frame(
+                        h, x3, dt3, B3, C3, z3, bias, D_, rates, y_ + (t + 3) * channels, t + 3 < T, has_c
+                    )
             tl.store(last_state + n * S * channels + tile, h, mask=has)
 
     @triton.jit
     def _retreat(
-        g, h_before, h, decay, x, raw, delta, B, sum_A, sum_D, sum_bias, A, D, t, T, n, channels,
-        C, gate, d_y, d_x, d_dt, d_B, d_C, d_gate, C_t, gate_t, c, has_c, s, has_s, S: tl.constexpr,
+        g, h_before, h, decay, x, raw, delta, B, C, z, d_out, sum_A, sum_D, sum_bias, A, D, t, T, n, channels,
+        d_x, d_dt, d_B, d_C, d_gate, c, has_c, s, has_s, S: tl.constexpr,
     ):  # fmt: skip
         """One frame backward: g is the gradient to the state after it, and becomes the one to the state before."""
         live = t < T
         row = n * T + t
-        C_ = tl.load(C + t * C_t + s, mask=has_s & live, other=0).to(tl.float32)
-        z = tl.load(gate + t * gate_t + c, mask=has_c & live, other=0).to(tl.float32)
-        d_out = tl.load(d_y + row * channels + c, mask=has_c & live, other=0).to(tl.float32)
+        C, z, d_out = C.to(tl.float32), z.to(tl.float32), d_out.to(tl.float32)
         sigmoid = 1 / (1 + tl.exp(-z))
-        ungated = tl.sum(h * C_[:, None], 0) + D * x
+        ungated = tl.sum(h * C[:, None], 0) + D * x
         tl.store(d_gate + row * channels + c, d_out * ungated * sigmoid * (1 + z * (1 - sigmoid)), mask=has_c & live)
         d_out = d_out * z * sigmoid
         sum_D += d_out * x
         tl.atomic_add(d_C + row * S + s, tl.sum(h * d_out[None, :], 1), mask=has_s & live, sem="relaxed")
-        g += C_[:, None] * d_out[None, :]
+        g += C[:, None] * d_out[None, :]
         tl.atomic_add(d_B + row * S + s, tl.sum(g * (delta * x)[None, :], 1), mask=has_s & live, sem="relaxed")
         d_inflow = tl.sum(g * B[:, None], 0)
         g = g * decay
@@ -142,7 +180,7 @@ if triton is not None:
         for sequence in range(tl.program_id(0), N, tl.num_programs(0)):
             n = tl.cast(sequence, tl.int64)
             x_, dt_, B_ = x + n * x_n, dt + n * dt_n, B + n * B_n
-            C_, gate_ = C + n * C_n, gate + n * gate_n
+            C_, gate_, d_y_ = C + n * C_n, gate + n * gate_n + c, d_y + n * T * channels + c
             if HAS_STATE:
                 h = tl.load(state + n * S * channels + tile, mask=has, other=0)
             else:
@@ -152,36 +190,49 @@ if triton is not None:
                 tl.store(own + quarter * (S_BLOCK * C_BLOCK) + in_scratch, h)
                 if quarter + 1 < quarters:
                     for t in range(4 * quarter, 4 * quarter + 4):
-                        xt, raw, delta, Bt = _load_frame(x_, dt_, bias, B_, t, T, x_t, dt_t, B_t, c, has_c, s, has_s)
+                        xt, dtt, Bt = _load_frame(x_, dt_, B_, t, T, x_t, dt_t, B_t, c, has_c, s, has_s)
+                        xt, raw, delta, Bt = _widen(xt, dtt, Bt, bias, t < T)
                         h, decay = _advance(h, xt, delta, Bt, rates)
             g = tl.load(d_last_state + n * S * channels + tile, mask=has, other=0)
             for back in range(quarters):
                 quarter = quarters - 1 - back
                 t = 4 * quarter
                 h0 = tl.load(own + quarter * (S_BLOCK * C_BLOCK) + in_scratch)
-                x0, raw0, delta0, B0 = _load_frame(x_, dt_, bias, B_, t, T, x_t, dt_t, B_t, c, has_c, s, has_s)
+                x0, dt0, B0 = _load_frame(x_, dt_, B_, t, T, x_t, dt_t, B_t, c, has_c, s, has_s)
+                x1, dt1, B1 = _load_frame(x_, dt_, B_, t + 1, T, x_t, dt_t, B_t, c, has_c, s, has_s)
+                x2, dt2, B2 = _load_frame(x_, dt_, B_, t + 2, T, x_t, dt_t, B_t, c, has_c, s, has_s)
+                x3, dt3, B3 = _load_frame(x_, dt_, B_, t + 3, T, x_t, dt_t, B_t, c, has_c, s, has_s)
+                C3, z3 = _load_output(C_, gate_, t + 3, T, C_t, gate_t, has_c, s, has_s)
+                d_y3 = tl.load(d_y_ + (t + 3) * channels, mask=has_c & (t + 3 < T), other=0)
+                C2, z2 = _load_output(C_, gate_, t + 2, T, C_t, gate_t, has_c, s, has_s)
+                d_y2 = tl.load(d_y_ + (t + 2) * channels, mask=has_c & (t + 2 < T), other=0)
+                x0, raw0, delta0, B0 = _widen(x0, dt0, B0, bias, t < T)
                 h1, decay0 = _advance(h0, x0, delta0, B0, rates)
-                x1, raw1, delta1, B1 = _load_frame(x_, dt_, bias, B_, t + 1, T, x_t, dt_t, B_t, c, has_c, s, has_s)
+                x1, raw1, delta1, B1 = _widen(x1, dt1, B1, bias, t + 1 < T)
                 h2, decay1 = _advance(h1, x1, delta1, B1, rates)
-                x2, raw2, delta2, B2 = _load_frame(x_, dt_, bias, B_, t + 2, T, x_t, dt_t, B_t, c, has_c, s, has_s)
+                x2, raw2, delta2, B2 = _widen(x2, dt2, B2, bias, t + 2 < T)
                 h3, decay2 = _advance(h2, x2, delta2, B2, rates)
-                x3, raw3, delta3, B3 = _load_frame(x_, dt_, bias, B_, t + 3, T, x_t, dt_t, B_t, c, has_c, s, has_s)
+                x3, raw3, delta3, B3 = _widen(x3, dt3, B3, bias, t + 3 < T)
                 h4, decay3 = _advance(h3, x3, delta3, B3, rates)
                 g, sum_A, sum_D, sum_bias = _retreat(
-                    g, h3, h4, decay3, x3, raw3, delta3, B3, sum_A, sum_D, sum_bias, A_, D_, t + 3, T, n, channels,
-                    C_, gate_, d_y, d_x, d_dt, d_B, d_C, d_gate, C_t, gate_t, c, has_c, s, has_s, S,
+                    g, h3, h4, decay3, x3, raw3, delta3, B3, C3, z3, d_y3, sum_A, sum_D, sum_bias, A_, D_, t + 3, T,
+                    n, channels, d_x, d_dt, d_B, d_C, d_gate, c, has_c, s, has_s, S,
+                )  # fmt: skip
+                C1, z1 = _load_output(C_, gate_, t + 1, T, C_t, gate_t, has_c, s, has_s)
+                d_y1 = tl.load(d_y_ + (t + 1) * channels, mask=has_c & (t + 1 < T), other=0)
+                g, sum_A, sum_D, sum_bias = _retreat(
+                    g, h2, h3, decay2, x2, raw2, delta2, B2, C2, z2, d_y2, sum_A, sum_D, sum_bias, A_, D_, t + 2, T,
+                    n, channels, d_x, d_dt, d_B, d_C, d_gate, c, has_c, s, has_s, S,
+                )  # fmt: skip
+                C0, z0 = _load_output(C_, gate_, t, T, C_t, gate_t, has_c, s, has_s)
+                d_y0 = tl.load(d_y_ + t * channels, mask=has_c & (t < T), other=0)
+                g, sum_A, sum_D, sum_bias = _retreat(
+                    g, h1, h2, decay1, x1, raw1, delta1, B1, C1, z1, d_y1, sum_A, sum_D, sum_bias, A_, D_, t + 1, T,
+                    n, channels, d_x, d_dt, d_B, d_C, d_gate, c, has_c, s, has_s, S,
                 )  # fmt: skip
                 g, sum_A, sum_D, sum_bias = _retreat(
-                    g, h2, h3, decay2, x2, raw2, delta2, B2, sum_A, sum_D, sum_bias, A_, D_, t + 2, T, n, channels,
-                    C_, gate_, d_y, d_x, d_dt, d_B, d_C, d_gate, C_t, gate_t, c, has_c, s, has_s, S,
-                )  # fmt: skip
-                g, sum_A, sum_D, sum_bias = _retreat(
-                    g, h1, h2, decay1, x1, raw1, delta1, B1, sum_A, sum_D, sum_bias, A_, D_, t + 1, T, n, channels,
-                    C_, gate_, d_y, d_x, d_dt, d_B, d_C, d_gate, C_t, gate_t, c, has_c, s, has_s, S,
-                )  # fmt: skip
-                g, sum_A, sum_D, sum_bias = _retreat(
-                    g, h0, h1, decay0, x0, raw0, delta0, B0, sum_A, sum_D, sum_bias, A_, D_, t, T, n, channels,
-                    C_, gate_, d_y, d_x, d_dt, d_B, d_C, d_gate, C_t, gate_t, c, has_c, s, has_s, S,
+                    g, h0, h1, decay0, x0, raw0, delta0, B0, C0, z0, d_y0, sum_A, sum_D, sum_bias, A_, D_, t, T,
+                    n, channels, d_x, d_dt, d_B, d_C, d_gate, c, has_c, s, has_s, S,
                 )  # fmt: skip
             if HAS_STATE:
                 tl.store(d_state + n * S * channels + tile, g, mask=has)
@@ -210,16 +261,16 @@ class TritonScanFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, dt_bias, gate, state):
-        x, dt, B, C, gate = (_rows(tensor) for tensor in (x, dt, B, C, gate))
+        x, dt, gate = (_rows(tensor) for tensor in (x, dt, gate))
+        B, C = B.contiguous(), C.contiguous()
         ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, gate, state)
         (n, t, channels), s = x.shape, len(A)
         y = torch.empty(n, t, channels, dtype=x.dtype, device=x.device)
         last_state = torch.empty(n, s, channels, dtype=torch.float32, device=x.device)
-        launch = FORWARD_2_BYTES if x.element_size() == 2 else FORWARD
-        grid, sizes, constants = TritonScanFunction.shape(launch["C_BLOCK"], x, A, x, dt, B, C, gate)
+        grid, sizes, constants = TritonScanFunction.shape(FORWARD["C_BLOCK"], x, A, x, dt, B, C, gate)
         _forward_kernel[grid](
             x, dt, A, B, C, D, dt_bias, gate, A if state is None else state, y, last_state, *sizes,
-            HAS_STATE=state is not None, **launch, **constants,
+            HAS_STATE=state is not None, **FORWARD, **constants,
         )  # fmt: skip
         return y, last_state
 
