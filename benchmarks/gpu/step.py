@@ -2,9 +2,10 @@
 A whole streaming step of the network, all slots fixed so that nothing waits for the host: eager, compiled, and as a
 CUDA graph, in float32, bfloat16 and float16, with 1 and 20 objects.
 
-First every variant must give the masks of eager float32: the pixels that differ, as intersection over union, over
-frames of a stream that carries its own state on (ausm-nano, 100 frames, masks given). The floor is the floating point
-operations over the rate of a large matrix product in that type.
+First every variant must segment what eager float32 does, each stream following its own masks over 100 frames of a view
+that sways over a photograph (ausm-nano): float32 the same, half precision with a mean intersection over union of 0.9
+or more; the mean and the least are in the table. The floor is the floating point operations over the rate of a large
+matrix product in that type. Needs scikit-image, for the photograph.
 
     benchmarks/gpu/step.sh [--dry-run] [--output FOLDER]
 """
@@ -12,11 +13,14 @@ operations over the rate of a large matrix product in that type.
 import copy
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+from skimage import data
 from timing import Bench
 from torch.utils.flop_counter import FlopCounterMode
 
-from ausm_hf import AusmConfig, AusmForUniversalSegmentation, AusmModel
+from ausm_hf import AusmConfig, AusmForUniversalSegmentation
 from ausm_hf.model.history_ausm import AusmHistory
 
 CHECKPOINT = Path(__file__).parents[2] / "src" / "ausm_hf" / "checkpoints" / "ausm-nano"
@@ -31,11 +35,12 @@ class Stream:
         self.slots = torch.arange(objects, device=device)[None]
         self.taken = torch.ones(1, objects, dtype=torch.bool, device=device)
         self.masks = torch.zeros(1, objects, size[0] // 4, size[1] // 4, device=device, dtype=dtype)
-        for index in range(objects):
-            self.masks[0, index, 2 * index % 8 : 2 * index % 8 + 8, index : index + 12] = 1
-        self.frame = torch.zeros(1, 3, *size, device=device, dtype=dtype)
-        empty = AusmHistory(None, None, self.slots, self.taken, self.masks)
-        history = model.step(self.frame, empty).history
+        self.frame = frames(1, size, device)[0].to(dtype)
+        nothing = AusmHistory(None, None, self.slots, torch.zeros_like(self.taken), self.masks)
+        found = model.step(self.frame, nothing)
+        surest = found.foreground_queries_logits[0, objects:].topk(objects).indices
+        self.masks.copy_(found.masks_queries_logits[:, objects:][:, surest] > 0)
+        history = model.step(self.frame, AusmHistory(None, None, self.slots, self.taken, self.masks)).history
         self.features = history.features.clone()
         self.states = tuple(tuple(part.clone() for part in state) for state in history.states)
         self.appearance = None if history.appearance is None else history.appearance.clone()
@@ -79,33 +84,28 @@ class Stream:
 
 
 def frames(count: int, size, device) -> list[torch.Tensor]:
-    """A textured square over a textured ground, moving."""
-    generator = torch.Generator().manual_seed(0)
-    ground, square = (
-        torch.randn(3, size[0], 2 * size[1], generator=generator),
-        torch.randn(3, 1, 1, generator=generator),
-    )
+    """A view that sways over a photograph."""
+    photo, (height, width) = Image.fromarray(data.astronaut()), size
     result = []
-    for index in range(count):
-        frame = ground[:, :, index % size[1] : index % size[1] + size[1]].clone()
-        frame[:, 8 : size[0] // 2, index % 16 + 8 : index % 16 + size[1] // 2] += 2 * square
-        result.append(frame[None].to(device))
+    for phase in np.linspace(0, 4 * np.pi, count, endpoint=False):
+        left, top = 40 + 40 * np.sin(phase), 40 + 40 * np.sin(2 * phase)
+        view = np.array(
+            photo.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + 430, top + 430))
+        )
+        result.append((torch.from_numpy(view).permute(2, 0, 1)[None].to(device) / 255 - 0.45) / 0.225)
     return result
 
 
-def agreement(bench: Bench, model, dtype, how: str, size, count: int) -> float:
-    """Least intersection over union, over frames, of what the variant segments and what eager float32 segments."""
-    clip, objects = frames(count, size, bench.device), 3
-    wanted = Stream(model, size, objects, "eager")
-    got = Stream(copy.deepcopy(model).to(dtype), size, objects, how)
+def agreement(bench: Bench, model, dtype, how: str, size, count: int) -> list[float]:
+    """For each frame, intersection over union of what the variant segments and what eager float32 segments."""
+    wanted = Stream(model, size, 3, "eager")
+    got = Stream(copy.deepcopy(model).to(dtype), size, 3, how)
     got.keep(*wanted.kept())
-    least = 1.0
-    for frame in clip:
-        got.masks.copy_(wanted.masks)  # given: only the state drifts
+    result = []
+    for frame in frames(count, size, bench.device):
         a, b = wanted.step(frame).bool(), got.step(frame.to(dtype)).bool()
-        if (a | b).any():
-            least = min(least, ((a & b).sum() / (a | b).sum()).item())
-    return least
+        result.append(((a & b).sum() / (a | b).sum().clamp(min=1)).item())
+    return result
 
 
 def main():
@@ -121,13 +121,17 @@ def main():
         networks["base, random"] = AusmForUniversalSegmentation(AusmConfig.from_preset("base")).eval().to(bench.device)
     count, check_size = (3, (64, 64)) if bench.dry_run else (100, (256, 448))
 
+    agreed: dict[tuple, list[float]] = {}
+
     def measure(name, dtype, how, objects) -> dict:
-        model: AusmModel = networks[name].model
+        model = networks[name]
         row = {}
         if name == "ausm-nano":
-            row["least IoU"] = agreement(bench, model, dtype, how, check_size, count)
-            if row["least IoU"] < 0.995 and not bench.dry_run:
-                raise AssertionError(f"masks fall to {row['least IoU']:.4f} of eager float32's")
+            overlaps = agreement(bench, model, dtype, how, check_size, count) if objects == 1 else agreed[dtype, how]
+            agreed[dtype, how] = overlaps
+            row |= {"mean IoU": sum(overlaps) / count, "least IoU": min(overlaps)}
+            if row["mean IoU"] < (0.999 if dtype == torch.float32 else 0.9):
+                raise AssertionError(f"masks overlap with those of eager float32 by {row['mean IoU']:.4f} only")
         own = copy.deepcopy(model).to(dtype).requires_grad_(False)
         stream = Stream(own, size, objects, how)
         clip = [frame.to(dtype) for frame in frames(8, size, bench.device)]
@@ -147,7 +151,7 @@ def main():
                     for objects in (1, 20):
                         what = {"network": name, "dtype": str(dtype)[6:], "how": how, "objects": objects}
                         bench.add(what, lambda n=name, d=dtype, h=how, o=objects: measure(n, d, h, o))
-    bench.finish(["network", "dtype", "how", "objects", "ms", "floor ms", "least IoU", "TFLOP/s"])
+    bench.finish(["network", "dtype", "how", "objects", "ms", "floor ms", "mean IoU", "least IoU", "TFLOP/s"])
 
 
 if __name__ == "__main__":

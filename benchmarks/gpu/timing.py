@@ -69,7 +69,7 @@ class Bench:
         """Median time of a call, taking `calls` in turn, so that none finds its inputs in the cache."""
         if self.dry_run:
             repeats = 2
-        for call in list(calls)[: 1 if self.dry_run else 3] * 2:
+        for call in list(calls)[: 1 if self.dry_run else 3]:
             call()
         if self.device.type == "cpu":
             times = []

@@ -42,7 +42,7 @@ def main():
         batches = [forms.clip(model, t, size, objects) for _ in range(2)]
         if bench.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        row = {"ms": bench.milliseconds([lambda b=b: train(form, b) for b in batches], 5)}
+        row = {"ms": bench.milliseconds([lambda b=b: train(form, b) for b in batches], 3)}
         if bench.device.type == "cuda":
             row["peak MiB"] = torch.cuda.max_memory_allocated() / 2**20
         return row | {"floor ms": 1e3 * forms.training_flops(model, batches[0]) / rate}
