@@ -133,9 +133,9 @@ class AusmDeformablePixelEncoder(Mask2FormerPixelDecoder):
         """
         whole = tokens.new_ones(1, len(sizes), 2)
         places = self.encoder.get_reference_points(sizes, whole, tokens.device)
-        points: Any = self.encoder.layers[0].self_attn.n_points
+        layer: Any = self.encoder.layers[0]
         lengths = [length for height, width in sizes for length in (width, height)]
-        extents = torch.cat([tokens.new_full((1,), 2 * points / length) for length in lengths])
+        extents = torch.cat([tokens.new_full((1,), 2 * layer.self_attn.n_points / length) for length in lengths])
         return torch.cat([places, extents.view(1, 1, len(sizes), 2).expand_as(places)], dim=-1)
 
     def mask_features(self, features: Tensor, feature_map: Tensor) -> Tensor:
