@@ -215,14 +215,10 @@ def test_compiled_step_equals_eager():
     step = StreamingStep(model)
     compiled = torch.compile(model.step, fullgraph=True)
     with torch.no_grad():
-        inputs = step.first_inputs(64, 96)
-        history = AusmHistory(
-            torch.randn_like(inputs["features"]),
-            (tuple(torch.rand_like(inputs[f"{kind}_state_0"]) for kind in ("conv", "ssm")),),
-            step.slots,
-            torch.tensor([[True, False, True, True, False, False]]),
-            (torch.rand_like(inputs["masks"]) > 0.8).float(),
-        )
+        masks = (torch.rand_like(step.first_inputs(64, 96)["masks"]) > 0.8).float()
+        marked = AusmHistory(None, None, step.slots, torch.tensor([[True, False, True, True, False, False]]), masks)
+        history = model.step(torch.randn(1, 3, 64, 96), marked).history  # the first frame would be a graph of its own
+        history = history.replace_objects(marked.slots, marked.taken, masks)
         for frame in torch.randn(3, 1, 3, 64, 96):
             eager, fast = model.step(frame, history), compiled(frame, history)
             for name in ("masks_queries_logits", "class_queries_logits", "foreground_queries_logits"):
