@@ -1,5 +1,6 @@
 """Boxes, points and scribbles as mask signals, and the shapes that they may be typed in."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -132,6 +133,23 @@ def test_a_single_mark_needs_no_pass(monkeypatch):
     known = fill_box(SIZE, (50, 50, 70, 70))
     for prompt in (ObjectPrompt(box=(1, 1, 9, 9)), ObjectPrompt(points=((5, 5),), labels=(1,))):
         assert signal_of_marks("model", "frame", prompt, SIZE, known).equal(prompt.signal(SIZE, known))
+
+
+def test_points_alone_correct_the_mask_that_they_give_once_more(monkeypatch):
+    signals = []
+
+    def refine(model, frame, given, reaches):
+        signals.append(given[0])
+        return [fill_box(SIZE, (0, 0, 9 + len(signals), 9))]
+
+    monkeypatch.setattr("ausm_hf.model.prompts_ausm.refine_signals", refine)
+    points = ObjectPrompt(points=((5, 5), (30, 30)), labels=(1, 0))
+    first, second = near([(5, 5)], 2), fill_box(SIZE, (0, 0, 10, 9)) & ~near([(30, 30)], 2)
+    last = signal_of_marks("model", "frame", points, SIZE)
+    assert len(signals) == 2 and signals[0].equal(first) and signals[1].equal(second)
+    assert last.equal(fill_box(SIZE, (0, 0, 11, 9)) & ~near([(30, 30)], 2))
+    signal_of_marks("model", "frame", replace(points, box=(1, 1, 9, 9)), SIZE)
+    assert len(signals) == 4  # the box, and the first point
 
 
 def test_refined_masks_come_from_a_history_of_one_signal_alone_and_do_not_overlap(tiny_model):

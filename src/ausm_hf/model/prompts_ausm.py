@@ -185,7 +185,8 @@ def signal_of_marks(
 ) -> Tensor:
     """
     The mask signal of an object's marks, of which each corrects what the network makes of those before it: as the user
-    sees it who made them.
+    sees it who made them. Points alone show little of an object's shape, so the mask that they give is corrected by
+    them once more.
 
     Args:
         model ([`AusmForUniversalSegmentation`]): The network.
@@ -198,6 +199,8 @@ def signal_of_marks(
         `torch.BoolTensor` of shape `size`, for [`refine_signals`].
     """
     *earlier, last = prompt.in_turn()
+    if prompt.points and prompt.box is None and known is None:
+        earlier.append(last)
     reaches = [prompt.reach(size)] if earlier else []
     for marks in earlier:
         signal = marks.signal(size, known)
