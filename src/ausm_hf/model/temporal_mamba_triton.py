@@ -4,8 +4,8 @@
 benchmarks/README.md.
 
 A program takes one block of channels of one sequence after another, and keeps the state of that block, `(S, BLOCK)`,
-in the registers of a single warp: a lane holds all S numbers of its channels, so y needs no exchange between lanes.
-Nothing is read or written twice but B and C. The state is computed again in the backward pass, four frames at a time
+in the registers of a single warp. Going forward a lane holds all S numbers of its channels, so y needs no exchange
+between lanes. Nothing is read or written twice but B and C. The state is computed again in the backward pass, four frames at a time
 from checkpoints in a scratch memory whose size depends on the number of programs and not on N.
 
 Letters as in `temporal_mamba.py`: N sequences, T frames, C channels, S state size.
@@ -23,9 +23,8 @@ try:
 except ImportError:
     triton = None
 
-# Channels of a program, frames loaded together, and warps, of the kernel that goes forward.
-FORWARD = {"C_BLOCK": 64, "FRAMES": 2, "num_warps": 1}
-BLOCK = 32  # channels of a program going backward, one per lane
+FORWARD = {"C_BLOCK": 64, "num_warps": 1}  # channels of a program going forward, and its warps
+BLOCK = 32  # channels of a program going backward
 PROGRAMS = 132 * 24  # how many run at a time on a large GPU: what exceeds it only waits
 
 # What the kernel that goes forward is not told to be aligned: where Triton knows that rows are, it gives neighbouring
@@ -86,7 +85,7 @@ if triton is not None:
     def _forward_kernel(
         x, dt, A, B, C, D, dt_bias, gate, state, y, last_state,
         N, T, channels, x_n, x_t, dt_n, dt_t, B_n, B_t, C_n, C_t, gate_n, gate_t,
-        HAS_STATE: tl.constexpr, S: tl.constexpr, S_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, FRAMES: tl.constexpr,
+        HAS_STATE: tl.constexpr, S: tl.constexpr, S_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
     ):  # fmt: skip
         c = tl.program_id(1) * C_BLOCK + tl.arange(0, C_BLOCK)
         s = tl.arange(0, S_BLOCK)
@@ -102,30 +101,15 @@ if triton is not None:
                 h = tl.load(state + n * S * channels + tile, mask=has, other=0)
             else:
                 h = tl.zeros((S_BLOCK, C_BLOCK), tl.float32)
-            # All loads of some frames first, so that they wait for memory together.
-            for t in range(0, T, FRAMES):
+            # All loads of two frames first, so that they wait for memory together.
+            for t in range(0, T, 2):
                 x0, dt0, B0 = _load_frame(x_, dt_, B_, t, T, x_t, dt_t, B_t, c, has_c, s, has_s)
                 C0, z0 = _load_output(C_, gate_, t, T, C_t, gate_t, has_c, s, has_s)
-                if FRAMES >= 2:
-                    x1, dt1, B1 = _load_frame(x_, dt_, B_, t + 1, T, x_t, dt_t, B_t, c, has_c, s, has_s)
-                    C1, z1 = _load_output(C_, gate_, t + 1, T, C_t, gate_t, has_c, s, has_s)
-                if FRAMES >= 4:
-                    x2, dt2, B2 = _load_frame(x_, dt_, B_, t + 2, T, x_t, dt_t, B_t, c, has_c, s, has_s)
-                    C2, z2 = _load_output(C_, gate_, t + 2, T, C_t, gate_t, has_c, s, has_s)
-                    x3, dt3, B3 = _load_frame(x_, dt_, B_, t + 3, T, x_t, dt_t, B_t, c, has_c, s, has_s)
-                    C3, z3 = _load_output(C_, gate_, t + 3, T, C_t, gate_t, has_c, s, has_s)
-                h = _forward_frame(h, x0, dt0, B0, C0, z0, bias, D_, rates, y_ + t * channels, t < T, has_c)
-                if FRAMES >= 2:
-                    h = _forward_frame(
-                        h, x1, dt1, B1, C1, z1, bias, D_, rates, y_ + (t + 1) * channels, t + 1 < T, has_c
-                    )
-                if FRAMES >= 4:
-                    h = _forward_frame(
-                        h, x2, dt2, B2, C2, z2, bias, D_, rates, y_ + (t + 2) * channels, t + 2 < T, has_c
-                    )
-                    h = _forward_frame(
-                        h, x3, dt3, B3, C3, z3, bias, D_, rates, y_ + (t + 3) * channels, t + 3 < T, has_c
-                    )
+                x1, dt1, B1 = _load_frame(x_, dt_, B_, t + 1, T, x_t, dt_t, B_t, c, has_c, s, has_s)
+                C1, z1 = _load_output(C_, gate_, t + 1, T, C_t, gate_t, has_c, s, has_s)
+                y0, y1 = y_ + t * channels, y_ + (t + 1) * channels
+                h = _forward_frame(h, x0, dt0, B0, C0, z0, bias, D_, rates, y0, t < T, has_c)
+                h = _forward_frame(h, x1, dt1, B1, C1, z1, bias, D_, rates, y1, t + 1 < T, has_c)
             tl.store(last_state + n * S * channels + tile, h, mask=has)
 
     @triton.jit
