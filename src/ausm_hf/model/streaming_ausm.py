@@ -77,9 +77,9 @@ def step_sessions(
 ) -> list[AusmVideoSegmentationOutput]:
     """
     Segment the next frame of each of several streams, in one pass of the network (two where some are at their first
-    frame and some are not; one more for each further label set, for each box, point or scribble that marks an
-    object in this frame, and where points alone mark one; the frame encoder runs but once). The results are those of [`step_session`] on each, but for
-    rounding.
+    frame and some are not; one more for each further label set, for each box, point or scribble that marks an object
+    in this frame, and where points alone mark one; the frame encoder runs but once). The results are those of
+    [`step_session`] on each, but for rounding.
 
     Args:
         model ([`AusmForUniversalSegmentation`]): The network.

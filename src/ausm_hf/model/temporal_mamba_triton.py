@@ -5,8 +5,8 @@ benchmarks/README.md.
 
 A program takes one block of channels of one sequence after another, and keeps the state of that block, `(S, BLOCK)`,
 in the registers of a single warp. Going forward a lane holds all S numbers of its channels, so y needs no exchange
-between lanes. Nothing is read or written twice but B and C. The state is computed again in the backward pass, four frames at a time
-from checkpoints in a scratch memory whose size depends on the number of programs and not on N.
+between lanes. Nothing is read or written twice but B and C. The state is computed again in the backward pass, four
+frames at a time from checkpoints in a scratch memory whose size depends on the number of programs and not on N.
 
 Letters as in `temporal_mamba.py`: N sequences, T frames, C channels, S state size.
 """
