@@ -57,7 +57,7 @@ def checkpoint(tmp_path, tiny_config):
 def test_the_head_is_fitted_and_all_else_stays(checkpoint, root, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SETS", {"pets": 4})
     before = load_file(checkpoint / "model.safetensors")
-    folder = module.fit_labels(checkpoint, root, tmp_path / "fitted")
+    folder = module.fit_labels(checkpoint, root, tmp_path / "of" / "labels" / "fitted")
     after = load_file(folder / "model.safetensors")
     for name, tensor in before.items():
         if not name.startswith("class_heads"):

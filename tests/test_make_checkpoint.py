@@ -28,7 +28,7 @@ def runs(tmp_path, tiny_config):
 
 
 def test_the_mean_of_runs_is_stored_with_the_last_ones_recipe(runs, tmp_path):
-    folder = make_checkpoint(runs, tmp_path / "made")
+    folder = make_checkpoint(runs, tmp_path / "of" / "these" / "made")
     first, second = (load_file(run / "final" / "model.safetensors") for run in runs)
     made = load_file(folder / "model.safetensors")
     assert made.keys() == first.keys()

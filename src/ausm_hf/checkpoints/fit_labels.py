@@ -148,6 +148,7 @@ def fit_labels(checkpoint: Path, root: Path, folder: Path) -> Path:
     # The last row, "no object", is left as it is.
     weights["class_heads.coco.weight"][:-1] = weight
     weights["class_heads.coco.bias"][:-1] = bias
+    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
         shutil.copytree(checkpoint, partial, dirs_exist_ok=True)

@@ -57,6 +57,7 @@ def make_checkpoint(runs: list[Path], folder: Path) -> Path:
     image_processor = AusmImageProcessor(
         size={"shortest_edge": 320, "longest_edge": 640}, image_mean=[127 / 255] * 3, image_std=[128 / 255] * 3
     )
+    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
         model.config.save_pretrained(partial)
