@@ -64,6 +64,31 @@ def test_files_of_a_followed_object(network, clip, moving_square, tmp_path):
     assert row["frames"] == sum((ids == 3).any() for ids in wanted)
 
 
+@pytest.mark.parametrize(
+    "names, label_set", [({3: "my dog", 4: "hers"}, "object"), ({3: "my dog"}, "pets"), ({}, "pets")]
+)
+def test_scores_are_of_labels_only_where_labels_are_read(
+    tiny_checkpoint, clip, moving_square, tmp_path, names, label_set
+):
+    label_sets = {"pets": ["cat", "dog"], "object": ["object"]}
+    model = AusmForUniversalSegmentation.from_pretrained(tiny_checkpoint, label_sets=label_sets)
+    torch.nn.init.normal_(model.class_heads["object"].weight, std=3.0)
+    network = Network(model, AusmProcessor.from_pretrained(tiny_checkpoint))
+    (tmp_path / "run").mkdir()
+    square = moving_square[1][0] == 1
+    marked = {3: square, 4: ~square}
+    *_, result = network.run(clip, tmp_path / "run", masks={0: marked}, names=names)
+
+    session = network.processor.init_video_session(find_new_objects=False, label_set=label_set, seed=0)
+    network.processor.add_inputs_to_inference_session(
+        session, 0, [3, 4], list(marked.values()), original_size=(48, 64)
+    )
+    frames = list(segment_video(list(clip.frames()), network.model, network.processor, session=session))
+    for row in result.objects:
+        scores = [item["score"] for r in frames for item in r.objects if item["id"] == row["id"]]
+        assert row["score"] == pytest.approx(np.mean(scores))
+
+
 def test_found_objects_take_threshold_number_and_label_set(network, tiny_config, clip, tmp_path):
     torch.manual_seed(1)  # of random networks, one that finds several objects
     network.model.load_state_dict(AusmForUniversalSegmentation(tiny_config).state_dict())
