@@ -71,7 +71,7 @@ def test_box_becomes_a_mask_before_the_first_frame(warnings):
 
 @pytest.mark.parametrize("refined", [NOTHING, B], ids=["nothing", "elsewhere"])
 def test_where_the_network_finds_nothing_the_signal_is_the_mask_and_a_warning_says_so_once(refined, warnings):
-    model, session = started([({4: A}, []), ({4: A}, [])], [[refined]] * 2)
+    model, session = started([({4: A}, []), ({4: A}, [])], [[refined]] * 4)  # twice each
     for object_id in (4, 5):
         prompt(session, **{f"o{object_id}": ObjectPrompt(points=((22, 2),), labels=(1,))})
         output = step_session(model, session, FRAME)
@@ -100,7 +100,7 @@ def test_what_lies_far_from_the_box_is_not_the_object():
 
 def test_points_correct_the_mask_that_the_network_sees():
     model, session = started(
-        [({}, [A]), ({1: A}, []), ({1: B}, []), ({1: NOTHING}, [])], [*[[NOTHING]] * 7, [C], [C], [B]]
+        [({}, [A]), ({1: A}, []), ({1: B}, []), ({1: NOTHING}, [])], [*[[NOTHING]] * 7, [C], [C], [B], [B]]
     )
     step_session(model, session, FRAME)
     # Discs of 2 x 2 pixels here: four fill a pixel of the network's masks.
@@ -120,6 +120,8 @@ def test_points_correct_the_mask_that_the_network_sees():
     prompt(session, o9=ObjectPrompt(points=((2, 10),), labels=(1,)))
     step_session(model, session, FRAME)
     assert model.signals[9][0].sum() == 1
+    # Points alone correct what the network makes of them once more.
+    assert len(model.signals) == 11 and model.signals[10].equal(B.mask[None].float())
 
 
 def test_negative_points_that_leave_nothing_are_not_followed(warnings):
