@@ -3,14 +3,15 @@ A whole streaming step of the network, all slots fixed so that nothing waits for
 CUDA graph, in float32, bfloat16 and float16, with 1 and 20 objects.
 
 First every variant must segment what eager float32 does, each stream following its own masks over 100 frames of a view
-that sways over a photograph (ausm-nano): float32 the same, half precision with a mean intersection over union of 0.9
-or more; the mean and the least are in the table. The floor is the floating point operations over the rate of a large
-matrix product in that type. Needs scikit-image, for the photograph.
+that sways over a photograph (ausm-nano): float32 the same; half precision is timed from a mean intersection over union
+of 0.9 on, and with less than 0.995 in any frame the script fails at its end. The floor is the floating point
+operations over the rate of a large matrix product in that type. Needs scikit-image, for the photograph.
 
     benchmarks/gpu/step.sh [--dry-run] [--output FOLDER]
 """
 
 import copy
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -121,17 +122,19 @@ def main():
         networks["base, random"] = AusmForUniversalSegmentation(AusmConfig.from_preset("base")).eval().to(bench.device)
     count, check_size = (3, (64, 64)) if bench.dry_run else (100, (256, 448))
 
-    agreed: dict[tuple, list[float]] = {}
+    @cache
+    def agreed(dtype, how) -> list[float]:
+        return agreement(bench, nano, dtype, how, check_size, count)
 
     def measure(name, dtype, how, objects) -> dict:
         model = networks[name]
         row = {}
         if name == "ausm-nano":
-            overlaps = agreement(bench, model, dtype, how, check_size, count) if objects == 1 else agreed[dtype, how]
-            agreed[dtype, how] = overlaps
+            overlaps = agreed(dtype, how)
             row |= {"mean IoU": sum(overlaps) / count, "least IoU": min(overlaps)}
             if row["mean IoU"] < (0.999 if dtype == torch.float32 else 0.9):
                 raise AssertionError(f"masks overlap with those of eager float32 by {row['mean IoU']:.4f} only")
+            bench.failed |= row["least IoU"] < 0.995 and not bench.dry_run  # timed all the same
         own = copy.deepcopy(model).to(dtype).requires_grad_(False)
         stream = Stream(own, size, objects, how)
         clip = [frame.to(dtype) for frame in frames(8, size, bench.device)]

@@ -136,8 +136,8 @@ class Network:
         Raises:
             Stopped: when a file `stop` appears, or the folder goes.
         """
-        marked = {object_id for of_frame in (masks or {}).values() for object_id in of_frame}
-        if marked and names and marked <= names.keys() and "object" in self.label_sets:
+        names = names or {}
+        if masks and set().union(*masks.values()) <= names.keys() and "object" in self.label_sets:
             label_set = "object"  # the scores then say how sure it is of the objects, not of labels that nobody reads
         session = self.processor.init_video_session(
             foreground_threshold=threshold, find_new_objects=masks is None, label_set=label_set, seed=0
@@ -147,7 +147,7 @@ class Network:
                 session, frame_index, list(of_frame), list(of_frame.values()), original_size=clip.size
             )
         results = segment_video(clip.frames(), self.model, self.processor, session=session, max_objects=max_objects)
-        names, tally = names or {}, _Tally(clip)
+        tally = _Tally(clip)
         stop = folder / "stop"
         started = told = time.monotonic()
         pictures = []

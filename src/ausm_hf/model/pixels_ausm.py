@@ -119,10 +119,9 @@ class AusmDeformablePixelEncoder(Mask2FormerPixelDecoder):
         positions = torch.cat([code + level for code, level in zip(codes, self.level_embed)])[None]
         boxes = self.reference_boxes(sizes, tokens)
         for layer in self.encoder.layers:
-            layer_output = layer(
+            tokens = layer(
                 tokens, None, position_embeddings=positions, reference_points=boxes, spatial_shapes_list=sizes
-            )
-            tokens = layer_output[0]
+            )[0]
         parts = tokens.split([height * width for height, width in sizes], dim=1)
         return [part.mT.unflatten(2, size) for part, size in zip(parts, sizes)][::-1]
 

@@ -185,8 +185,8 @@ def signal_of_marks(
 ) -> Tensor:
     """
     The mask signal of an object's marks, of which each corrects what the network makes of those before it: as the user
-    sees it who made them. Points alone show little of an object's shape, so the mask that they give is corrected by
-    them once more.
+    sees it who made them. Points without a box show little of an object's shape: where there is no known mask, that
+    which they give is corrected by them once more.
 
     Args:
         model ([`AusmForUniversalSegmentation`]): The network.

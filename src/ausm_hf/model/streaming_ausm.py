@@ -78,7 +78,7 @@ def step_sessions(
     """
     Segment the next frame of each of several streams, in one pass of the network (two where some are at their first
     frame and some are not; one more for each further label set, for each box, point or scribble that marks an object
-    in this frame, and where points alone mark one; the frame encoder runs but once). The results are those of
+    in this frame, and for points without a box; the frame encoder runs but once). The results are those of
     [`step_session`] on each, but for rounding.
 
     Args:

@@ -245,8 +245,7 @@ class TritonScanFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, dt_bias, gate, state):
-        x, dt, gate = (_rows(tensor) for tensor in (x, dt, gate))
-        B, C = B.contiguous(), C.contiguous()
+        x, dt, B, C, gate = (_rows(tensor) for tensor in (x, dt, B, C, gate))
         ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, gate, state)
         (n, t, channels), s = x.shape, len(A)
         y = torch.empty(n, t, channels, dtype=x.dtype, device=x.device)
