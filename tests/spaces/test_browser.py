@@ -148,6 +148,14 @@ def wait_for_text(page, text: str) -> str:
 
 
 def downloaded(page, name: str) -> bytes:
+    # Until the result has its size the buttons below it move, and a click that begins on one ends beside it.
+    page.wait_for_function(
+        """() => {
+            const images = [...document.querySelectorAll('#strip img')];
+            return document.querySelector('#player video')?.readyState >= 1
+                && images.length && images.every((image) => image.complete);
+        }"""
+    )
     with page.expect_download() as download:
         page.click(f"#download-{name}")
     return Path(download.value.path()).read_bytes()
