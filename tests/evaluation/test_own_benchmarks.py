@@ -1,6 +1,7 @@
 """What `benchmarks/pasted_objects.py` and `benchmarks/stills_ap.py` count, on masks whose counts one can see."""
 
 import importlib.util
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,11 @@ def test_pasted_clips_are_the_same_every_time(pasted_objects, tmp_path):
     assert (clips[0].masks.sum(0) <= 1).all()  # every pixel is of one object at most
     assert torch.equal(clips[0].frames, clips[1].frames) and torch.equal(clips[0].masks, clips[1].masks)
     assert not torch.equal(clips[0].frames, clips[2].frames)
+
+
+def test_draws_differ_and_the_first_is_what_published_figures_are_of(pasted_objects):
+    assert pasted_objects.seed_of("lucia", 2, 0) == zlib.crc32(b"lucia 2")
+    assert len({pasted_objects.seed_of("lucia", pasted, draw) for pasted in (2, 3) for draw in range(3)}) == 6
 
 
 def photograph(classes, true, found):
