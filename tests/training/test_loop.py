@@ -49,6 +49,20 @@ def test_a_run_learns_and_leaves_its_files(tiny, tmp_path):
     assert not [p for p in (tmp_path / "run").rglob("*") if p.suffix in (".bin", ".pt", ".pkl", ".pth")]
 
 
+def test_the_log_says_how_long_the_loader_was_waited_for(tiny, tmp_path):
+    class SlowClips(tiny.TinyClips):
+        def __getitem__(self, index):
+            time.sleep(0.3)
+            return super().__getitem__(index)
+
+    for name, clips in (("slow", SlowClips()), ("fast", tiny.TinyClips())):
+        model = tiny.TinyModel(tiny.TinyConfig())
+        recipe = tiny.make_recipe(tmp_path / name, "optim.max_steps=3", "log_every=3")
+        train(recipe, model=model, dataset=clips, collator=tiny.collate)
+    shares = [log_lines(tmp_path / name)[0]["waiting_for_data"] for name in ("slow", "fast")]
+    assert 1 > shares[0] > max(0.5, 1.5 * shares[1]) and shares[1] > 0
+
+
 def test_resuming_is_bit_equal(tiny, tmp_path):
     """With dropout, corruption, workers and a moving average: stopped after 8 of 12 steps, against never stopped."""
     options = ("history_corruption=0.5", "ema_decay=0.9", "optim.schedule=constant")

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def train(
 
         recipe.yaml             what was trained
         samples/                masks drawn on frames, every `eval_every` steps
-        log.jsonl               losses, learning rate and frames per second, one line every `log_every` steps
+        log.jsonl               losses, learning rate, frames per second and the share of the time that the main
+                                process waits for its loader, one line every `log_every` steps
         step-00001000/          checkpoints, see `checkpoint.py`
         final/                  the result (the moving average if there is one) for `from_pretrained`
 
@@ -172,7 +174,8 @@ def train(
     bar = tqdm(total=recipe.optim.max_steps, initial=first_step, disable=None if accelerator.is_main_process else True)
     for step in range(first_step, recipe.optim.max_steps):
         set_learning_rate(optimizer, step, recipe.optim)
-        passes = [next(batches) for _ in range(recipe.gradient_accumulation_steps)]
+        with log.waiting():
+            passes = [next(batches) for _ in range(recipe.gradient_accumulation_steps)]
         num_instances = instances_per_pass(recipe, passes, accelerator)
         for indices, batch in passes:
             batch = _to_device(batch, accelerator.device)
@@ -496,7 +499,15 @@ class _Log:
 
     def restart_clock(self) -> None:
         self.frames = 0
+        self.waited = 0.0
         self.start = time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time in here as spent waiting for the loader."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
 
     def add(self, output: dict[str, Any]) -> None:
         """Adds the losses of a forward pass. Nothing waits for the device here."""
@@ -514,8 +525,10 @@ class _Log:
         for name in names:
             values = [v[name] for v in everyone if name in v]
             terms[name] = sum(values) / len(values)
-        frames_per_second = self.frames * self.accelerator.num_processes / (time.perf_counter() - self.start)
-        self.write_values(step, {**terms, "grad_norm": grad_norm, "lr": lr, "frames_per_second": frames_per_second})
+        elapsed = time.perf_counter() - self.start
+        frames_per_second = self.frames * self.accelerator.num_processes / elapsed
+        rates = {"lr": lr, "frames_per_second": frames_per_second, "waiting_for_data": self.waited / elapsed}
+        self.write_values(step, {**terms, "grad_norm": grad_norm, **rates})
         shown = {name: f"{value:.3g}" for name, value in terms.items()}
         bar.set_postfix({**shown, "fps": f"{frames_per_second:.1f}"}, refresh=False)
         self.sums, self.passes = {}, {}
