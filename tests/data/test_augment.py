@@ -118,6 +118,17 @@ def test_colour_changes_alike_over_the_clip():
     assert not torch.equal(changed[0], frames[0])
 
 
+def test_colour_is_brightness_then_contrast_then_saturation():
+    frames = torch.from_numpy(np.random.default_rng(0).integers(40, 200, (2, 3, 16, 24), dtype=np.uint8))
+    brightness, contrast, saturation = np.random.default_rng(3).uniform(0.75, 1.25, size=3).tolist()
+    wanted = frames.double() * brightness
+    wanted = wanted.mean() + (wanted - wanted.mean()) * contrast
+    red, green, blue = wanted.unbind(1)
+    grey = (0.299 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
+    wanted = (grey + (wanted - grey) * saturation).clamp(0, 255)
+    assert (jitter_colour(frames, np.random.default_rng(3)) - wanted).abs().max() <= 0.501
+
+
 def test_slivers_are_emptied_and_the_unseen_dropped():
     masks = torch.zeros(3, 2, 32, 32, dtype=torch.bool)
     masks[0, :, :8, :8] = True

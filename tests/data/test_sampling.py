@@ -2,6 +2,7 @@ import numpy as np
 import torch
 from trees import index_mask, write_frames, write_mask
 
+from ausm_hf.data import sampling
 from ausm_hf.data.augment import view_matrix
 from ausm_hf.data.clips import Clip, clip_row, clips_from_rows, file
 from ausm_hf.data.sampling import Cutout, cut_object, paste_object, paste_path, sample_clip, sample_indices
@@ -95,6 +96,27 @@ def test_ignored_pixels_under_a_pasted_object_are_known():
     cutout = Cutout(torch.full((1, 3, 10, 10), 250, dtype=torch.uint8), torch.ones(1, 10, 10, dtype=torch.bool), None)
     pasted = paste_object(base, cutout, view_matrix((64, 96), (1, 1), (5, 5))[None], behind=False)
     assert torch.equal(~pasted.ignore, pasted.masks[1]) and pasted.masks[1].sum() == 100
+
+
+def test_pasting_leaves_out_only_where_the_object_is_not(monkeypatch):
+    """The same as with the whole picture looked at: turned, shrunk, and beyond the border."""
+    rng = np.random.default_rng(0)
+    base = flat_clip(6, 100, (slice(20, 44), slice(30, 54)))
+    base.frames = torch.from_numpy(rng.integers(0, 256, base.frames.shape, dtype=np.uint8))
+    for side in (12, 70):
+        cutout = Cutout(
+            torch.from_numpy(rng.integers(0, 256, (1, 3, side, side), dtype=np.uint8)),
+            torch.ones(1, side, side, dtype=torch.bool),
+            "b",
+        )
+        for seed in range(12):
+            maps, behind = paste_path(base, cutout, np.random.default_rng(seed)), seed % 2 == 0
+            got = paste_object(base, cutout, maps, behind)
+            with monkeypatch.context() as patch:
+                patch.setattr(sampling, "landing_place", lambda *_: (slice(0, 64), slice(0, 96)))
+                wanted = paste_object(base, cutout, maps, behind)
+            assert torch.equal(got.masks, wanted.masks)
+            assert (got.frames.int() - wanted.frames.int()).abs().max() <= 1
 
 
 def test_cut_objects_are_whole_and_of_a_fair_size():

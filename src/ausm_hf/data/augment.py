@@ -106,7 +106,7 @@ def warp_clip(clip: Clip, matrices: np.ndarray, size: tuple[int, int]) -> Clip:
     layers = layers > 0.5
     return replace(
         clip,
-        frames=frames.round().clamp(0, 255).to(torch.uint8),
+        frames=frames.round_().clamp_(0, 255).to(torch.uint8),
         masks=layers[:, :-2].transpose(0, 1).contiguous(),
         ignore=layers[:, -2] | ~layers[:, -1],
         annotated=clip.annotated.expand(steps).clone(),
@@ -135,25 +135,33 @@ def jitter_colour(frames: torch.Tensor, rng: np.random.Generator, strength: floa
     if rng.random() < 0.03:
         saturation = 0.0
     blur = rng.random() < 0.08
-    x = frames.float() * brightness
-    mean = x.mean()
-    x = (x - mean) * contrast + mean
-    grey = (x * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(dim=1, keepdim=True)
-    x = grey + (x - grey) * saturation
+    # All three are linear: one matrix for the colour of each pixel. Contrast is about the mean of all frames.
+    x = frames.flatten(2).float()
+    grey = torch.tensor([0.299, 0.587, 0.114]).expand(3, 3)
+    matrix = brightness * contrast * (saturation * torch.eye(3) + (1 - saturation) * grey)
+    offset = brightness * (1 - contrast) * x.mean()
+    x = torch.baddbmm(offset, matrix.expand(len(x), 3, 3), x).view(frames.shape)
     if blur:
         x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    return x.round().clamp(0, 255).to(torch.uint8)
+    return x.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def areas(masks: torch.Tensor) -> torch.Tensor:
+    """Pixels of masks `(N, T, H, W)` bool: int64 `(N, T)`. By NumPy, which is ten times as fast as torch here."""
+    return torch.from_numpy(np.count_nonzero(masks.numpy(), axis=(2, 3)))
 
 
 def drop_small(clip: Clip, min_pixels: int = 16) -> Clip:
     """Empty masks of fewer than `min_pixels`, whose pixels are then ignored, and drop objects that are never seen."""
-    area = clip.masks.flatten(2).sum(-1)  # (N, T)
-    small = ((area > 0) & (area < min_pixels))[:, :, None, None]
-    ignore = clip.ignore | (clip.masks & small).any(dim=0)
+    area = areas(clip.masks)
     seen = (area >= min_pixels).any(dim=1)
+    masks, ignore = clip.masks.clone(), clip.ignore.clone()
+    for n, t in torch.nonzero((area > 0) & (area < min_pixels)).tolist():
+        ignore[t] |= masks[n, t]
+        masks[n, t] = False
     return replace(
         clip,
-        masks=(clip.masks & ~small)[seen],
+        masks=masks[seen],
         ignore=ignore,
         labels=[label for label, keep in zip(clip.labels, seen.tolist()) if keep],
     )
@@ -167,7 +175,7 @@ def select_objects(clip: Clip, max_objects: int, rng: np.random.Generator, min_f
     Args:
         min_fraction: Smallest area of an object, as a fraction of the picture.
     """
-    area = clip.masks.flatten(2).sum(-1)
+    area = areas(clip.masks)
     pixels = clip.masks.shape[-1] * clip.masks.shape[-2]
     visible = (area > 0).any(dim=1)
     candidates = torch.nonzero((area >= min_fraction * pixels).any(dim=1)).flatten().tolist()

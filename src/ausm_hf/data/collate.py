@@ -39,10 +39,12 @@ class ClipCollator:
             widths = [0, short[0], 0, short[1]] + [0, 0] * (x.dim() - 3 - time_dim) + [0, steps - x.shape[time_dim]]
             return F.pad(x, widths, value=value) if any(widths) else x
 
+        frames = torch.zeros(len(clips), steps, 3, height, width)
+        for place, clip in zip(frames, clips):
+            t, _, h, w = clip["pixel_values"].shape
+            place[:t, :, :h, :w].copy_(clip["pixel_values"]).sub_(self.mean).div_(self.std)
         return {
-            "pixel_values_videos": torch.stack(
-                [pad((clip["pixel_values"].float() - self.mean) / self.std, 0.0, 0) for clip in clips]
-            ),
+            "pixel_values_videos": frames,
             "mask_labels": [pad(clip["masks"], False, 1) for clip in clips],
             "class_labels": [clip["class_labels"] for clip in clips],
             "label_sets": [clip["label_set"] for clip in clips],

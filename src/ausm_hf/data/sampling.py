@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .augment import linear_map, sampling_grid, view_matrix
+from .augment import areas, linear_map, sampling_grid, view_matrix
 from .clips import Clip, load_clip
 
 
@@ -89,7 +89,7 @@ def cut_object(clip: Clip, rng: np.random.Generator) -> Cutout | None:
 
     Fit is an object of 0.5% to 45% of the picture in every frame that the border of the picture doesn't cut off.
     """
-    area = clip.masks.flatten(2).float().mean(-1)
+    area = areas(clip.masks) / math.prod(clip.masks.shape[-2:])
     fit = ((area > 0.005) & (area < 0.45)).all(dim=1)
     edges = torch.cat([clip.masks[..., 0, :], clip.masks[..., -1, :], clip.masks[..., 0], clip.masks[..., -1]], dim=-1)
     fit &= edges.sum((1, 2)) < 6 * clip.masks.shape[1]  # a few pixels a frame may touch it
@@ -169,29 +169,48 @@ def paste_object(clip: Clip, cutout: Cutout, maps: np.ndarray, behind: bool) -> 
         behind: It passes behind the clip's objects instead of in front of them.
     """
     steps, _, height, width = clip.frames.shape
-    layers = torch.cat([cutout.frames.float(), cutout.masks[:, None].float()], dim=1).expand(steps, -1, -1, -1)
+    layers = torch.cat([cutout.frames.float(), cutout.masks[:, None].float()], dim=1)
     # A margin without mask, so that the mask ends at the cutout's border; the picture is extended over it.
     margin = 2
     layers = F.pad(layers, (margin,) * 4, mode="replicate")
     layers[:, 3, :margin] = layers[:, 3, -margin:] = 0
     layers[:, 3, :, :margin] = layers[:, 3, :, -margin:] = 0
     maps = maps + np.array([[0, 0, margin], [0, 0, margin]])
-    grid = sampling_grid(maps, (layers.shape[-2], layers.shape[-1]), (height, width))
     if float(np.median(np.abs(np.linalg.det(maps[:, :, :2])))) ** 0.5 > 1.5:  # shrinks: smooth, so as not to alias
         layers = F.avg_pool2d(layers, 3, stride=1, padding=1, count_include_pad=False)
-    warped = F.grid_sample(layers, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    colour, alpha = warped[:, :3], warped[:, 3]
-    if behind:
-        alpha = alpha * ~clip.masks.any(dim=0)
-    visible = alpha > 0.5
-    # A seam one pixel soft: sharp cuts would give pasted objects away.
-    soft = F.avg_pool2d(F.pad(alpha[:, None], (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    soft = soft * visible[:, None] if behind else soft
-    frames = clip.frames.float() * (1 - soft) + colour * soft
+    source = layers.shape[-2], layers.shape[-1]
+    frames, visible = clip.frames.clone(), torch.zeros(steps, height, width, dtype=torch.bool)
+    for t, layer in enumerate(layers.expand(steps, -1, -1, -1)):
+        rows, columns = landing_place(maps[t], source, (height, width))
+        size = rows.stop - rows.start, columns.stop - columns.start
+        if min(size) <= 0:
+            continue
+        inside = maps[t].copy()
+        inside[:, 2] += inside[:, :2] @ [columns.start, rows.start]
+        grid = sampling_grid(inside[None], source, size)
+        warped = F.grid_sample(layer[None], grid, mode="bilinear", padding_mode="border", align_corners=False)[0]
+        colour, alpha = warped[:3], warped[3]
+        if behind:
+            alpha = alpha * ~clip.masks[:, t, rows, columns].any(dim=0)
+        visible[t, rows, columns] = alpha > 0.5
+        # A seam one pixel soft: sharp cuts would give pasted objects away.
+        soft = F.avg_pool2d(F.pad(alpha[None, None], (1, 1, 1, 1), mode="replicate"), 3, stride=1)[0]
+        soft = soft * (alpha > 0.5) if behind else soft
+        place = frames[t, :, rows, columns]
+        place.copy_((place * (1 - soft) + colour * soft).round_().clamp_(0, 255))
     return replace(
         clip,
-        frames=frames.round().clamp(0, 255).to(torch.uint8),
+        frames=frames,
         masks=torch.cat([clip.masks & ~visible, visible[None]]),
         ignore=clip.ignore & ~visible,
         labels=[*clip.labels, cutout.label],
     )
+
+
+def landing_place(matrix: np.ndarray, source: tuple[int, int], size: tuple[int, int]) -> tuple[slice, slice]:
+    """Rows and columns of a picture of `size` onto which an affine map takes all of `source`, and 2 pixels more."""
+    corners = np.array([[0, source[1], 0, source[1]], [0, 0, source[0], source[0]]])
+    x, y = np.linalg.inv(matrix[:, :2]) @ (corners - matrix[:, 2:])
+    low = np.maximum(np.floor([y.min() - 2, x.min() - 2]), 0).astype(int)
+    high = np.minimum(np.ceil([y.max() + 2, x.max() + 2]), size).astype(int)
+    return slice(low[0], high[0]), slice(low[1], high[1])
