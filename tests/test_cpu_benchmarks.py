@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -28,6 +30,31 @@ def test_runs_to_its_end(name, tmp_path):
     found = json.loads((tmp_path / f"{name}.json").read_text())
     assert found["machine"]["cores"] >= 1 and found["rows"]
     assert not [row for row in found["rows"] if "not measured" in row]
+
+
+@pytest.mark.slow
+def test_the_loader_by_itself(tmp_path):
+    """With a folder of one video, as `video_folder` wants it."""
+    for t in range(4):
+        square = np.zeros((48, 64), np.uint8)
+        square[10:30, 10 + t : 30 + t] = 1
+        for kind, picture in (("videos", np.stack([square * 200] * 3, -1)), ("masks", square)):
+            folder = tmp_path / "clips" / kind / "one"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(folder / f"{t:05d}.png")
+    source = {"dataset": "video_folder", "arguments": {"root": str(tmp_path / "clips")}}
+    recipe = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"preset": "nano"},
+        "data": {"sources": [source], "num_frames": 2, "size": [32, 64], "batch_size": 2},
+        "optim": {"max_steps": 1},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    command = [sys.executable, str(BENCHMARKS / "loader.py"), str(tmp_path / "recipe.yaml"), "--batches", "2"]
+    done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert not done.returncode, done.stderr
+    (row,) = json.loads((tmp_path / "loader.json").read_text())["rows"]
+    assert row["clip ms"] > 0 and row["batch ms"] > 0 and row["frames per second"] > 0
 
 
 def test_all_together_leave_their_tables(tmp_path):
