@@ -20,8 +20,8 @@ from ausm_hf.model.history_ausm import (
     AusmHistory,
     AusmMaskPropagation,
     average_maps,
-    conjugate_gradients,
     mark_history,
+    solve,
     to_maps,
     to_tokens,
 )
@@ -635,22 +635,23 @@ def test_a_pixel_that_is_unlike_all_others_is_no_more_the_objects_for_it():
     torch.testing.assert_close(more[:, :, :1], logits)
 
 
-def test_conjugate_gradients_are_torchs_solver():
-    """And its gradients, but for those of a column of zeros, of an object that was never seen: they are zero."""
+@pytest.mark.parametrize("objects", [1, 100])
+def test_the_solver_is_torchs(objects):
+    """So many objects and the background, whose products have a length of 1.25 each; and its gradients."""
     torch.manual_seed(7)
-    looks = F.normalize(torch.randn(3, 500, 64) * torch.linspace(2, 0.01, 64), dim=-1)
-    matrices = (looks.mT @ looks / 250 + 0.03 * torch.eye(64)).requires_grad_()
-    targets = torch.cat([looks[:, :4].mT, torch.zeros(3, 64, 1)], dim=-1).requires_grad_()
-    results = [
-        conjugate_gradients(matrices, targets, AusmAppearance.SOLVER_STEPS),
-        torch.linalg.solve(matrices, targets),
-    ]
-    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+    looks = F.normalize(torch.randn(3, 500, 128) * torch.linspace(2, 0.01, 128), dim=-1)
+    products = 1.25 * (objects + 1) * looks.mT @ looks / 500
+    matrices = (products + AusmAppearance.RIDGE * torch.eye(128)).double().requires_grad_()
+    targets = torch.cat([looks[:, :4].mT, torch.zeros(3, 128, 1)], dim=-1).double().requires_grad_()
+    steps = AusmAppearance.SOLVER_STEPS
+    exact = torch.linalg.solve(matrices, targets)
+    torch.testing.assert_close(solve(matrices, targets, steps), exact, atol=1e-7, rtol=1e-6)
+    results = [solve(matrices.float(), targets.float(), steps), exact.float()]
+    torch.testing.assert_close(*results, atol=2e-5, rtol=1e-4)
     weights = torch.randn_like(results[0])
     got, expected = (torch.autograd.grad((result * weights).sum(), (matrices, targets)) for result in results)
-    torch.testing.assert_close(got[0], expected[0], atol=1e-3 * float(expected[0].abs().max()), rtol=1e-3)
-    torch.testing.assert_close(got[1][..., :4], expected[1][..., :4], atol=1e-3, rtol=1e-3)
-    assert not got[1][..., 4].any()
+    for one, other in zip(got, expected):
+        torch.testing.assert_close(one, other, atol=1e-3 * float(other.abs().max()), rtol=1e-3)
 
 
 @pytest.mark.parametrize("size", [(8, 12), (4, 6), (5, 7), (16, 24), (20, 30)])
