@@ -11,12 +11,11 @@ of a copy in memory; decoding is not in it.
 """
 
 import argparse
-import os
 import time
 from pathlib import Path
 
 import torch
-from common import copy_rate, print_table, write_results
+from common import copy_rate, machine, print_table, write_results
 
 from ausm_hf.training import load_recipe
 from ausm_hf.training.data import build_data
@@ -31,7 +30,7 @@ def main():
     parser.add_argument("--output", type=Path, help="folder of the results (default: beside this file)")
     args = parser.parse_args()
     torch.set_num_threads(1)  # as in a loader process
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = machine()["cores"]
     recipe = load_recipe(args.recipe, [*args.overrides, f"data.workers={cores}", f"optim.max_steps={args.batches}"])
     config = build_config(recipe)
     clips, collator = build_data(recipe, config, build_processor(recipe, config).image_processor)

@@ -192,10 +192,10 @@ def paste_object(clip: Clip, cutout: Cutout, maps: np.ndarray, behind: bool) -> 
         colour, alpha = warped[:3], warped[3]
         if behind:
             alpha = alpha * ~clip.masks[:, t, rows, columns].any(dim=0)
-        visible[t, rows, columns] = alpha > 0.5
+        visible[t, rows, columns] = there = alpha > 0.5
         # A seam one pixel soft: sharp cuts would give pasted objects away.
         soft = F.avg_pool2d(F.pad(alpha[None, None], (1, 1, 1, 1), mode="replicate"), 3, stride=1)[0]
-        soft = soft * (alpha > 0.5) if behind else soft
+        soft = soft * there if behind else soft
         place = frames[t, :, rows, columns]
         place.copy_((place * (1 - soft) + colour * soft).round_().clamp_(0, 255))
     return replace(
