@@ -1,7 +1,7 @@
 """Can the model keep several objects apart that move, cross and leave?
 
-    python benchmarks/pasted_objects.py --root ROOT [--split dev] [--model ID_OR_PATH] [--output DIR] [--own]
-        [--draws N]
+    python benchmarks/pasted_objects.py --root ROOT [--split dev] [--model ID_OR_PATH] [--output DIR]
+        [--own | --unmarked] [--draws N]
 
 ROOT is what `python -m ausm_hf.data.prepare` wrote. DAVIS 2016 has one object per sequence; here two and then three
 more are pasted into every sequence of the split, over its whole length: exactly masked objects cut out of the other
@@ -17,6 +17,8 @@ Each object is given by its mask in the first frame that shows a good part of it
 - **lost**: the share of these frames in which no id covers any of it.
 
 With `--own` only the sequence's own object is given: does its id keep off the others, which nobody marked?
+With `--unmarked` none is given. What the model finds is paired with the objects, one to one, as in DAVIS 2017
+unsupervised; whatever else it finds costs nothing, since much of what is in these pictures has no mask.
 With `--draws 3` other objects are pasted into each sequence twice more: to choose between checkpoints, since with one
 draw (35 objects) they differ by half a point for nothing.
 
@@ -39,7 +41,7 @@ from ausm_hf.data.clips import Clip, load_clip
 from ausm_hf.data.davis import davis
 from ausm_hf.data.sampling import Cutout, cut_object, paste_object, paste_path
 from ausm_hf.data.stills import stills
-from ausm_hf.evaluation.metrics.jf import region_similarity
+from ausm_hf.evaluation.metrics.jf import region_similarity, score_sequence
 from ausm_hf.segment import load_model, segment_video
 from ausm_hf.visualization import contact_sheet, draw_overlay
 
@@ -113,16 +115,33 @@ def first_frames(masks: torch.Tensor) -> list[int]:
     return first
 
 
-def follow(clip: Clip, model, processor) -> Iterator[np.ndarray]:
-    """Yields the ids (H, W) of every frame; object n of the clip has id n + 1."""
-    session = processor.init_video_session(find_new_objects=False, seed=0)
+def follow(clip: Clip, model, processor, given: int) -> Iterator[np.ndarray]:
+    """
+    Yields the ids (H, W) of every frame. The first `given` objects of the clip are given, n with id n + 1; with 0 the
+    model finds what it can.
+    """
+    session = processor.init_video_session(find_new_objects=given == 0, seed=0)
     size = tuple(clip.frames.shape[-2:])
-    for n, t in enumerate(first_frames(clip.masks)):
+    for n, t in enumerate(first_frames(clip.masks)[:given]):
         mask = clip.masks[n, t].numpy()
         processor.add_inputs_to_inference_session(session, t, [n + 1], [mask], original_size=size)
     frames = list(clip.frames.permute(0, 2, 3, 1).numpy())
     for result in segment_video(frames, model, processor, session=session):
         yield result.masks
+
+
+def index_map(masks: np.ndarray) -> np.ndarray:
+    """Bool (N, T, H, W), no two of which share a pixel, as ids (T, H, W): n + 1 where object n is."""
+    return (masks * np.arange(1, len(masks) + 1, dtype=np.int32)[:, None, None, None]).sum(0)
+
+
+def name_tracks(masks: np.ndarray, predicted: list[np.ndarray]) -> list[np.ndarray]:
+    """`predicted` with the id n + 1 for the track that is paired with object n, and higher ones for all others."""
+    pairs = score_sequence(predicted, index_map(masks), skip_first=False, skip_last=False, mode="best-track")
+    names = {pair.predicted_id: n for n, pair in pairs.items()}
+    highest = max(int(ids.max()) for ids in predicted)
+    table = np.array([0, *(names.get(track, len(masks) + track) for track in range(1, highest + 1))])
+    return [table[ids] for ids in predicted]
 
 
 def score(masks: np.ndarray, predicted: list[np.ndarray]) -> list[dict]:
@@ -181,9 +200,7 @@ def table(rows: list[dict]) -> str:
 def pictures(clip: Clip, predicted: list[np.ndarray], name: str) -> tuple[list[np.ndarray], list[str]]:
     """Some frames of a clip with the truth drawn in, then the same with the prediction; and a title for each."""
     numbers = np.linspace(0, len(predicted) - 1, SHEET_FRAMES).round().astype(int).tolist()
-    truth = np.zeros(clip.masks.shape[1:], np.int32)
-    for n, mask in enumerate(clip.masks.numpy(), 1):
-        truth[mask] = n
+    truth = index_map(clip.masks.numpy())
     frames = clip.frames.permute(0, 2, 3, 1).numpy()
     drawn, titles = [], []
     for kind, ids in (("truth", truth), ("predicted", predicted)):
@@ -198,7 +215,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--split", default="dev")
     parser.add_argument("--model", help="checkpoint (default: the ausm-nano of the package)")
     parser.add_argument("--output", type=Path, default=Path("pasted-objects"))
-    parser.add_argument("--own", action="store_true", help="give only the sequence's own object")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--own", action="store_true", help="give only the sequence's own object")
+    given.add_argument("--unmarked", action="store_true", help="give no object: what is found, and how well?")
     parser.add_argument("--draws", type=int, default=1, help="how often each sequence is pasted into (default: 1)")
     args = parser.parse_args(arguments)
     if args.draws < 1:
@@ -214,9 +233,12 @@ def main(arguments: list[str] | None = None) -> None:
         clip = make_clip(row, donors, photographs, pasted, seed_of(row["video_id"], pasted, draw))
         if args.own:
             clip = replace(clip, masks=clip.masks[:1])
-        predicted = list(follow(clip, model, processor))
+        masks = clip.masks.numpy()
+        predicted = list(follow(clip, model, processor, given=0 if args.unmarked else len(masks)))
+        if args.unmarked:
+            predicted = name_tracks(masks, predicted)
         common = {"sequence": row["video_id"], "pasted": pasted, "draw": draw}
-        for n, result in enumerate(score(clip.masks.numpy(), predicted)):
+        for n, result in enumerate(score(masks, predicted)):
             objects.append({**common, "object": n + 1, "kind": "pasted" if n else "own", **result})
         of_clip = pictures(clip, predicted, f"{row['video_id']} + {pasted}")
         drawn += of_clip[0]

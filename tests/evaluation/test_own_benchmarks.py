@@ -52,6 +52,20 @@ def test_switched_and_lost_frames_are_counted(pasted_objects):
     assert summary[-1]["objects"] == 2 and summary[-1]["switched"] == summary[-1]["lost"] == pytest.approx(2 / 7)
 
 
+def test_what_is_found_is_named_after_the_objects_and_the_rest_costs_nothing(pasted_objects):
+    """Track 2 is object 1, track 5 object 2; track 1 is something that nobody marked."""
+    first, second, other = column(6, 0, 1), column(6, 3), column(6, 5)
+    masks = np.stack([[first] * 4, [second] * 4])
+    predicted = [first * 2 + second * 5 + other] * 3 + [first * 2 + second * 2]
+    named = pasted_objects.name_tracks(masks, predicted)
+    assert [sorted(np.unique(ids)) for ids in named] == [[0, 1, 2, 3]] * 3 + [[0, 1]]
+    rows = pasted_objects.score(masks, named)
+    assert [round(row["J"], 3) for row in rows] == [round((1 + 1 + 2 / 3) / 3, 3), round(2 / 3, 3)]
+    assert [(row["switched"], row["lost"]) for row in rows] == [(0, 0), (1, 0)]
+    nothing = pasted_objects.name_tracks(masks, [first * 0] * 4)
+    assert [row["lost"] for row in pasted_objects.score(masks, nothing)] == [3, 3]
+
+
 def test_objects_are_given_when_a_good_part_of_them_is_seen(pasted_objects):
     enters = torch.zeros(1, 30, 4, 10, dtype=torch.bool)
     for t in range(2, 30):
