@@ -310,7 +310,7 @@ def test_the_example_runs_without_torch(nano, shared_data, tmp_path, monkeypatch
         subprocess.run([sys.executable, "-c", code, *arguments], check=True)
         masks = None if not marked else first.masks
         if marked:  # the example has no bystanders
-            monkeypatch.setattr(streaming_ausm, "_without_duplicates", lambda *_: [])
+            monkeypatch.setattr(streaming_ausm, "without_duplicates", lambda *_: [])
         expected = segment_video(tmp_path / "short.mp4", model, processor, masks)
         overlaps = [
             iou(result.masks > 0, np.array(Image.open(tmp_path / "out" / f"{result.index:05d}.png")) > 0)

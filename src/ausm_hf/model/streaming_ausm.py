@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from transformers.utils import logging
 
 from .history_ausm import AusmHistory
+from .masks_ausm import exclusive, twins, within_reach, without_duplicates
 from .pixels_ausm import AusmFrameFeatures
 from .prompts_ausm import history_mask, refine_signals, signal_of_marks
 from .session_ausm import AusmInferenceSession, AusmVideoSegmentationOutput, FollowedObject, without_trace
@@ -409,7 +410,7 @@ def _ask(
         rows = [*range(number), *range(most, output.foreground_queries_logits.shape[1])]
         masks = output.masks_queries_logits[i, rows].float()
         if radius and not all(x.prompted for x in objects[i]):
-            masks[:number] = _within_reach(masks[:number], history.masks[0], radius, objects[i])
+            masks[:number] = within_reach(masks[:number], history.masks[0], radius, objects[i])
         answers.append(
             Answer(
                 masks=masks,
@@ -421,20 +422,6 @@ def _ask(
             )
         )
     return answers
-
-
-def _within_reach(
-    logits: torch.Tensor, previous: torch.Tensor, radius: int, objects: list[FollowedObject]
-) -> torch.Tensor:
-    """
-    Mask logits (n, h, w) of followed objects without what lies farther from their masks in the frame before than masks
-    are propagated, `radius` cells of stride 8. So an object that was found doesn't take in what comes into view, which
-    is there to be found itself. Prompted objects, and those that were away, may be anywhere.
-    """
-    near = F.max_pool2d(F.max_pool2d(previous.float(), 2), 2 * radius + 1, stride=1, padding=radius)
-    near = F.interpolate(near[None], size=logits.shape[-2:])[0] > 0
-    free = torch.tensor([x.prompted for x in objects], device=logits.device) | ~near.flatten(1).any(1)
-    return torch.where(near | free[:, None, None], logits, -logits.abs())
 
 
 def _seen(
@@ -499,8 +486,8 @@ def _finish(
             scores[object_id] = 1.0
     small = {object_id: history_mask(mask, size) for object_id, mask in prompts.items()}
     logits = seen | {object_id: (mask * 2 - 1) * PROMPT_LOGIT for object_id, mask in small.items()}
-    twins = _twins([*objects, *joining], logits, config.duplicate_overlap)
-    objects = [x for x in objects if x.object_id not in twins and not x.is_past(config.max_age, find_new_objects)]
+    twin_ids = twins([*objects, *joining], logits, config.duplicate_overlap)
+    objects = [x for x in objects if x.object_id not in twin_ids and not x.is_past(config.max_age, find_new_objects)]
     objects = _make_room(objects, len(joining), num_slots, scores)
     for followed, slot in zip(joining, session.draw_slots(len(joining), num_slots, objects)):
         followed.slot = slot
@@ -515,7 +502,7 @@ def _finish(
         if answer.foreground[row] > least and answer.non_empty[row]
     ]
     rows.sort(key=lambda row: -answer.foreground[row])
-    rows = _without_duplicates(rows, answer.masks, list(logits.values()), config.duplicate_overlap)
+    rows = without_duplicates(rows, answer.masks, list(logits.values()), config.duplicate_overlap)
     threshold = _threshold(model, session) if find_new_objects else 1.0
     num_new = sum(answer.foreground[row] > threshold for row in rows)
     objects = _make_room(objects, num_new, num_slots, scores, bystanders_only=True)
@@ -532,10 +519,10 @@ def _finish(
             )
 
     # M_t: each pixel belongs to one object. A detection that is left without a pixel is none.
-    exclusive = _exclusive([*logits.values(), *(answer.masks[row] for row in rows)])
-    kept = exclusive[len(logits) :].flatten(1).any(1).tolist()
-    masks = dict(zip(logits, exclusive)) | small
-    found = [(row, mask) for row, mask, keep in zip(rows, exclusive[len(logits) :], kept) if keep]
+    owned = exclusive([*logits.values(), *(answer.masks[row] for row in rows)])
+    kept = owned[len(logits) :].flatten(1).any(1).tolist()
+    masks = dict(zip(logits, owned)) | small
+    found = [(row, mask) for row, mask, keep in zip(rows, owned[len(logits) :], kept) if keep]
     for (row, mask), slot in zip(found, session.draw_slots(len(found), num_slots, objects)):
         is_object = answer.foreground[row] > threshold
         object_id = session.new_object_id() if is_object else min([0, *(x.object_id for x in objects)]) - 1
@@ -621,47 +608,6 @@ def _make_room(
     found.sort(key=lambda x: (not x.is_bystander, -x.absent_frames, scores.get(x.object_id, 0.0)))
     let_go = {x.object_id for x in found[:surplus]}
     return [x for x in objects if x.object_id not in let_go]
-
-
-def _twins(objects: list[FollowedObject], logits: dict[int, torch.Tensor], max_overlap: float) -> set[int]:
-    """Found objects whose mask has become that of another (by IoU): prompted and older ones stay."""
-    seen = sorted((x for x in objects if x.object_id in logits), key=lambda x: (not x.prompted, abs(x.object_id)))
-    if len(seen) < 2:
-        return set()
-    masks = torch.stack([logits[x.object_id] for x in seen]).flatten(1).gt(0).float()
-    intersection = masks @ masks.T
-    area = masks.sum(1)
-    twins = (intersection > max_overlap * (area[:, None] + area[None, :] - intersection)).tolist()
-    staying: list[int] = []
-    for i, followed in enumerate(seen):
-        if followed.prompted or not any(twins[i][j] for j in staying):
-            staying.append(i)
-    return {x.object_id for x in seen} - {seen[i].object_id for i in staying}
-
-
-def _without_duplicates(
-    rows: list[int], mask_logits: torch.Tensor, known: list[torch.Tensor], max_overlap: float
-) -> list[int]:
-    """The detections, best first, whose mask is not covered by followed objects and better detections."""
-    if not rows:
-        return []
-    covered = torch.stack(known).gt(0).any(0) if known else torch.zeros_like(mask_logits[0], dtype=torch.bool)
-    accepted = []
-    for row in rows:
-        mask = mask_logits[row] > 0
-        if (mask & covered).sum() <= max_overlap * mask.sum():
-            accepted.append(row)
-            covered = covered | mask
-    return accepted
-
-
-def _exclusive(logits: list[torch.Tensor]) -> torch.Tensor:
-    """Bool masks (n, h, w): a pixel belongs to the object of the highest logit, if that is positive."""
-    if not logits:
-        return torch.zeros(0, 1, 1, dtype=torch.bool)
-    stacked = torch.stack(logits)
-    owner = stacked.argmax(0)
-    return (stacked > 0) & (owner == torch.arange(len(logits), device=owner.device)[:, None, None])
 
 
 def _describe(session, seen, logits, scores, prompts, labels, size) -> AusmVideoSegmentationOutput:

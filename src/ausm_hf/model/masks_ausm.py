@@ -1,0 +1,90 @@
+"""Whose pixels are whose: rules about mask logits alone, for the stream's bookkeeping."""
+
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+
+from .session_ausm import FollowedObject
+
+PIECE_GAP = 4  # cells of stride 4: so far apart are pieces of one object that something hides in part
+
+
+def within_reach(
+    logits: torch.Tensor, previous: torch.Tensor, radius: int, objects: list[FollowedObject]
+) -> torch.Tensor:
+    """
+    Mask logits (n, h, w) of followed objects without what lies farther from their masks in the frame before than masks
+    are propagated, `radius` cells of stride 8. So an object that was found doesn't take in what comes into view, which
+    is there to be found itself. Prompted objects, and those that were away, may be anywhere.
+    """
+    near = F.max_pool2d(F.max_pool2d(previous.float(), 2), 2 * radius + 1, stride=1, padding=radius)
+    near = F.interpolate(near[None], size=logits.shape[-2:])[0] > 0
+    free = torch.tensor([x.prompted for x in objects], device=logits.device) | ~near.flatten(1).any(1)
+    return torch.where(near | free[:, None, None], logits, -logits.abs())
+
+
+def twins(objects: list[FollowedObject], logits: dict[int, torch.Tensor], max_overlap: float) -> set[int]:
+    """Found objects whose mask has become that of another (by IoU): prompted and older ones stay."""
+    seen = sorted((x for x in objects if x.object_id in logits), key=lambda x: (not x.prompted, abs(x.object_id)))
+    if len(seen) < 2:
+        return set()
+    masks = torch.stack([logits[x.object_id] for x in seen]).flatten(1).gt(0).float()
+    intersection = masks @ masks.T
+    area = masks.sum(1)
+    same = (intersection > max_overlap * (area[:, None] + area[None, :] - intersection)).tolist()
+    staying: list[int] = []
+    for i, followed in enumerate(seen):
+        if followed.prompted or not any(same[i][j] for j in staying):
+            staying.append(i)
+    return {x.object_id for x in seen} - {seen[i].object_id for i in staying}
+
+
+def without_duplicates(
+    rows: list[int], mask_logits: torch.Tensor, known: list[torch.Tensor], max_overlap: float
+) -> list[int]:
+    """
+    The detections, best first, whose mask is not covered by followed objects and better detections. Of the mask logits
+    of each that is looked at only the main piece is left.
+    """
+    if not rows:
+        return []
+    covered = torch.stack(known).gt(0).any(0) if known else torch.zeros_like(mask_logits[0], dtype=torch.bool)
+
+    def is_new(mask: torch.Tensor) -> bool:
+        return bool((mask & covered).sum() <= max_overlap * mask.sum())
+
+    accepted = []
+    for row in rows:
+        if not is_new(mask_logits[row] > 0):
+            continue
+        mask_logits[row] = main_piece(mask_logits[row])
+        mask = mask_logits[row] > 0
+        if is_new(mask):
+            accepted.append(row)
+            covered = covered | mask
+    return accepted
+
+
+def main_piece(logits: torch.Tensor) -> torch.Tensor:
+    """
+    Mask logits (h, w) of a detection without what lies apart from its largest piece, by more than `PIECE_GAP` cells:
+    that is another object which looks alike.
+    """
+    mask = logits > 0
+    near = F.max_pool2d(mask[None].float(), PIECE_GAP + 1, stride=1, padding=PIECE_GAP // 2)[0] > 0
+    pieces, number = ndimage.label(near.cpu())
+    if number < 2:
+        return logits
+    pieces = torch.from_numpy(pieces).to(logits.device)
+    areas = torch.bincount((pieces * mask).flatten(), minlength=number + 1)
+    areas[0] = 0
+    return torch.where(pieces == areas.argmax(), logits, -logits.abs())
+
+
+def exclusive(logits: list[torch.Tensor]) -> torch.Tensor:
+    """Bool masks (n, h, w): a pixel belongs to the object of the highest logit, if that is positive."""
+    if not logits:
+        return torch.zeros(0, 1, 1, dtype=torch.bool)
+    stacked = torch.stack(logits)
+    owner = stacked.argmax(0)
+    return (stacked > 0) & (owner == torch.arange(len(logits), device=owner.device)[:, None, None])

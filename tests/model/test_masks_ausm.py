@@ -1,0 +1,37 @@
+"""Rules about mask logits, on masks that one can see."""
+
+import torch
+
+from ausm_hf.model.masks_ausm import PIECE_GAP, main_piece, without_duplicates
+
+
+def logits_of(*columns: tuple[int, int], width: int = 24) -> torch.Tensor:
+    """Logits (6, width) that are positive in these columns, first and last."""
+    logits = torch.full((6, width), -2.0)
+    for first, last in columns:
+        logits[:, first : last + 1] = 3.0
+    return logits
+
+
+def test_a_detection_is_what_its_largest_piece_is():
+    two = logits_of((0, 2), (12, 18))
+    assert torch.equal(main_piece(two), torch.where(torch.arange(24) > 10, two, -two.abs()))
+    assert torch.equal(main_piece(logits_of((4, 9))), logits_of((4, 9)))
+    assert torch.equal(main_piece(logits_of()), logits_of())
+
+
+def test_what_a_narrow_thing_hides_in_the_middle_is_one_piece():
+    narrow = logits_of((0, 3), (4 + PIECE_GAP, 12))
+    wide = logits_of((0, 3), (5 + PIECE_GAP, 14))
+    assert torch.equal(main_piece(narrow), narrow)
+    assert torch.equal(main_piece(wide) > 0, logits_of((5 + PIECE_GAP, 14)) > 0)
+
+
+def test_a_detection_of_two_things_leaves_the_smaller_one_to_its_own():
+    masks = torch.stack([logits_of((0, 8), (15, 20)), logits_of((15, 20)), logits_of((0, 8))])
+    assert without_duplicates([0, 1, 2], masks, [], 0.5) == [0, 1]
+    assert torch.equal(masks[0] > 0, logits_of((0, 8)) > 0)
+    followed = [logits_of((0, 8))]
+    masks = torch.stack([logits_of((0, 8), (15, 18)), logits_of((0, 4), (13, 20))])
+    assert without_duplicates([0, 1], masks, followed, 0.5) == [1]
+    assert torch.equal(masks[1] > 0, logits_of((13, 20)) > 0)
