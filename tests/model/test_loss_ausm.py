@@ -204,6 +204,24 @@ def test_what_is_not_annotated_teaches_nothing():
     assert (prediction["classes"]["pets"].grad == 0).all()  # no class is known
 
 
+@pytest.mark.parametrize("searched", [True, False])
+def test_a_second_mask_of_an_annotated_object_is_background_though_others_may_be_there(searched):
+    instances, result = plan([[0]], switch=[1], exhaustive=[False], detect=[searched])
+    foreground = torch.zeros(1, 1, 5, requires_grad=True)
+    prediction = {
+        "masks": torch.full((1, 1, 5, 2, 2), -5.0),
+        "foreground": foreground,
+        "classes": {"pets": torch.zeros(1, 1, 5, 3, requires_grad=True)},
+    }
+    prediction["masks"][0, 0, 1, 0, 0] = 5.0  # detection query 0 is matched
+    prediction["masks"][0, 0, 2, 0, 0] = 4.0  # 1 draws the same object
+    prediction["masks"][0, 0, 3, 0] = 4.0  # half of what 2 draws may be another object, 3 draws nothing
+    tiny_loss()([prediction], instances, result, ["pets"])[0].backward()
+    slopes = foreground.grad[0, 0, 2:]
+    assert (slopes[0] > 0) == searched and (slopes[1:] == 0).all()
+    assert (prediction["classes"]["pets"].grad[0, 0, 2] != 0).any() == searched
+
+
 def test_ignored_pixels_teach_nothing():
     masks = cell_masks([[0]])
     ignore = torch.zeros(1, 1, SIZE, SIZE, dtype=torch.bool)

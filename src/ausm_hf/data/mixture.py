@@ -256,5 +256,5 @@ def nano_mixture(root: str, num_frames: int, size: tuple[int, int], seed: int = 
         )
         for name, (_, donor) in parts.items()
     ]
-    weights = [0.33, *(weight for weight, _ in parts.values())]
+    weights = [0.6, *(weight for weight, _ in parts.values())]
     return ClipMixture([video, *photographs], weights, num_frames, size, seed, max_objects=16)

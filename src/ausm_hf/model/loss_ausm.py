@@ -340,6 +340,17 @@ def selection_loss(logits: Tensor, instances: Instances, plan: TeacherForcing) -
     return found.sum() + false.sum()
 
 
+def _inside_objects(logits: Tensor, instances: Instances) -> Tensor:
+    """
+    Whose mask (B, T, Q, h, w) lies in what is annotated, by three quarters at least: such a query that is not matched
+    draws a part or a copy, so it is background though not every object of the clip is annotated. (B, T, Q).
+    """
+    masks = (logits.detach() > 0).float()
+    objects = (instances.small_masks > 0.5).any(dim=1).float()
+    covered = torch.einsum("btqhw,bthw->btq", masks, objects)
+    return (covered > 0) & (covered >= 0.75 * masks.sum((-2, -1)))
+
+
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     """Reads maps (M, h, w) at points (M, P, 2), x and y in [0, 1], bilinearly. Returns (M, P)."""
     return F.grid_sample(maps.unsqueeze(1), 2.0 * points.unsqueeze(1) - 1.0, align_corners=False)[:, 0, 0]
@@ -512,8 +523,9 @@ class AusmLoss(nn.Module):
         weights = torch.zeros_like(foreground)
         targets[:, :, :count] = (plan.tracked & present).float()
         weights[:, :, :count] = plan.tracked.float()
-        background = (plan.searched & plan.exhaustive[:, None]).float() * config.no_object_weight
-        weights[:, :, count:] = background.unsqueeze(-1)
+        background = plan.exhaustive[:, None, None] | _inside_objects(prediction["masks"][:, :, count:], instances)
+        background = background & plan.searched.unsqueeze(-1)
+        weights[:, :, count:] = background * config.no_object_weight
         targets[clips, frames, queries + count] = 1.0
         weights[clips, frames, queries + count] = 1.0
         losses = {
@@ -524,7 +536,7 @@ class AusmLoss(nn.Module):
         labels = instances.class_labels.unsqueeze(1).expand(-1, foreground.shape[1], -1)
         class_targets = torch.full_like(foreground, -100, dtype=torch.long)
         class_targets[:, :, :count] = torch.where(plan.tracked & present, labels, -100)
-        class_targets[:, :, count:] = torch.where(background > 0, -1, -100).unsqueeze(-1)
+        class_targets[:, :, count:] = torch.where(background, -1, -100)
         class_targets[clips, frames, queries + count] = labels[clips, frames, objects]
         total = foreground.new_zeros(())
         for name, logits in prediction["classes"].items():
