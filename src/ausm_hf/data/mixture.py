@@ -214,7 +214,7 @@ def leave_one_unmarked(clip: Clip, rng: np.random.Generator) -> Clip:
 
 
 def nano_mixture(root: str, num_frames: int, size: tuple[int, int], seed: int = 0) -> ClipMixture:
-    """What ausm-nano is trained on: DAVIS 2016 train clips and, for two thirds, pseudo-video from stills.
+    """What ausm-nano is trained on: DAVIS 2016 train clips and, for half of it, pseudo-video from stills.
 
     Every tenth photograph is left out, to measure on (`stills(..., split="held_out")`). What has a mask is there to be
     found in all sets but `street`, where one mask may be of several things; that whatever has none is background is

@@ -539,7 +539,8 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             label_sets (`list[str | None]`, *optional*):
                 Label set of each clip; `None` trains no class. The default label set for all by default.
             exhaustive (`list[bool]`, *optional*):
-                Whether every object of the clip is annotated, so that unmatched detections are wrong. True by default.
+                Whether every object of the clip is annotated, so that unmatched detections are wrong; where not, only
+                those are that draw a part or a copy of what is annotated. True by default.
             detect (`list[bool]`, *optional*):
                 Whether detection is trained on the clip at all. Where it is not, each object is given at the first
                 frame in which it appears. True by default.
