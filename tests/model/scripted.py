@@ -24,7 +24,7 @@ class Seen:
     dog: float = 0.5
     bird: float = 0.0  # in a label set that has it
     logit: float = 5.0
-    no_object: float = 50.0  # odds of "no object" in the class logits
+    no_object: float = 0.0  # odds of "no object" in the class logits
 
     @property
     def mask(self) -> torch.Tensor:

@@ -32,6 +32,14 @@ def test_a_detection_of_two_things_leaves_the_smaller_one_to_its_own():
     assert without_duplicates([0, 1, 2], masks, [], 0.5) == [0, 1]
     assert torch.equal(masks[0] > 0, logits_of((0, 8)) > 0)
     followed = [logits_of((0, 8))]
-    masks = torch.stack([logits_of((0, 8), (15, 18)), logits_of((0, 4), (13, 20))])
+    masks = torch.stack([logits_of((0, 8), (15, 18)), logits_of((0, 3), (13, 20))])
     assert without_duplicates([0, 1], masks, followed, 0.5) == [1]
     assert torch.equal(masks[1] > 0, logits_of((13, 20)) > 0)
+
+
+def test_detections_that_draw_the_same_agree_on_a_mask():
+    surest, second, third, other = logits_of((0, 6)), logits_of((1, 9)), logits_of((1, 8)), logits_of((14, 20))
+    masks = torch.stack([surest, second, other, third])
+    assert without_duplicates([0, 1, 2, 3], masks, [], 0.5) == [0, 2]
+    assert torch.equal(masks[0] > 0, logits_of((1, 8)) > 0)  # what two of three say
+    assert torch.equal(masks[2], other)

@@ -157,7 +157,7 @@ def test_slots_are_drawn_uniformly():
 
 
 def test_class_is_a_mean_over_frames_weighted_by_foreground_and_the_score_is_a_product():
-    cat, dog = Seen(A.box, 0.9, dog=0.2), Seen(A.box, 0.6, dog=0.9, no_object=0.1)
+    cat, dog = Seen(A.box, 0.9, dog=0.2, no_object=50.0), Seen(A.box, 0.6, dog=0.9, no_object=0.1)
     hidden = Seen(A.box, 0.3, dog=0.99)  # absent: has no vote
     _, _, outputs = play([({}, [cat]), ({1: hidden}, []), ({1: dog}, []), ({1: dog}, [])])
     assert [output.labels for output in outputs] == [["cat"], [], ["cat"], ["dog"]]
@@ -261,16 +261,18 @@ def test_bystanders_become_objects_when_new_ones_are_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("label_set", "dog", "foreground", "ids"),
+    ("label_set", "dog", "none", "foreground", "ids"),
     [
-        ("birds", 0.7, 0.95, [[1], [1], [1, 2], [1, 2]]),
-        ("birds", 0.6, 0.95, [[1]] * 4),  # no label has two thirds of the votes
-        ("birds", 0.7, 0.7, [[1]] * 4),  # named, but below the threshold
-        ("pet", 0.6, 0.95, [[1]] * 4),  # all have the same name, so it says nothing, and what is faint isn't followed
+        ("birds", 0.7, 0.0, 0.95, [[1], [1], [1, 2], [1, 2]]),
+        ("birds", 0.6, 0.0, 0.95, [[1]] * 4),  # no label has two thirds of the votes
+        ("birds", 0.7, 0.1, 0.95, [[1]] * 4),  # nor is one right with two thirds, as none may be
+        ("birds", 0.7, 0.04, 0.95, [[1], [1], [1, 2], [1, 2]]),
+        ("birds", 0.7, 0.0, 0.7, [[1]] * 4),  # named, but below the threshold
+        ("pet", 0.6, 0.0, 0.95, [[1]] * 4),  # all have the same name, so it says nothing; what is faint isn't followed
     ],
 )
-def test_what_is_less_probable_is_an_object_when_it_is_named(label_set, dog, foreground, ids):
-    faint, followed = (Seen(C.box, foreground=f, dog=dog, bird=0.3) for f in (0.6, foreground))
+def test_what_is_less_probable_is_an_object_when_it_is_named(label_set, dog, none, foreground, ids):
+    faint, followed = (Seen(C.box, foreground=f, dog=dog, bird=0.3, no_object=none) for f in (0.6, foreground))
     model = ScriptedModel([({}, [A, faint])] + [({1: A, -1: followed, 2: followed}, [])] * 3)
     session = model.session = AusmInferenceSession(seed=0, foreground_threshold=0.8, label_set=label_set)
     outputs = [step_session(model, session, FRAME) for _ in ids]

@@ -4,9 +4,10 @@ Fits the classification head of COCO's labels to photographs, and leaves all els
     python -m ausm_hf.checkpoints.fit_labels CHECKPOINT --root data/nano
 
 The head is a logistic regression from what the frozen network says of each labelled object (`class_features`), marked
-and found. ROOT is what `python -m ausm_hf.data.prepare` wrote; photographs that are kept out of training are not used.
-A checkpoint without `mask_pooling` gets it: what its heads have learned of the queries' states they keep. COCO's
-labels become its default ones.
+and found, and of what is found beside them, which is "no object": none of the labels. ROOT is what
+`python -m ausm_hf.data.prepare` wrote; photographs that are kept out of training are not used. A checkpoint without
+`mask_pooling` gets it: what its heads have learned of the queries' states they keep. COCO's labels become its default
+ones.
 """
 
 import argparse
@@ -32,6 +33,9 @@ from ausm_hf.training.checkpoint import publish_folder
 # Sets of photographs, and in how many views each photograph is shown.
 SETS = {"coco_mini": 6, "coco_mval": 6, "street": 2, "pennfudan": 1, "people": 1, "cats": 1, "fashion": 1}
 FOUND = 0.5  # least IoU of a detection with the object whose label it learns
+EXHAUSTIVE = ("coco_mini",)  # where every object of COCO's kinds has its label
+BESIDE = 0.1  # most of a detection's pixels that are objects', where it learns that it is none
+DOUBTFUL = 0.2  # least foreground probability of such a detection
 PENALTY = 3e-3  # of the squares of the weights, for features of variance 1
 
 
@@ -48,8 +52,13 @@ def views(frame: np.ndarray, masks: np.ndarray, number: int, rng: np.random.Gene
 
 
 @torch.inference_mode()
-def class_features(model, processor, frame: np.ndarray, masks: np.ndarray) -> Iterator[tuple[int, Tensor]]:
-    """Of each object its number and its class features: marked, and where a detection finds it."""
+def class_features(
+    model, processor, frame: np.ndarray, masks: np.ndarray, known: np.ndarray
+) -> Iterator[tuple[int, Tensor]]:
+    """
+    Of each object its number and its class features: marked, and where a detection finds it. Then those of detections
+    beside what is `known` (H, W) to be an object, with -1 for a number.
+    """
     features = model.encode_frames(processor(images=frame)["pixel_values"])
     size = (features.stride_4.shape[-2], features.stride_4.shape[-1])
     small = F.interpolate(torch.from_numpy(masks)[None].float(), size, mode="area")[0] > 0.5
@@ -70,35 +79,46 @@ def class_features(model, processor, frame: np.ndarray, masks: np.ndarray) -> It
     for i, number in enumerate(seen):
         if iou[:, i].max() >= FOUND:
             yield number, output.class_features[0, iou[:, i].argmax()]
+    doubtful = model.foreground_head(output.query_hidden_states)[0, :, 0].sigmoid() >= DOUBTFUL
+    beside = F.interpolate(torch.from_numpy(known)[None, None].float(), size, mode="area")[0, 0] == 0
+    covered = 1 - (found & beside).sum((1, 2)) / found.sum((1, 2)).clamp(min=1)
+    for query in (doubtful & found.any(2).any(1) & (covered <= BESIDE)).nonzero()[:, 0]:
+        yield -1, output.class_features[0, query]
 
 
 def labelled_features(model, processor, root: Path, split: str = "train") -> tuple[Tensor, Tensor]:
-    """Class features (n, size) of all objects with a label of COCO, and their labels' numbers (n,)."""
+    """
+    Class features (n, size) of all objects with a label of COCO, and their labels' numbers (n,); 80, "no object", for
+    what is found beside them in exhaustively labelled sets.
+    """
     features, labels = [], []
     for name, number in SETS.items():
         rng = np.random.default_rng(0)
         for row in tqdm(stills(str(root / "stills" / name), split), name):
             numbers = {x["id"]: COCO_LABELS.index(x["label"]) for x in row["objects"] if x["label"] is not None}
             frame = load_frames(row, [0])[0]
-            masks, _ = load_masks(row, 0, *frame.shape[:2])
+            masks, ignored = load_masks(row, 0, *frame.shape[:2])
             ids = [i for i in masks if i in numbers]
             if not ids:
                 continue
-            whole = np.stack([masks[i] for i in ids])
+            known = np.any([ignored, *masks.values()], axis=0)
+            whole = np.stack([known, *(masks[i] for i in ids)])
             for picture, parts in views(frame, whole, number, rng):
-                parts[parts.sum((1, 2)) < whole.sum((1, 2)) / 2] = False
-                for i, row_of_features in class_features(model, processor, picture, parts):
-                    features.append(row_of_features.clone())
-                    labels.append(numbers[ids[i]])
+                known, parts = parts[0], parts[1:]
+                parts[parts.sum((1, 2)) < whole[1:].sum((1, 2)) / 2] = False
+                for i, row_of_features in class_features(model, processor, picture, parts, known):
+                    if i >= 0 or name in EXHAUSTIVE:
+                        features.append(row_of_features.clone())
+                        labels.append(numbers[ids[i]] if i >= 0 else len(COCO_LABELS))
     return torch.stack(features), torch.tensor(labels)
 
 
 def fit(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight (80, size) and bias (80,) of the regression."""
+    """Weight (81, size) and bias (81,) of the regression, "no object" the last."""
     mean, deviation = features.mean(0), features.std(0) + 1e-5
     inputs = (features - mean) / deviation
-    weight = torch.zeros(len(COCO_LABELS), features.shape[1], requires_grad=True)
-    bias = torch.zeros(len(COCO_LABELS), requires_grad=True)
+    weight = torch.zeros(len(COCO_LABELS) + 1, features.shape[1], requires_grad=True)
+    bias = torch.zeros(len(COCO_LABELS) + 1, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, line_search_fn="strong_wolfe")
 
     def loss():
@@ -145,9 +165,8 @@ def fit_labels(checkpoint: Path, root: Path, folder: Path) -> Path:
     model, weights = load(checkpoint)
     features, labels = labelled_features(model, AusmProcessor.from_pretrained(checkpoint), root)
     weight, bias = fit(features, labels)
-    # The last row, "no object", is left as it is.
-    weights["class_heads.coco.weight"][:-1] = weight
-    weights["class_heads.coco.bias"][:-1] = bias
+    weights["class_heads.coco.weight"][:] = weight
+    weights["class_heads.coco.bias"][:] = bias
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:

@@ -28,10 +28,7 @@ def twins(objects: list[FollowedObject], logits: dict[int, torch.Tensor], max_ov
     seen = sorted((x for x in objects if x.object_id in logits), key=lambda x: (not x.prompted, abs(x.object_id)))
     if len(seen) < 2:
         return set()
-    masks = torch.stack([logits[x.object_id] for x in seen]).flatten(1).gt(0).float()
-    intersection = masks @ masks.T
-    area = masks.sum(1)
-    same = (intersection > max_overlap * (area[:, None] + area[None, :] - intersection)).tolist()
+    same = _same(torch.stack([logits[x.object_id] for x in seen]), max_overlap).tolist()
     staying: list[int] = []
     for i, followed in enumerate(seen):
         if followed.prompted or not any(same[i][j] for j in staying):
@@ -43,26 +40,37 @@ def without_duplicates(
     rows: list[int], mask_logits: torch.Tensor, known: list[torch.Tensor], max_overlap: float
 ) -> list[int]:
     """
-    The detections, best first, whose mask is not covered by followed objects and better detections. Of the mask logits
-    of each that is looked at only the main piece is left.
+    The detections, best first, whose mask is not covered by followed objects and better detections. Several draw one
+    object, and the surest not always best: the mask logits of each that is left become the mean of all that draw the
+    same (by IoU), without what is not the mean's main piece.
     """
     if not rows:
         return []
     covered = torch.stack(known).gt(0).any(0) if known else torch.zeros_like(mask_logits[0], dtype=torch.bool)
+    drawn = mask_logits[rows]
+    same = _same(drawn, max_overlap)
 
     def is_new(mask: torch.Tensor) -> bool:
         return bool((mask & covered).sum() <= max_overlap * mask.sum())
 
     accepted = []
-    for row in rows:
-        if not is_new(mask_logits[row] > 0):
+    for row, logits, copies in zip(rows, drawn, same):
+        if not is_new(logits > 0):
             continue
-        mask_logits[row] = main_piece(mask_logits[row])
+        mask_logits[row] = main_piece(drawn[copies].mean(0))
         mask = mask_logits[row] > 0
         if is_new(mask):
             accepted.append(row)
             covered = covered | mask
     return accepted
+
+
+def _same(mask_logits: torch.Tensor, max_overlap: float) -> torch.Tensor:
+    """Which masks (n, h, w) overlap by more than `max_overlap` (IoU), bool (n, n); each is the same as itself."""
+    masks = mask_logits.flatten(1).gt(0).float()
+    intersection = masks @ masks.T
+    area = masks.sum(1)
+    return intersection > max_overlap * (area[:, None] + area[None, :] - intersection)
 
 
 def main_piece(logits: torch.Tensor) -> torch.Tensor:

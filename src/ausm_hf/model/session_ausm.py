@@ -58,6 +58,7 @@ class AusmVideoSegmentationOutput(ModelOutput):
 
 
 BYSTANDER_TRIAL = 15.0  # votes, about as many frames
+NAMED = 2 / 3  # probability of a label from which on a bystander is told of
 
 
 @dataclass
@@ -70,9 +71,9 @@ class FollowedObject:
         slot (`int`): Its row in the buffer of ID vectors.
         prompted (`bool`): Given by the user: never thresholded, never forgotten.
         absent_frames (`int`): For how many frames, up to now, it has not been seen.
-        class_votes (`torch.FloatTensor` of shape `(num_labels,)`, *optional*): Sum over the frames of foreground x
-            class probabilities: their mean in which a frame counts by how sure the object is in it. None before the
-            network has answered for the object.
+        class_votes (`torch.FloatTensor` of shape `(num_labels + 1,)`, *optional*): Sum over the frames of foreground x
+            class probabilities, last that none of the labels is right: their mean in which a frame counts by how sure
+            the object is in it. None before the network has answered for the object.
     """
 
     object_id: int
@@ -91,9 +92,12 @@ class FollowedObject:
 
     @property
     def is_named(self) -> bool:
-        """Whether its label has two thirds of the votes, and there are more than one frame gives."""
-        votes = self.class_votes
-        return votes is not None and bool(3 * votes.max() >= 2 * votes.sum() >= 2)
+        """Whether its label is right with a probability of two thirds, by more votes than one frame gives."""
+        if self.class_votes is None:
+            return False
+        votes, none_is = self.class_votes[:-1], self.class_votes[-1]
+        total = votes.sum()
+        return bool(total >= 1 and (votes.max() / total) * (1 - none_is / total) >= NAMED)
 
     def is_past(self, max_age: int | None, on_trial: bool) -> bool:
         """
@@ -103,7 +107,7 @@ class FollowedObject:
         if self.prompted:
             return False
         if self.is_bystander:
-            votes = 0.0 if self.class_votes is None else float(self.class_votes.sum())
+            votes = 0.0 if self.class_votes is None else float(self.class_votes[:-1].sum())
             return self.absent_frames > 0 or (on_trial and votes > BYSTANDER_TRIAL)
         return max_age is not None and self.absent_frames >= max_age
 

@@ -39,7 +39,8 @@ class Answer:
         masks (`torch.FloatTensor` of shape `(rows, h, w)`): Logits.
         non_empty (`list[bool]`): Whether any pixel's logit is positive.
         foreground (`list[float]`): Probability that there is an object.
-        classes (`torch.FloatTensor` of shape `(rows, num_labels)`): Probabilities, on the CPU.
+        classes (`torch.FloatTensor` of shape `(rows, num_labels + 1)`): Probabilities of the labels, as if one of them
+            were right, and then that none is; on the CPU.
         history (`AusmHistory`): The history after the frame, its objects still those before it.
     """
 
@@ -411,13 +412,13 @@ def _ask(
         masks = output.masks_queries_logits[i, rows].float()
         if radius and not all(x.prompted for x in objects[i]):
             masks[:number] = within_reach(masks[:number], history.masks[0], radius, objects[i])
+        classes = output.class_queries_logits[i, rows].float().cpu()
         answers.append(
             Answer(
                 masks=masks,
                 non_empty=(masks > 0).flatten(1).any(1).tolist(),
                 foreground=output.foreground_queries_logits[i, rows].float().sigmoid().tolist(),
-                # Whether there is an object is the foreground's to say: "no object", the last class, is left out.
-                classes=output.class_queries_logits[i, rows, :-1].float().softmax(-1).cpu(),
+                classes=torch.cat([classes[:, :-1].softmax(-1), classes.softmax(-1)[:, -1:]], dim=-1),
                 history=history,
             )
         )
@@ -625,7 +626,9 @@ def _describe(session, seen, logits, scores, prompts, labels, size) -> AusmVideo
     for followed in seen:
         label_id, score = -1, scores[followed.object_id]
         if followed.class_votes is not None:
-            class_probability, index = (followed.class_votes / followed.class_votes.sum()).max(0)
+            # Whether there is an object is the foreground's to say, not that of "no object".
+            votes = followed.class_votes[:-1]
+            class_probability, index = (votes / votes.sum()).max(0)
             label_id, score = int(index), score * float(class_probability)
         label_ids.append(label_id)
         object_scores.append(score)
