@@ -239,7 +239,7 @@ def test_nano_mixture_reads_what_prepare_writes(tmp_path):
     (tmp_path / "davis" / "ImageSets" / "2016").mkdir(parents=True)
     (tmp_path / "davis" / "ImageSets" / "2016" / "train.txt").write_text("bear\n")
     mixture = nano_mixture(str(tmp_path), 2, (32, 32), seed=5)
-    assert mixture.weights[0] == pytest.approx(0.33)
+    assert mixture.weights[0] == pytest.approx(0.6 / 1.27)
     items = [mixture[i] for i in range(40)]
     assert all(len(item["masks"]) for item in items)
     assert {item["exhaustive"] for item in items} == {True, False}  # the cats are all there; of the rest nobody knows

@@ -43,3 +43,9 @@ def test_detections_that_draw_the_same_agree_on_a_mask():
     assert without_duplicates([0, 1, 2, 3], masks, [], 0.5) == [0, 2]
     assert torch.equal(masks[0] > 0, logits_of((1, 8)) > 0)  # what two of three say
     assert torch.equal(masks[2], other)
+
+
+def test_where_any_overlap_is_allowed_there_are_no_copies():
+    masks = torch.stack([logits_of((0, 6)), logits_of((0, 6)) / 2])
+    assert without_duplicates([0, 1], masks, [], 1.0) == [0, 1]
+    assert torch.equal(masks[1], logits_of((0, 6)) / 2)

@@ -231,7 +231,7 @@ def nano_mixture(root: str, num_frames: int, size: tuple[int, int], seed: int = 
         donor=True,
         exhaustive=False,
     )
-    # Per set: its part of all clips, and whether its masks are exact enough to be cut out and pasted elsewhere.
+    # Per set: its weight (DAVIS has 0.6), and whether its masks are exact enough to be cut out and pasted elsewhere.
     parts = {
         "coco_mini": (0.18, True),
         "coco_mval": (0.16, True),

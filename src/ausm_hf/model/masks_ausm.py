@@ -70,7 +70,7 @@ def _same(mask_logits: torch.Tensor, max_overlap: float) -> torch.Tensor:
     masks = mask_logits.flatten(1).gt(0).float()
     intersection = masks @ masks.T
     area = masks.sum(1)
-    return intersection > max_overlap * (area[:, None] + area[None, :] - intersection)
+    return (intersection > max_overlap * (area[:, None] + area[None, :] - intersection)).fill_diagonal_(True)
 
 
 def main_piece(logits: torch.Tensor) -> torch.Tensor:
