@@ -113,7 +113,8 @@ def agreement(bench: Bench, model, dtype, how: str, size, count: int) -> dict[st
         free = stream.step(frame.to(dtype)).bool()
         expected = wanted.step(frame).bool()
         for row, got in zip(overlaps.values(), (free, led)):
-            row.append(((got & expected).sum() / (got | expected).sum().clamp(min=1)).item())
+            union = (got | expected).sum().item()
+            row.append((got & expected).sum().item() / union if union else 1.0)
     return overlaps
 
 
@@ -128,7 +129,7 @@ def main():
     networks = {"ausm-nano": nano.eval()}
     if not bench.dry_run:
         networks["base, random"] = AusmForUniversalSegmentation(AusmConfig.from_preset("base")).eval().to(bench.device)
-    count, check_size = (3, (64, 64)) if bench.dry_run else (100, (256, 448))
+    count, check_size = (3, (128, 128)) if bench.dry_run else (100, (256, 448))
 
     @cache
     def agreed(dtype, how) -> dict[str, list[float]]:
