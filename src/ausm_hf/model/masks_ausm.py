@@ -48,16 +48,18 @@ def without_duplicates(
         return []
     covered = torch.stack(known).gt(0).any(0) if known else torch.zeros_like(mask_logits[0], dtype=torch.bool)
     drawn = mask_logits[rows]
-    same = _same(drawn, max_overlap)
 
     def is_new(mask: torch.Tensor) -> bool:
         return bool((mask & covered).sum() <= max_overlap * mask.sum())
 
     accepted = []
-    for row, logits, copies in zip(rows, drawn, same):
-        if not is_new(logits > 0):
+    same = None  # in most frames nothing is new
+    for i, row in enumerate(rows):
+        if not is_new(drawn[i] > 0):
             continue
-        mask_logits[row] = main_piece(drawn[copies].mean(0))
+        if same is None:
+            same = _same(drawn, max_overlap)
+        mask_logits[row] = main_piece(drawn[same[i]].mean(0))
         mask = mask_logits[row] > 0
         if is_new(mask):
             accepted.append(row)
