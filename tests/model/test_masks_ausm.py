@@ -49,3 +49,10 @@ def test_where_any_overlap_is_allowed_there_are_no_copies():
     masks = torch.stack([logits_of((0, 6)), logits_of((0, 6)) / 2])
     assert without_duplicates([0, 1], masks, [], 1.0) == [0, 1]
     assert torch.equal(masks[1], logits_of((0, 6)) / 2)
+
+
+def test_where_detections_that_draw_the_same_agree_on_nothing_the_next_is_asked():
+    masks = torch.full((4, 6, 24), -9.0)
+    for row, columns in enumerate((range(9), range(5), range(4, 9), (0, 1, 2, 6, 7, 8))):
+        masks[row, :, list(columns)] = 0.5
+    assert without_duplicates([0, 1, 2, 3], masks.clone(), [], 0.5)[0] == 1

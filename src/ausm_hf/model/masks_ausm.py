@@ -61,7 +61,7 @@ def without_duplicates(
             same = _same(drawn, max_overlap)
         mask_logits[row] = main_piece(drawn[same[i]].mean(0))
         mask = mask_logits[row] > 0
-        if is_new(mask):
+        if mask.any() and is_new(mask):
             accepted.append(row)
             covered = covered | mask
     return accepted
