@@ -14,6 +14,7 @@ from ausm_hf.model.prompts_ausm import (
     ObjectPrompt,
     draw_scribble,
     fill_box,
+    heed_points,
     refine_signals,
     signal_of_marks,
     signal_radius,
@@ -113,9 +114,10 @@ def test_each_mark_corrects_what_the_network_makes_of_those_before(monkeypatch, 
     """What it makes of a box here is the box's right half, or nothing, and then the box stays as it is."""
     passes = []
 
-    def refine(model, frame, signals, reaches):
+    def refine(model, frame, signals, prompts):
         passes.append(signals[0])
-        assert (model, frame) == ("model", "frame") and reaches[0].equal(prompt.reach(SIZE))
+        given = replace(prompt, points=prompt.points[: len(passes) - 1], labels=prompt.labels[: len(passes) - 1])
+        assert (model, frame, prompts) == ("model", "frame", [given])
         return [signals[0] & (torch.arange(SIZE[1]) >= 30) & found]
 
     monkeypatch.setattr("ausm_hf.model.prompts_ausm.refine_signals", refine)
@@ -138,7 +140,7 @@ def test_a_single_mark_needs_no_pass(monkeypatch):
 def test_points_alone_correct_the_mask_that_they_give_once_more(monkeypatch):
     signals = []
 
-    def refine(model, frame, given, reaches):
+    def refine(model, frame, given, prompts):
         signals.append(given[0])
         return [fill_box(SIZE, (0, 0, 9 + len(signals), 9))]
 
@@ -163,9 +165,9 @@ def test_refined_masks_come_from_a_history_of_one_signal_alone_and_do_not_overla
     with torch.no_grad():
         frame = tiny_model.encode_frames(torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)))
     signals = [fill_box(SIZE, (0, 0, 60, 40)), stamp_points(SIZE, [(100, 70)])]
-    reaches = [torch.ones(SIZE, dtype=torch.bool), fill_box(SIZE, (60, 0, 120, 80))]
+    prompts = [ObjectPrompt(), ObjectPrompt(box=(62, 0, 120, 80))]
     with torch.no_grad():
-        masks = refine_signals(model, frame, signals, reaches)
+        masks = refine_signals(model, frame, signals, prompts)
         logits = [tiny_model.step(frame, history).masks_queries_logits[:, :1] for history in calls]
     assert len(calls) == 2 and all(history.masks.shape == (1, 1, 16, 24) for history in calls)
     assert all(history.features is None and history.states is None and history.taken.all() for history in calls)
@@ -175,6 +177,49 @@ def test_refined_masks_come_from_a_history_of_one_signal_alone_and_do_not_overla
     upscaled[1, :, :60] = -1
     assert (masks[0] | masks[1]).equal((upscaled > 0).any(0)) and (masks[0] | masks[1]).any()
     assert refine_signals(model, frame, []) == [] and len(calls) == 2
+
+
+def two_halves() -> torch.Tensor:
+    """Features (16, 32, 48) that are one thing left of the middle and another right of it, with a little noise."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(2, 16, 1, 1, generator=generator)
+    return torch.where(torch.arange(48) < 24, left, right) + 0.1 * torch.randn(16, 32, 48, generator=generator)
+
+
+def test_what_looks_like_a_wrong_point_and_is_near_it_changes_with_it():
+    logits = torch.full((64, 96), -5.0)
+    logits[:32] = 5.0
+    # On the object below its mask, left of the border between the halves; and rightly in it.
+    points = torch.tensor([[44.5 / 96, 40.5 / 64], [0.9, 0.2]])
+    healed = heed_points(logits, two_halves(), points, torch.tensor([True, True]))
+    change = healed - logits
+    assert healed.shape == (64, 96) and healed[40, 44] == pytest.approx(4, abs=1)
+    assert change[40, 50] < 0.5 * change[40, 39]  # as near, but it looks different
+    assert 0 < change[56, 44] < change[48, 44] < change[40, 44]  # the farther away, the less
+    assert change[:, 85:].abs().max() < 0.1
+
+
+def test_points_that_the_mask_agrees_with_change_nothing():
+    logits = torch.full((64, 96), -5.0)
+    logits[:32] = 5.0
+    points = torch.tensor([[0.2, 0.2], [0.2, 0.9]])
+    assert heed_points(logits, two_halves(), points, torch.tensor([True, False])).equal(logits)
+    wrong = heed_points(logits, two_halves(), points, torch.tensor([False, True])) - logits
+    assert wrong[12, 19] < -7 and wrong[57, 19] > 7
+
+
+def test_refined_masks_are_right_at_points(tiny_model):
+    with torch.no_grad():
+        frame = tiny_model.encode_frames(torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(1)))
+        signal = fill_box(SIZE, (0, 0, 60, 40))
+        (plain,) = refine_signals(tiny_model, frame, [signal])
+        on, off = (~plain).nonzero(), plain.nonzero()
+        assert len(on) and len(off)
+        (y, x), (v, u) = on[len(on) // 2].tolist(), off[len(off) // 2].tolist()
+        points = tuple(map(tuple, np.array([(x + 0.5, y + 0.5), (u + 0.5, v + 0.5)])))  # of float64
+        prompt = ObjectPrompt(points=points, labels=(1, 0))
+        (mask,) = refine_signals(tiny_model, frame, [signal], [prompt])
+    assert mask[y, x] and not mask[v, u]
 
 
 @pytest.fixture(scope="module")

@@ -149,7 +149,7 @@ def test_prompts_become_masks_of_the_frames_size(network, clip, monkeypatch):
     assert isinstance(network.processor, AusmProcessor)
     monkeypatch.setattr(
         "ausm_hf.demo.network.refine_signals",
-        lambda model, frame, signals, reaches: [s & r for s, r in zip(signals, reaches)],
+        lambda model, frame, signals, prompts: [s & p.reach((48, 64)) for s, p in zip(signals, prompts)],
     )
     monkeypatch.setattr(
         "ausm_hf.demo.network.signal_of_marks",

@@ -107,8 +107,7 @@ class Network:
             signal_of_marks(self.model, features, prompt, size, None if mask is None else torch.from_numpy(mask))
             for prompt, mask in zip(prompts, known)
         ]
-        reaches = [prompt.reach(size) for prompt in prompts]
-        return [mask.cpu().numpy() for mask in refine_signals(self.model, features, signals, reaches)]
+        return [mask.cpu().numpy() for mask in refine_signals(self.model, features, signals, prompts)]
 
     def _run(
         self,

@@ -172,8 +172,8 @@ class AusmProcessor(ProcessorMixin):
         finds farther from the box than that radius is left out. Where it finds nothing, or nothing under any of the
         positive points, the signal itself is the mask, with a warning. The points of an object are taken in turn: each
         corrects what the network makes of those before it, and of box and scribble; without a box, where there is no
-        mask to correct, all correct once more what it makes of them. `model.preview_prompts` shows the masks before
-        the stream moves on.
+        mask to correct, all correct once more what it makes of them. Where the network passes over a point, what is
+        near it and looks like it changes with it. `model.preview_prompts` shows the masks before the stream moves on.
 
         All coordinates are (x, y) in pixels of the video, x in 0..width to the right, y in 0..height down. Nested
         shapes are those of SAM 2, with one image: lists (ragged ones too), arrays or tensors. The image level may be

@@ -19,6 +19,9 @@ from .history_ausm import binarize
 from .pixels_ausm import AusmFrameFeatures
 
 SIGNAL_RADIUS = 0.025  # of a stamped point and of a scribble's line, as a share of the frame's shorter side
+# What a wrong point changes: pixels whose features (each of variance 1 / number of features) differ by less than
+# about LOOK, nearer than about PLACE of the frame's shorter side, so that the point's own logit is MARGIN.
+LOOK, PLACE, MARGIN = 1.0, 0.15, 4.0
 
 
 def signal_radius(size: tuple[int, int]) -> float:
@@ -201,28 +204,28 @@ def signal_of_marks(
     *earlier, last = prompt.in_turn()
     if prompt.points and prompt.box is None and known is None:
         earlier.append(last)
-    reaches = [prompt.reach(size)] if earlier else []
     for marks in earlier:
         signal = marks.signal(size, known)
         if signal.any():
-            (mask,) = refine_signals(model, frame, [signal], reaches)
+            # The box is in the first alone, but all of them are of what is in it.
+            (mask,) = refine_signals(model, frame, [signal], [replace(marks, box=prompt.box)])
             known = mask.cpu() if marks.agrees(mask) else signal
     return last.signal(size, known)
 
 
 def refine_signals(
-    model, frame: AusmFrameFeatures, signals: list[Tensor], reaches: list[Tensor] | None = None
+    model, frame: AusmFrameFeatures, signals: list[Tensor], prompts: list[ObjectPrompt] | None = None
 ) -> list[Tensor]:
     """
     Objects' masks from their mask signals: for each one pass over the frame, with a history that holds nothing but its
     signal, so that an object's mask is the same whatever else is marked, up to the pixels that two of them claim.
+    A mask that has something of its signal, but is wrong at a point, is corrected around it, see [`heed_points`].
 
     Args:
         model ([`AusmForUniversalSegmentation`]): The network.
         frame ([`AusmFrameFeatures`]): What `model.encode_frames` made of the frame.
         signals (list of `torch.BoolTensor`): One per object, at the frame's size before preprocessing.
-        reaches (list of `torch.BoolTensor`, *optional*): Where each object may be, at the same size; anywhere by
-            default.
+        prompts (list of [`ObjectPrompt`], *optional*): What was marked of each: its points, and where it may be.
 
     Returns:
         A list of `torch.BoolTensor` of the signals' size, in their order. They don't overlap: a pixel belongs to the
@@ -233,14 +236,51 @@ def refine_signals(
     maps = frame.stride_4
     slots = torch.zeros(1, 1, dtype=torch.int64, device=maps.device)
     answers = []
-    for signal in signals:
+    for signal, prompt in zip(signals, prompts or len(signals) * [ObjectPrompt()]):
         mask = history_mask(signal.to(maps.device), (maps.shape[-2], maps.shape[-1])).to(maps.dtype)
         history = model.init_history(1).replace_objects(slots, slots == 0, mask[None, None])
-        answers.append(model.step(frame, history).masks_queries_logits[:, :1].float())
-    logits = F.interpolate(torch.cat(answers, dim=1), signals[0].shape, mode="bilinear")[0]
-    if reaches is not None:
-        logits = logits.masked_fill(~torch.stack(reaches).to(logits.device), -torch.inf)
+        logits = model.step(frame, history).masks_queries_logits[0, 0].float()
+        if prompt.points and ((logits > 0) & (mask > 0)).any():
+            scale = torch.tensor([signal.shape[1], signal.shape[0]], device=maps.device)
+            points = torch.tensor(prompt.points, dtype=torch.float32, device=maps.device) / scale
+            logits = heed_points(logits, frame.levels[0][0].float(), points, torch.tensor(prompt.labels) > 0)
+        logits = F.interpolate(logits[None, None], signal.shape, mode="bilinear")[0, 0]
+        answers.append(logits.masked_fill(~prompt.reach(signal.shape).to(maps.device), -torch.inf))
+    logits = torch.stack(answers)
     return list((logits > 0) & (logits.argmax(0) == torch.arange(len(logits), device=logits.device)[:, None, None]))
+
+
+def heed_points(logits: Tensor, features: Tensor, points: Tensor, labels: Tensor) -> Tensor:
+    """
+    Mask logits that are right at points, by Gaussian process regression: what is missing at each point is given to it
+    and to what looks alike around it. The network, to which a point is a few marked pixels, may pass over it.
+
+    Args:
+        logits (`torch.Tensor` of shape `(h, w)`): Of the mask.
+        features (`torch.Tensor` of shape `(D, ., .)`): Of the frame.
+        points (`torch.Tensor` of shape `(M, 2)`): x and y in [0, 1].
+        labels (`torch.BoolTensor` of shape `(M,)`): Whether the object is there.
+
+    Returns:
+        Logits (h, w).
+    """
+    height, width = features.shape[1:]
+    looks = features.flatten(1)
+    looks = (looks - looks.mean(1, keepdim=True)) / (looks.std(1, keepdim=True) + 1e-6) / len(looks) ** 0.5
+    cells = torch.cartesian_prod(*(torch.arange(n, device=logits.device) + 0.5 for n in (height, width)))
+    cells = torch.cat([looks.T / LOOK, cells / (PLACE * min(height, width))], dim=1)
+    x, y = (points * points.new_tensor([width, height])).long().unbind(1)
+    marked = cells[y.clamp(max=height - 1) * width + x.clamp(max=width - 1)]
+
+    def alike(places: Tensor) -> Tensor:
+        return (-torch.cdist(places, marked).square() / 2).exp()
+
+    given = torch.where(labels, 1.0, -1.0).to(logits.device)
+    said = F.grid_sample(logits[None, None], 2 * points[None, None] - 1, align_corners=False)[0, 0, 0]
+    missing = given * (MARGIN - given * said).clamp(min=0)
+    noise = 0.05 * torch.eye(len(points), device=logits.device)
+    change = alike(cells) @ torch.linalg.solve(alike(marked) + noise, missing)
+    return logits + F.interpolate(change.view(1, 1, height, width), logits.shape, mode="bilinear")[0, 0]
 
 
 def history_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
@@ -268,6 +308,7 @@ __all__ = [
     "ObjectPrompt",
     "draw_scribble",
     "fill_box",
+    "heed_points",
     "history_mask",
     "refine_signals",
     "signal_of_marks",

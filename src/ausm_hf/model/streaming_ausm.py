@@ -370,8 +370,8 @@ def _prompt_masks(
                 f"Negative points leave nothing of object {object_id} in frame {session.next_frame_idx}: they are not "
                 "followed. remove_object lets go of an object.",
             )
-    reaches = [prompts[object_id].reach(size) for object_id in signals]
-    for object_id, mask in zip(signals, refine_signals(model, frame, list(signals.values()), reaches)):
+    marked = [prompts[object_id] for object_id in signals]
+    for object_id, mask in zip(signals, refine_signals(model, frame, list(signals.values()), marked)):
         if not prompts[object_id].agrees(mask):
             mask = signals[object_id].to(mask.device)
             _warn_once(
