@@ -2,7 +2,7 @@
 
 import torch
 
-from ausm_hf.model.masks_ausm import PIECE_GAP, main_piece, without_duplicates
+from ausm_hf.model.masks_ausm import PIECE_GAP, main_piece, marked_pieces, without_duplicates
 
 
 def logits_of(*columns: tuple[int, int], width: int = 24) -> torch.Tensor:
@@ -35,6 +35,19 @@ def test_a_detection_of_two_things_leaves_the_smaller_one_to_its_own():
     masks = torch.stack([logits_of((0, 8), (15, 18)), logits_of((0, 3), (13, 20))])
     assert without_duplicates([0, 1], masks, followed, 0.5) == [1]
     assert torch.equal(masks[1] > 0, logits_of((13, 20)) > 0)
+
+
+def test_of_what_is_marked_every_piece_with_a_mark_is_left():
+    three = logits_of((0, 2), (4, 6), (13, 15))  # the first two are near each other
+    marks = torch.zeros(6, 24, dtype=torch.bool)
+    marks[2, 5] = True
+    assert torch.equal(marked_pieces(three, marks) > 0, logits_of((0, 2), (4, 6)) > 0)
+    marks[2, 14] = True
+    assert torch.equal(marked_pieces(three, marks), three)
+    assert not (marked_pieces(three, torch.zeros_like(marks)) > 0).any()
+    marks[:] = False
+    marks[2, 20] = True
+    assert not (marked_pieces(three, marks) > 0).any()
 
 
 def test_detections_that_draw_the_same_agree_on_a_mask():

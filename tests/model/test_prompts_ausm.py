@@ -179,6 +179,17 @@ def test_refined_masks_come_from_a_history_of_one_signal_alone_and_do_not_overla
     assert refine_signals(model, frame, []) == [] and len(calls) == 2
 
 
+def test_pieces_without_a_mark_are_left_out(tiny_model):
+    drawn = torch.full((1, 1, 16, 24), -3.0)
+    drawn[..., 2:6, 2:6] = drawn[..., 10:14, 14:20] = 3.0
+    model = SimpleNamespace(
+        step=lambda frame, history: SimpleNamespace(masks_queries_logits=drawn), init_history=tiny_model.init_history
+    )
+    frame = SimpleNamespace(stride_4=drawn)
+    (mask,) = refine_signals(model, frame, [fill_box(SIZE, (12, 12, 20, 20))])
+    assert mask[20, 20] and mask.sum() < 600 and not mask[50:].any()
+
+
 def two_halves() -> torch.Tensor:
     """Features (16, 32, 48) that are one thing left of the middle and another right of it, with a little noise."""
     generator = torch.Generator().manual_seed(0)
@@ -210,7 +221,7 @@ def test_points_that_the_mask_agrees_with_change_nothing():
 
 def test_refined_masks_are_right_at_points(tiny_model):
     with torch.no_grad():
-        frame = tiny_model.encode_frames(torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(1)))
+        frame = tiny_model.encode_frames(torch.randn(1, 3, 256, 384, generator=torch.Generator().manual_seed(1)))
         signal = fill_box(SIZE, (0, 0, 60, 40))
         (plain,) = refine_signals(tiny_model, frame, [signal])
         on, off = (~plain).nonzero(), plain.nonzero()
@@ -218,7 +229,7 @@ def test_refined_masks_are_right_at_points(tiny_model):
         (y, x), (v, u) = on[len(on) // 2].tolist(), off[len(off) // 2].tolist()
         points = tuple(map(tuple, np.array([(x + 0.5, y + 0.5), (u + 0.5, v + 0.5)])))  # of float64
         prompt = ObjectPrompt(points=points, labels=(1, 0))
-        (mask,) = refine_signals(tiny_model, frame, [signal], [prompt])
+        (mask,) = refine_signals(tiny_model, frame, [prompt.signal(SIZE, signal)], [prompt])
     assert mask[y, x] and not mask[v, u]
 
 

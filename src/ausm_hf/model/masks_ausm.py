@@ -1,10 +1,15 @@
 """Whose pixels are whose: rules about mask logits alone, for the stream's bookkeeping."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from .session_ausm import FollowedObject
+if TYPE_CHECKING:
+    from .session_ausm import FollowedObject
 
 PIECE_GAP = 4  # cells of stride 4: so far apart are pieces of one object that something hides in part
 
@@ -80,15 +85,26 @@ def main_piece(logits: torch.Tensor) -> torch.Tensor:
     Mask logits (h, w) of a detection without what lies apart from its largest piece, by more than `PIECE_GAP` cells:
     that is another object which looks alike.
     """
-    mask = logits > 0
-    near = F.max_pool2d(mask[None].float(), PIECE_GAP + 1, stride=1, padding=PIECE_GAP // 2)[0] > 0
-    pieces, number = ndimage.label(near.cpu())
-    if number < 2:
-        return logits
-    pieces = torch.from_numpy(pieces).to(logits.device)
-    areas = torch.bincount((pieces * mask).flatten(), minlength=number + 1)
+    pieces = _pieces(logits > 0)
+    areas = pieces.flatten().bincount(minlength=2)
     areas[0] = 0
     return torch.where(pieces == areas.argmax(), logits, -logits.abs())
+
+
+def marked_pieces(logits: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
+    """
+    Mask logits (h, w) of an object that was marked, bool (h, w), without pieces that have no mark, farther than
+    `PIECE_GAP` cells from those that have one.
+    """
+    pieces = _pieces(logits > 0)
+    return torch.where(torch.isin(pieces, pieces[marked].unique()), logits, -logits.abs())
+
+
+def _pieces(mask: torch.Tensor) -> torch.Tensor:
+    """The number, from 1 on, of the piece that each cell of a mask (h, w) belongs to; 0 where there is none."""
+    near = F.max_pool2d(mask[None].float(), PIECE_GAP + 1, stride=1, padding=PIECE_GAP // 2)[0] > 0
+    pieces, _ = ndimage.label(near.cpu())
+    return torch.from_numpy(pieces).to(mask.device) * mask
 
 
 def exclusive(logits: list[torch.Tensor]) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .history_ausm import binarize
+from .masks_ausm import marked_pieces
 from .pixels_ausm import AusmFrameFeatures
 
 SIGNAL_RADIUS = 0.025  # of a stamped point and of a scribble's line, as a share of the frame's shorter side
@@ -219,7 +220,8 @@ def refine_signals(
     """
     Objects' masks from their mask signals: for each one pass over the frame, with a history that holds nothing but its
     signal, so that an object's mask is the same whatever else is marked, up to the pixels that two of them claim.
-    A mask that has something of its signal, but is wrong at a point, is corrected around it, see [`heed_points`].
+    A mask that has something of its signal, but is wrong at a point, is corrected around it, see [`heed_points`]. Of
+    several pieces those are left that have something of the signal.
 
     Args:
         model ([`AusmForUniversalSegmentation`]): The network.
@@ -244,6 +246,7 @@ def refine_signals(
             scale = torch.tensor([signal.shape[1], signal.shape[0]], device=maps.device)
             points = torch.tensor(prompt.points, dtype=torch.float32, device=maps.device) / scale
             logits = heed_points(logits, frame.levels[0][0].float(), points, torch.tensor(prompt.labels) > 0)
+        logits = marked_pieces(logits, mask > 0)
         logits = F.interpolate(logits[None, None], signal.shape, mode="bilinear")[0, 0]
         answers.append(logits.masked_fill(~prompt.reach(signal.shape).to(maps.device), -torch.inf))
     logits = torch.stack(answers)
