@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ausm_hf import AusmConfig, AusmForUniversalSegmentation
-from ausm_hf.model.loss_ausm import pad_instances, plan_teacher_forcing, selection_loss
+from ausm_hf.model.loss_ausm import pad_instances, plan_teacher_forcing, reach_loss, selection_loss
 from ausm_hf.model.pixels_ausm import AusmQuerySelection, AusmReach, sine_positions
 
 CONFIG = SimpleNamespace(hidden_size=16, num_detection_queries=4)
@@ -70,8 +70,33 @@ def test_reach_is_an_ellipse_around_the_place():
     assert divmod(int(logits.argmax()), 500) in {(y, x) for y in (499, 500) for x in (224, 225)}
     assert logits.max() == pytest.approx(3, abs=0.05)
     for y, x in ((500, 175), (500, 275), (100, 225), (900, 225)):
-        assert logits[y, x] == pytest.approx(0, abs=0.06)
-    assert logits[500, 325] == pytest.approx(-3, abs=0.1)
+        assert logits[y, x] == pytest.approx(0, abs=0.12)
+    assert logits[500, 325] == pytest.approx(-9, abs=0.2)  # twice as far, four times as much below the middle
+
+
+def test_no_mask_can_change_the_reach():
+    reach = AusmReach(CONFIG)
+    queries = torch.randn(1, 2, 16, requires_grad=True)
+    assert not reach(queries, torch.rand(1, 2, 2), (8, 8)).requires_grad
+    assert reach.ellipses(queries, torch.rand(1, 2, 2)).requires_grad
+
+
+def test_reach_loss_is_zero_for_ellipses_through_the_corners_of_boxes():
+    masks = torch.zeros(2, 20, 40)
+    masks[0, 5:15, 8:16] = 0.3
+    masks[0, 7, 8:16] = 0  # a box doesn't see what is inside
+    masks[1, 19, 39] = 1
+    root = math.sqrt(2)
+    true = torch.tensor([[12 / 40, 10 / 20, root * 4 / 40, root * 5 / 20]])
+    true = torch.cat([true, torch.tensor([[39.5 / 40, 19.5 / 20, root * 0.5 / 40, root * 0.5 / 20]])])
+    assert reach_loss(true, masks).item() == pytest.approx(0, abs=1e-4)
+    # A corner of the first box lies on its ellipse.
+    assert ((16 / 40 - true[0, 0]) / true[0, 2]) ** 2 + ((15 / 20 - true[0, 1]) / true[0, 3]) ** 2 == pytest.approx(1)
+    moved = true.clone()
+    moved[0, 1] += 0.5 * true[0, 3]
+    moved[1, 2] *= 2
+    assert reach_loss(moved, masks).item() == pytest.approx(0.5 + math.log(2), abs=1e-4)
+    assert reach_loss(true[:0], masks[:0]).item() == 0
 
 
 def clip(masks: list[torch.Tensor], exhaustive: bool = True, switch: list[int] | None = None, ignore=None):
@@ -159,6 +184,29 @@ def test_the_selection_is_a_term_of_the_loss(tiny_config):
     assert output.loss_dict["selection"] > 0
     output.loss.backward()
     assert model.model.query_selection.score.weight.grad.abs().max() > 0
+
+
+def test_the_reach_of_whoever_is_to_be_found_is_a_term_of_the_loss(tiny_config):
+    """In every layer; that of objects that are followed is not."""
+    torch.manual_seed(0)
+    model = AusmForUniversalSegmentation(tiny_config)
+    frames, masks = torch.randn(1, 1, 3, 64, 96), torch.stack([rectangle(0, 0, 48, 48), rectangle(0, 48, 8, 8)])
+    with torch.no_grad():
+        places = model.model(frames).selection_places
+    assert places.shape == (1, 1, tiny_config.num_detection_queries, 2)
+    switch = [torch.tensor([1, 0])]
+    output = model(frames, [masks[:, None]], switch_frames=switch, label_sets=[None])
+    # A fresh network's ellipses are circles of the same radius around their places.
+    box = torch.tensor([[0.25, 0.375, 0.25 * 2**0.5, 0.375 * 2**0.5]])
+    shifts = (places[0, 0] - box[:, :2]).abs() / box[:, 2:]
+    sizes = (0.2 / box[0, 2:]).log().abs().sum()
+    one = shifts.sum(-1) + sizes
+    per_object = (tiny_config.num_decoder_layers + 1) / 2  # every term is divided by all objects
+    assert per_object * one.min() - 1e-4 <= output.loss_dict["reach"] <= per_object * one.max() + 1e-4
+    output.loss.backward()
+    assert model.model.pixel_decoder.reach.projection.weight.grad.abs().max() > 0
+    output = model(frames, [masks[:, None]], switch_frames=[torch.tensor([0, 0])], label_sets=[None])
+    assert output.loss_dict["reach"] == 0
 
 
 def test_the_network_learns_where_to_look(tiny_config):

@@ -196,6 +196,8 @@ class AusmConfig(PreTrainedConfig):
             Mask2Former's, and the class weight for the foreground.
         selection_weight (`float`, *optional*, defaults to 2.0):
             Weight of the loss of `query_selection`.
+        reach_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the loss of the ellipses that the masks of selected queries lie in.
         no_object_weight (`float`, *optional*, defaults to 0.1):
             Weight of unmatched detections in the classification and foreground losses.
         train_num_points (`int`, *optional*, defaults to 12544):
@@ -265,6 +267,7 @@ class AusmConfig(PreTrainedConfig):
     dice_weight: float = 5.0
     foreground_weight: float = 2.0
     selection_weight: float = 2.0
+    reach_weight: float = 1.0
     no_object_weight: float = 0.1
     train_num_points: int | None = 12544
     oversample_ratio: float = 3.0

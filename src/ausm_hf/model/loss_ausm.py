@@ -340,6 +340,27 @@ def selection_loss(logits: Tensor, instances: Instances, plan: TeacherForcing) -
     return found.sum() + false.sum()
 
 
+def reach_loss(ellipses: Tensor, masks: Tensor) -> Tensor:
+    """
+    How far ellipses are from those through the corners of the boxes of masks: the distance of their middles in true
+    radii, and of the logarithms of their radii, summed over objects and both axes.
+
+    Args:
+        ellipses (`torch.Tensor` of shape `(M, 4)`): Middle (x, y) and radii, as parts of the picture.
+        masks (`torch.Tensor` of shape `(M, h, w)`): None of them empty.
+    """
+    middles, radii = [], []
+    for axis, length in ((1, masks.shape[2]), (2, masks.shape[1])):
+        along = (masks > 0).any(dim=axis).float()
+        first, last = along.argmax(1), length - along.flip(1).argmax(1)
+        middles.append((first + last) / (2 * length))
+        radii.append((last - first) / (2**0.5 * length))
+    middle, radius = torch.stack(middles, dim=1), torch.stack(radii, dim=1)
+    ellipses = ellipses.float()
+    shift = (ellipses[:, :2] - middle) / radius
+    return (shift.abs() + (ellipses[:, 2:].log() - radius.log()).abs()).sum()
+
+
 def _inside_objects(logits: Tensor, instances: Instances) -> Tensor:
     """
     Whose mask (B, T, Q, h, w) lies in what is annotated, by three quarters at least: such a query that is not matched
@@ -382,7 +403,8 @@ class AusmLoss(nn.Module):
         """
         Args:
             predictions: For each layer `masks` (B, T, Q, h, w), `foreground` (B, T, Q) and `classes`, a dict of label
-                set to (B, T, Q, labels + 1).
+                set to (B, T, Q, labels + 1); with selected queries `ellipses` (B, T, N_det, 4), and `selection`
+                (B, T, ., .) for the first.
             label_sets: The label set of each clip.
             num_instances: What the sums are divided by. By default the number of instances seen in the batch, averaged
                 over processes; see [`count_targets`] for passes that share an optimizer step.
@@ -406,6 +428,10 @@ class AusmLoss(nn.Module):
             layer |= self._label_losses(prediction, instances, plan, matched, label_sets)
             if "selection" in prediction:
                 layer["selection"] = selection_loss(prediction["selection"], instances, plan)
+            if "ellipses" in prediction:
+                clips, frames, queries, objects = matched
+                drawn = instances.small_masks[clips, objects, frames]
+                layer["reach"] = reach_loss(prediction["ellipses"][clips, frames, queries], drawn)
             for name, value in layer.items():
                 terms[name] = terms.get(name, 0.0) + getattr(self.config, f"{name}_weight") * value / num_instances
         return torch.stack(list(terms.values())).sum(), {name: value.detach() for name, value in terms.items()}

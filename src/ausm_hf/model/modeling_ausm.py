@@ -379,6 +379,7 @@ class AusmModel(AusmPreTrainedModel):
                 appearance,
             ),
             selection_logits=selection_logits,
+            selection_places=None if places is None else places.unflatten(0, (batch, frames)),
             intermediate_masks_queries_logits=tuple(masks[:-1]) if output_intermediate else None,
             intermediate_query_hidden_states=tuple(hidden_states[:-1]) if output_intermediate else None,
             intermediate_class_features=tuple(class_features[:-1]) if output_intermediate else None,
@@ -444,6 +445,9 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         ]
         if output.selection_logits is not None:
             predictions[0]["selection"] = output.selection_logits  # it is done before the first layer
+            for prediction, layer_states in zip(predictions, states):
+                found = layer_states[:, :, -self.config.num_detection_queries :]
+                prediction["ellipses"] = self.model.pixel_decoder.reach.ellipses(found, output.selection_places)
         return predictions
 
     def encode_frames(self, pixel_values: Tensor) -> AusmFrameFeatures:

@@ -25,6 +25,8 @@ class AusmModelOutput(ModelOutput):
             The history after the last frame. Its objects are the ones that were passed in.
         selection_logits (`torch.Tensor` of shape `(B, T, H / 16, W / 16)`, *optional*):
             With `query_selection`, of each cell: the middle of an object is here.
+        selection_places (`torch.Tensor` of shape `(B, T, N_det, 2)`, *optional*):
+            With it, x and y in [0, 1] of the cells whose features the detection queries are.
         intermediate_masks_queries_logits (`tuple(torch.Tensor)`, *optional*):
             Masks before the first and after every layer but the last, when asked for with `output_intermediate`.
         intermediate_query_hidden_states (`tuple(torch.Tensor)`, *optional*):
@@ -48,6 +50,7 @@ class AusmModelOutput(ModelOutput):
     class_features: Tensor = None  # type: ignore[assignment]
     history: AusmHistory = None  # type: ignore[assignment]
     selection_logits: Tensor | None = None
+    selection_places: Tensor | None = None
     intermediate_masks_queries_logits: tuple[Tensor, ...] | None = None
     intermediate_query_hidden_states: tuple[Tensor, ...] | None = None
     intermediate_class_features: tuple[Tensor, ...] | None = None

@@ -289,7 +289,10 @@ class AusmQuerySelection(nn.Module):
 
 
 class AusmReach(nn.Module):
-    """Where a selected query's object can be: an ellipse about its place, whose middle and radii the query says."""
+    """
+    Where a selected query's object can be: an ellipse about its place, whose middle and radii the query says. It is
+    learned by a loss of its own (`reach_loss`), as boxes are: masks alone would have it larger than their objects.
+    """
 
     def __init__(self, config: AusmConfig):
         super().__init__()
@@ -297,23 +300,30 @@ class AusmReach(nn.Module):
         projection.init_gain = 0.0  # a circle, or what is one in a square picture
         self.projection = projection
 
-    def forward(self, queries: Tensor, places: Tensor, size: tuple[int, int]) -> Tensor:
+    def ellipses(self, queries: Tensor, places: Tensor) -> Tensor:
         """
         Args:
-            queries (`torch.Tensor` of shape `(N, Q, D)`), places (`torch.Tensor` of shape `(N, Q, 2)`): See
+            queries (`torch.Tensor` of shape `(..., Q, D)`), places (`torch.Tensor` of shape `(..., Q, 2)`): See
                 [`SelectedQueries`].
 
         Returns:
-            Logits (N, Q, h, w) for a map of `size`: 3 in the middle, 0 on the ellipse, falling with the distance.
+            x and y of the middle and the radii along x and y, as parts of the picture's width and height; (..., Q, 4).
         """
         offset, log_radius = self.projection(queries).split(2, dim=-1)
-        middle, radius = places + 0.1 * offset, 0.2 * log_radius.clamp(-5, 5).exp()
+        return torch.cat([places + 0.1 * offset, 0.2 * log_radius.clamp(-5, 5).exp()], dim=-1)
+
+    def forward(self, queries: Tensor, places: Tensor, size: tuple[int, int]) -> Tensor:
+        """
+        Returns:
+            Logits (N, Q, h, w) for a map of `size`: 3 in the middle, 0 on the ellipse, falling with the square of the
+            distance. They give the ellipse no gradient.
+        """
+        middle, radius = self.ellipses(queries, places).detach().split(2, dim=-1)
         distances = []
         for axis, length in enumerate(reversed(size)):
             along = (torch.arange(length, device=queries.device, dtype=queries.dtype) + 0.5) / length
             distances.append(((along - middle[..., axis, None]) / radius[..., axis, None]).square())
-        distance = (distances[0][..., None, :] + distances[1][..., :, None] + 1e-4).sqrt()
-        return 3 * (1 - distance)
+        return 3 * (1 - distances[0][..., None, :] - distances[1][..., :, None])
 
 
 class AusmPixelDecoderLayer(GradientCheckpointingLayer):
