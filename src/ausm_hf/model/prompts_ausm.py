@@ -248,7 +248,8 @@ def refine_signals(
             logits = heed_points(logits, frame.levels[0][0].float(), points, torch.tensor(prompt.labels) > 0)
         logits = marked_pieces(logits, mask > 0)
         logits = F.interpolate(logits[None, None], signal.shape, mode="bilinear")[0, 0]
-        answers.append(logits.masked_fill(~prompt.reach(signal.shape).to(maps.device), -torch.inf))
+        reach = prompt.reach((signal.shape[0], signal.shape[1])).to(maps.device)
+        answers.append(logits.masked_fill(~reach, -torch.inf))
     logits = torch.stack(answers)
     return list((logits > 0) & (logits.argmax(0) == torch.arange(len(logits), device=logits.device)[:, None, None]))
 
