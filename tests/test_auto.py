@@ -150,7 +150,7 @@ def test_the_preset_is_what_the_checkpoint_of_its_name_is():
     preset, checkpoint = preset.to_dict(), checkpoint.to_dict()
     preset["backbone_config"]["dtype"] = checkpoint["backbone_config"]["dtype"]
     differ = {name for name in preset | checkpoint if preset.get(name) != checkpoint.get(name)}
-    assert differ == of_training | of_saving | {"foreground_threshold"}
+    assert differ == of_training | of_saving
 
 
 def shapes(config):

@@ -44,7 +44,7 @@ def clip():
         ("parallel", 2, False, 100),
         ("parallel", 2, True, 100),
         ("iterative", 0, False, 200),
-        ("iterative", 2, True, 200),
+        ("iterative", 2, True, 250),
     ],
 )
 def test_the_loss_on_one_clip_falls_to_near_zero(tiny_config, clip, mode, refinement, selection, steps):

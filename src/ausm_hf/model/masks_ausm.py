@@ -1,22 +1,13 @@
 """Whose pixels are whose: rules about mask logits alone, for the stream's bookkeeping."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-if TYPE_CHECKING:
-    from .session_ausm import FollowedObject
-
 PIECE_GAP = 4  # cells of stride 4: so far apart are pieces of one object that something hides in part
 
 
-def within_reach(
-    logits: torch.Tensor, previous: torch.Tensor, radius: int, objects: list[FollowedObject]
-) -> torch.Tensor:
+def within_reach(logits: torch.Tensor, previous: torch.Tensor, radius: int, prompted: list[bool]) -> torch.Tensor:
     """
     Mask logits (n, h, w) of followed objects without what lies farther from their masks in the frame before than masks
     are propagated, `radius` cells of stride 8. So an object that was found doesn't take in what comes into view, which
@@ -24,21 +15,24 @@ def within_reach(
     """
     near = F.max_pool2d(F.max_pool2d(previous.float(), 2), 2 * radius + 1, stride=1, padding=radius)
     near = F.interpolate(near[None], size=logits.shape[-2:])[0] > 0
-    free = torch.tensor([x.prompted for x in objects], device=logits.device) | ~near.flatten(1).any(1)
+    free = torch.tensor(prompted, device=logits.device) | ~near.flatten(1).any(1)
     return torch.where(near | free[:, None, None], logits, -logits.abs())
 
 
-def twins(objects: list[FollowedObject], logits: dict[int, torch.Tensor], max_overlap: float) -> set[int]:
-    """Found objects whose mask has become that of another (by IoU): prompted and older ones stay."""
-    seen = sorted((x for x in objects if x.object_id in logits), key=lambda x: (not x.prompted, abs(x.object_id)))
+def twins(prompted: dict[int, bool], logits: dict[int, torch.Tensor], max_overlap: float) -> set[int]:
+    """
+    Ids of found objects whose mask has become that of another (by IoU): those that are `prompted`, by id, and older
+    ones stay.
+    """
+    seen = sorted((x for x in prompted if x in logits), key=lambda x: (not prompted[x], abs(x)))
     if len(seen) < 2:
         return set()
-    same = _same(torch.stack([logits[x.object_id] for x in seen]), max_overlap).tolist()
+    same = _same(torch.stack([logits[x] for x in seen]), max_overlap).tolist()
     staying: list[int] = []
-    for i, followed in enumerate(seen):
-        if followed.prompted or not any(same[i][j] for j in staying):
+    for i, object_id in enumerate(seen):
+        if prompted[object_id] or not any(same[i][j] for j in staying):
             staying.append(i)
-    return {x.object_id for x in seen} - {seen[i].object_id for i in staying}
+    return set(seen) - {seen[i] for i in staying}
 
 
 def without_duplicates(

@@ -410,8 +410,9 @@ def _ask(
     for i, (number, history) in enumerate(zip(numbers, output.history.split(numbers))):
         rows = [*range(number), *range(most, output.foreground_queries_logits.shape[1])]
         masks = output.masks_queries_logits[i, rows].float()
-        if radius and not all(x.prompted for x in objects[i]):
-            masks[:number] = within_reach(masks[:number], history.masks[0], radius, objects[i])
+        prompted = [x.prompted for x in objects[i]]
+        if radius and not all(prompted):
+            masks[:number] = within_reach(masks[:number], history.masks[0], radius, prompted)
         classes = output.class_queries_logits[i, rows].float().cpu()
         answers.append(
             Answer(
@@ -487,7 +488,8 @@ def _finish(
             scores[object_id] = 1.0
     small = {object_id: history_mask(mask, size) for object_id, mask in prompts.items()}
     logits = seen | {object_id: (mask * 2 - 1) * PROMPT_LOGIT for object_id, mask in small.items()}
-    twin_ids = twins([*objects, *joining], logits, config.duplicate_overlap)
+    prompted = {x.object_id: x.prompted for x in [*objects, *joining]}
+    twin_ids = twins(prompted, logits, config.duplicate_overlap)
     objects = [x for x in objects if x.object_id not in twin_ids and not x.is_past(config.max_age, find_new_objects)]
     objects = _make_room(objects, len(joining), num_slots, scores)
     for followed, slot in zip(joining, session.draw_slots(len(joining), num_slots, objects)):
