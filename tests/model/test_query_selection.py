@@ -65,13 +65,13 @@ def test_reach_is_an_ellipse_around_the_place():
     # The middle 0.05 to the right of the place and 0.1 above it, the radii 0.1 and 0.4 of the picture.
     reach.projection.bias.data = torch.tensor([0.5, -1.0, math.log(0.5), math.log(2.0)])
     with torch.no_grad():
-        logits = reach(torch.randn(1, 1, 16), torch.tensor([[[0.4, 0.6]]]), (1000, 500))[0, 0]
-    assert logits.shape == (1000, 500)
-    assert divmod(int(logits.argmax()), 500) in {(y, x) for y in (499, 500) for x in (224, 225)}
+        logits = reach(torch.randn(1, 1, 16), torch.tensor([[[0.4, 0.6]]]), (4000, 2000))[0, 0]
+    assert logits.shape == (4000, 2000)
+    assert divmod(int(logits.argmax()), 2000) in {(y, x) for y in (1999, 2000) for x in (899, 900)}
     assert logits.max() == pytest.approx(3, abs=0.05)
-    for y, x in ((500, 175), (500, 275), (100, 225), (900, 225)):
-        assert logits[y, x] == pytest.approx(0, abs=0.12)
-    assert logits[500, 325] == pytest.approx(-9, abs=0.2)  # twice as far, four times as much below the middle
+    for y, x in ((2000, 700), (2000, 1100), (400, 900), (3600, 900)):
+        assert logits[y, x] == pytest.approx(0, abs=0.06)
+    assert logits[2000, 1300] == pytest.approx(-9, abs=0.1)  # twice as far, four times as much below the middle
 
 
 def test_no_mask_can_change_the_reach():
