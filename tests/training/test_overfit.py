@@ -51,7 +51,8 @@ def test_the_loss_on_one_clip_falls_to_near_zero(tiny_config, clip, mode, refine
     # A seed of which the same learned query finds the other square in both clips. Otherwise the predictions before the
     # first layer, which have seen no picture, can't but be wrong of one of the two, and the loss stays above 1.
     torch.manual_seed(0 if refinement == 0 else 3)
-    changes = {"mask_refinement_layers": refinement, "query_selection": selection}
+    # The ellipses, of which squares alone teach little, shall not have most of the clipped gradient.
+    changes = {"mask_refinement_layers": refinement, "query_selection": selection, "reach_weight": 0.1}
     config = AusmConfig(**tiny_config.to_dict() | changes)
     network = AusmForUniversalSegmentation(config).train()
     form = network if mode == "parallel" else IterativeForm(network)
@@ -75,5 +76,4 @@ def test_the_loss_on_one_clip_falls_to_near_zero(tiny_config, clip, mode, refine
     for frames, masks in zip(clip["pixel_values_videos"], clip["mask_labels"]):
         with torch.no_grad():
             predicted = follow(network, frames[None], masks[:1, 0].bool())
-        # With selected queries the ellipses have their part of the clipped gradient: masks are a little behind.
-        assert iou(predicted, masks[:1].bool()).min() > (0.86 if selection else 0.9)
+        assert iou(predicted, masks[:1].bool()).min() > 0.9
