@@ -94,8 +94,10 @@ def test_object_labels():
         {"id": 3, "label": "dog", "score": 0.9712},
         {"id": 4, "label": None, "score": None},
         {"id": 5, "label": None, "score": np.float32(1)},
+        {"id": 6, "label": "cat", "score": 0.31},
+        {"id": 7, "label": "cat", "score": None},
     ]
-    assert object_labels(objects) == {3: "3 dog 0.97", 4: "4", 5: "5 1.00"}
+    assert object_labels(objects) == {3: "3 dog 0.97", 4: "4", 5: "5 1.00", 6: "6 cat? 0.31", 7: "7 cat"}
 
 
 def test_overlay_refuses():

@@ -38,16 +38,19 @@ def _palette_index(ids: np.ndarray) -> np.ndarray:
 def object_labels(objects: list[dict]) -> dict[int, str]:
     """What to write beside each object: its id, its label and its score as far as known, as in `"3 dog 0.97"`.
 
+    A label that is less likely right than not has a question mark: `"3 dog? 0.31"`.
+
     Args:
         objects: dicts `{"id": int, "label": str | None, "score": float | None}`.
     """
     labels = {}
     for item in objects:
+        label, score = item["label"], item["score"]
         words = [str(item["id"])]
-        if item["label"] is not None:
-            words.append(item["label"])
-        if item["score"] is not None:
-            words.append(f"{item['score']:.2f}")
+        if label is not None:
+            words.append(label if score is None or score >= 0.5 else f"{label}?")
+        if score is not None:
+            words.append(f"{score:.2f}")
         labels[item["id"]] = " ".join(words)
     return labels
 
