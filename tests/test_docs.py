@@ -111,6 +111,8 @@ def check_command(words: list[str], place: str):
         extras = re.findall(r"^(\w+) = \[", project.split("\n[")[0], re.M)
         named = [extra for word in arguments for part in re.findall(r"\[(.*)\]", word) for extra in part.split(",")]
         assert set(named) <= set(extras), f"{place}: there is no extra {set(named) - set(extras)}"
+    elif program == "bash":
+        assert (ROOT / arguments[0]).is_file(), f"{place}: there is no {arguments[0]}"
     elif program in ("git", "cd", "hf", "ffmpeg"):
         pass
     else:
