@@ -10,6 +10,7 @@ from ausm_hf.model.configuration_ausm import AusmConfig
 from ausm_hf.model.history_ausm import binarize
 from ausm_hf.model.loss_ausm import (
     AusmLoss,
+    detection_quality,
     draw_switch_frames,
     match_detections,
     pad_instances,
@@ -165,8 +166,8 @@ def test_the_loss_by_hand():
     mask = (right + (3 * right + wrong) / 4) / count
     q = 1 - p
     dice = ((1 - (2 * p + 1) / (p + 3 * q + 2)) + (1 - (2 * p + 1) / (2 * p + 2 * q + 2))) / count
-    # Query 1 of the two is matched; query 0 is background with weight 0.1.
-    fg = (softplus(-1.0) + softplus(-0.5) + 0.1 * softplus(-1.0)) / count
+    # Query 1 of the two is matched and has an IoU of 0.5; query 0 is background with weight 0.1.
+    fg = (softplus(-1.0) + (softplus(-0.5) + softplus(0.5)) / 2 - math.log(2) + 0.1 * softplus(-1.0)) / count
     matched_class = math.log(2 + math.e) - 1.0
     label = (math.log(3) + matched_class + 0.1 * math.log(3)) / count
     expected = {"mask": 5 * mask, "dice": 3 * dice, "foreground": 4 * fg, "class": 2 * label}
@@ -205,21 +206,53 @@ def test_what_is_not_annotated_teaches_nothing():
 
 
 @pytest.mark.parametrize("searched", [True, False])
-def test_a_second_mask_of_an_annotated_object_is_background_though_others_may_be_there(searched):
-    instances, result = plan([[0]], switch=[1], exhaustive=[False], detect=[searched])
-    foreground = torch.zeros(1, 1, 5, requires_grad=True)
+def test_foreground_of_detections_learns_the_iou_of_their_masks(searched):
+    instances, result = plan([[0, 1]], switch=[2], exhaustive=[False], detect=[searched])
+    foreground = torch.zeros(1, 2, 6, requires_grad=True)
     prediction = {
-        "masks": torch.full((1, 1, 5, 2, 2), -5.0),
+        "masks": torch.full((1, 2, 6, 2, 2), -5.0),
         "foreground": foreground,
-        "classes": {"pets": torch.zeros(1, 1, 5, 3, requires_grad=True)},
+        "classes": {"pets": torch.zeros(1, 2, 6, 3, requires_grad=True)},
     }
+    # In the first frame the object is cell 0, in the second cell 1.
     prediction["masks"][0, 0, 1, 0, 0] = 5.0  # detection query 0 is matched
-    prediction["masks"][0, 0, 2, 0, 0] = 4.0  # 1 draws the same object
-    prediction["masks"][0, 0, 3, 0] = 4.0  # half of what 2 draws may be another object, 3 draws nothing
+    prediction["masks"][0, 0, 2, 0, 0] = 4.0  # 1 draws the same
+    prediction["masks"][0, 0, 3] = 4.0  # of what 2 draws three quarters may be another object
+    prediction["masks"][0, 1, 1] = torch.tensor([[0.1, 5.0], [0.1, 0.1]])  # 0 is matched, with three cells too many
     tiny_loss()([prediction], instances, result, ["pets"])[0].backward()
-    slopes = foreground.grad[0, 0, 2:]
-    assert (slopes[0] > 0) == searched and (slopes[1:] == 0).all()
-    assert (prediction["classes"]["pets"].grad[0, 0, 2] != 0).any() == searched
+    # Of binary cross-entropy at a logit of 0: 1/2 less the target, which is 1, 1 and 1/4.
+    slopes = torch.zeros(2, 5)
+    if searched:
+        slopes[0, 0], slopes[0, 1], slopes[1, 0] = -0.5, 0.1 * -0.5, 0.25
+    torch.testing.assert_close(foreground.grad[0, :, 1:], 4 * slopes / 2)
+    assert (prediction["classes"]["pets"].grad == 0).all()  # no class is known, and both draw an object
+
+
+def test_a_part_of_an_annotated_object_is_none_though_others_may_be_there():
+    instances, result = plan([[0]], switch=[1], exhaustive=[False])
+    instances.small_masks[:] = 1.0  # the object fills the frame
+    prediction = {
+        "masks": torch.full((1, 1, 3, 2, 2), 5.0),
+        "foreground": torch.zeros(1, 1, 3, requires_grad=True),
+        "classes": {"pets": torch.zeros(1, 1, 3, 3, requires_grad=True)},
+    }
+    prediction["masks"][0, 0, 2, 0, 1] = prediction["masks"][0, 0, 2, 1] = -5.0  # a quarter of it
+    tiny_loss()([prediction], instances, result, ["pets"])[0].backward()
+    torch.testing.assert_close(prediction["foreground"].grad[0, 0, 2].item(), 4 * 0.1 * (0.5 - 0.25))
+    assert prediction["classes"]["pets"].grad[0, 0, 2, 2] < 0  # "no object"
+    assert (prediction["classes"]["pets"].grad[0, 0, 1] == 0).all()
+
+
+def test_detections_get_nothing_for_what_is_tracked_hidden_or_ignored():
+    instances, result = plan([[0, 1], [3, 3]], switch=[1, 2])
+    logits = torch.full((1, 2, 3, 2, 2), -5.0)
+    logits[0, :, 0, 0, 0] = logits[0, :, 1, 0, 1] = logits[0, :, 2, 1, 1] = 5.0
+    iou, inside = detection_quality(logits, instances, result)
+    # Object 0 is cell 0, then tracked; object 1 is cell 3 throughout.
+    assert iou.tolist() == [[[1, 0, 1], [0, 0, 1]]]
+    assert inside.tolist() == [[[True, False, True], [False, True, True]]]
+    instances.pixel_weights[0, 0, 1, 1] = 0
+    assert detection_quality(logits, instances, result)[0][0, 0].tolist() == [1, 0, 0]
 
 
 def test_ignored_pixels_teach_nothing():

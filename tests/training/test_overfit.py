@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ausm_hf import AusmConfig, AusmForUniversalSegmentation
 from ausm_hf.training.forms import IterativeForm
-from ausm_hf.training.samples import follow, iou
+from ausm_hf.training.samples import follow
 
 LENGTH, SIZE = 3, 64
 
@@ -76,4 +77,6 @@ def test_the_loss_on_one_clip_falls_to_near_zero(tiny_config, clip, mode, refine
     for frames, masks in zip(clip["pixel_values_videos"], clip["mask_labels"]):
         with torch.no_grad():
             predicted = follow(network, frames[None], masks[:1, 0].bool())
-        assert iou(predicted, masks[:1].bool()).min() > 0.9
+        # To the cell of stride 4. Where an edge runs between two cells the loss doesn't say; corners are cut by half.
+        cells, true_cells = (F.avg_pool2d(x[0].float(), 4) > 0.35 for x in (predicted, masks))
+        assert cells.equal(true_cells), (cells != true_cells).nonzero().tolist()

@@ -361,15 +361,27 @@ def reach_loss(ellipses: Tensor, masks: Tensor) -> Tensor:
     return (shift.abs() + (ellipses[:, 2:].log() - radius.log()).abs()).sum()
 
 
-def _inside_objects(logits: Tensor, instances: Instances) -> Tensor:
+def detection_quality(logits: Tensor, instances: Instances, plan: TeacherForcing) -> tuple[Tensor, Tensor]:
     """
-    Whose mask (B, T, Q, h, w) lies in what is annotated, by three quarters at least: such a query that is not matched
-    draws a part or a copy, so it is background though not every object of the clip is annotated. (B, T, Q).
+    What detections are worth, and which can be told to be worth nothing.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, T, N_det, h, w)`): Mask logits; they get no gradient.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T, N_det)`: the largest IoU of each mask with an object that is to be detected.
+        `torch.BoolTensor` of the same shape: whether three quarters of the mask lie in what is annotated. Such a query
+        draws an object, a part or a copy of one, though not every object of the clip may be annotated.
     """
-    masks = (logits.detach() > 0).float()
-    objects = (instances.small_masks > 0.5).any(dim=1).float()
-    covered = torch.einsum("btqhw,bthw->btq", masks, objects)
-    return (covered > 0) & (covered >= 0.75 * masks.sum((-2, -1)))
+    masks = ((logits.detach() > 0) & (instances.pixel_weights > 0.5).unsqueeze(2)).float()
+    objects = (instances.small_masks > 0.5).float()
+    area = masks.sum((-2, -1))
+    shared = torch.einsum("btqhw,bnthw->btqn", masks, objects)
+    together = area.unsqueeze(-1) + objects.sum((-2, -1)).transpose(1, 2).unsqueeze(2) - shared
+    iou = shared / together.clamp(min=1) * plan.detected.unsqueeze(2)
+    iou = F.pad(iou, (0, 1)).amax(-1)  # 0 where there is no object at all
+    covered = torch.einsum("btqhw,bthw->btq", masks, objects.sum(1).clamp(max=1))
+    return iou, (covered > 0) & (covered >= 0.75 * area)
 
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
@@ -383,8 +395,10 @@ class AusmLoss(nn.Module):
     decoder. Terms: binary cross-entropy and dice of masks, foreground, and class where one is known.
 
     An instance that is tracked but not in the frame has foreground target 0 and an empty mask, by binary
-    cross-entropy alone. Every term is divided by the number of instances seen, averaged over processes (or as the
-    caller says, who knows what else belongs to the optimizer step).
+    cross-entropy alone. The foreground of a detection says how good its mask is: its target is the IoU of the mask
+    with the object that it draws best, matched or not, since copies are told by their masks. Every term is divided by
+    the number of instances seen, averaged over processes (or as the caller says, who knows what else belongs to the
+    optimizer step).
     """
 
     def __init__(self, config: AusmConfig):
@@ -545,24 +559,21 @@ class AusmLoss(nn.Module):
         count = instances.valid.shape[1]
         present = instances.present.transpose(1, 2)
         clips, frames, queries, objects = matched
-        targets = torch.zeros_like(foreground)
-        weights = torch.zeros_like(foreground)
-        targets[:, :, :count] = (plan.tracked & present).float()
-        weights[:, :, :count] = plan.tracked.float()
-        background = plan.exhaustive[:, None, None] | _inside_objects(prediction["masks"][:, :, count:], instances)
-        background = background & plan.searched.unsqueeze(-1)
-        weights[:, :, count:] = background * config.no_object_weight
-        targets[clips, frames, queries + count] = 1.0
+        quality, inside = detection_quality(prediction["masks"][:, :, count:], instances, plan)
+        targets = torch.cat([(plan.tracked & present).to(quality.dtype), quality], dim=-1)
+        judged = (plan.exhaustive[:, None, None] | inside) & plan.searched.unsqueeze(-1)
+        weights = torch.cat([plan.tracked.to(quality.dtype), judged * config.no_object_weight], dim=-1)
         weights[clips, frames, queries + count] = 1.0
-        losses = {
-            "foreground": (weights * F.binary_cross_entropy_with_logits(foreground, targets, reduction="none")).sum()
-        }
+        # Less the targets' own entropy, so that it can vanish.
+        entropy = torch.special.entr(targets) + torch.special.entr(1 - targets)
+        divergence = F.binary_cross_entropy_with_logits(foreground, targets, reduction="none") - entropy
+        losses = {"foreground": (weights * divergence).sum()}
 
-        # A known class for whom there is one, "no object" for whoever is background.
+        # A known class for whom there is one, "no object" for who draws none.
         labels = instances.class_labels.unsqueeze(1).expand(-1, foreground.shape[1], -1)
         class_targets = torch.full_like(foreground, -100, dtype=torch.long)
         class_targets[:, :, :count] = torch.where(plan.tracked & present, labels, -100)
-        class_targets[:, :, count:] = torch.where(background, -1, -100)
+        class_targets[:, :, count:] = torch.where(judged & (quality < 0.5), -1, -100)
         class_targets[clips, frames, queries + count] = labels[clips, frames, objects]
         total = foreground.new_zeros(())
         for name, logits in prediction["classes"].items():

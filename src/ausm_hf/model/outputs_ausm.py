@@ -74,7 +74,8 @@ class AusmForUniversalSegmentationOutput(ModelOutput):
         class_queries_logits (`torch.Tensor` of shape `(B, T, Q, num_labels + 1)`):
             Class logits; the last one is "no object".
         foreground_queries_logits (`torch.Tensor` of shape `(B, T, Q)`):
-            Logit of "there is an object": a new one for a detection query, the followed one for an ID vector.
+            For a detection query the logit of how good its mask is, as the IoU with a new object; for an ID vector
+            that of whether the followed object is in the frame.
         history (`AusmHistory`):
             The history after the last frame. Its objects are the ones that were passed in.
         hidden_states (`tuple(torch.Tensor)` of shape `(B * T, Q, D)`, *optional*):
