@@ -289,7 +289,7 @@ def test_the_example_runs_without_torch(nano, shared_data, tmp_path, monkeypatch
     monkeypatch.setattr(streaming_ausm, "BYSTANDER_THRESHOLD", 1.0)  # the example has no bystanders
     # It takes the surest of several detections of an object as it is.
     monkeypatch.setattr(masks_ausm, "main_piece", lambda logits: logits)
-    monkeypatch.setattr(masks_ausm, "_same", lambda masks, _: torch.eye(len(masks), dtype=torch.bool))
+    monkeypatch.setattr(masks_ausm, "overlapping", lambda masks, _: torch.eye(len(masks), dtype=torch.bool))
     # As large as the network wants them: Pillow resizes a little otherwise than the processor, and what that changes
     # in a mask comes back with it in the next frame.
     height, width = clip_of(shared_data, 1, processor)[0].shape[-2:]

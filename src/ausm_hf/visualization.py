@@ -38,7 +38,7 @@ def _palette_index(ids: np.ndarray) -> np.ndarray:
 def object_labels(objects: list[dict]) -> dict[int, str]:
     """What to write beside each object: its id, its label and its score as far as known, as in `"3 dog 0.97"`.
 
-    A label that is less likely right than not has a question mark: `"3 dog? 0.31"`.
+    A label with a score below 0.5 has a question mark: `"3 dog? 0.31"`.
 
     Args:
         objects: dicts `{"id": int, "label": str | None, "score": float | None}`.

@@ -126,7 +126,7 @@ def test_points_correct_the_mask_that_the_network_sees():
 
 def test_negative_points_that_leave_nothing_are_not_followed(warnings):
     dot = Seen((0, 1, 0, 1))
-    model, session = started([({}, [dot]), ({1: NOTHING}, []), ({1: A}, [])], [])
+    model, session = started([({}, [dot]), ({1: NOTHING}, []), ({1: A}, [A])], [])
     step_session(model, session, FRAME)
     prompt(session, o1=ObjectPrompt(points=((2, 2),), labels=(0,)))  # but the object is not there any more
     assert step_session(model, session, FRAME).object_ids == []

@@ -27,7 +27,7 @@ def twins(prompted: dict[int, bool], logits: dict[int, torch.Tensor], max_overla
     seen = sorted((x for x in prompted if x in logits), key=lambda x: (not prompted[x], abs(x)))
     if len(seen) < 2:
         return set()
-    same = _same(torch.stack([logits[x] for x in seen]), max_overlap).tolist()
+    same = overlapping(torch.stack([logits[x] for x in seen]), max_overlap).tolist()
     staying: list[int] = []
     for i, object_id in enumerate(seen):
         if prompted[object_id] or not any(same[i][j] for j in staying):
@@ -52,13 +52,13 @@ def without_duplicates(
         return bool((mask & covered).sum() <= max_overlap * mask.sum())
 
     accepted = []
-    same = None  # in most frames nothing is new
+    alike = None  # in most frames nothing is new
     for i, row in enumerate(rows):
         if not is_new(drawn[i] > 0):
             continue
-        if same is None:
-            same = _same(drawn, max_overlap)
-        mask_logits[row] = main_piece(drawn[same[i]].mean(0))
+        if alike is None:
+            alike = overlapping(drawn, max_overlap)
+        mask_logits[row] = main_piece(drawn[alike[i]].mean(0))
         mask = mask_logits[row] > 0
         if mask.any() and is_new(mask):
             accepted.append(row)
@@ -66,7 +66,7 @@ def without_duplicates(
     return accepted
 
 
-def _same(mask_logits: torch.Tensor, max_overlap: float) -> torch.Tensor:
+def overlapping(mask_logits: torch.Tensor, max_overlap: float) -> torch.Tensor:
     """Which masks (n, h, w) overlap by more than `max_overlap` (IoU), bool (n, n); each is the same as itself."""
     masks = mask_logits.flatten(1).gt(0).float()
     intersection = masks @ masks.T

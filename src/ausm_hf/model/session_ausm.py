@@ -35,7 +35,8 @@ class AusmVideoSegmentationOutput(ModelOutput):
             size, so that the prompts come back as they were given. A pixel belongs to the object of the highest
             logit, if that is positive, see [`~AusmProcessor.post_process_instance_segmentation`].
         scores (`torch.FloatTensor` of shape `(num_objects,)`):
-            Foreground probability in this frame times class probability; 1 where a prompt introduces an object.
+            Foreground probability in this frame times class probability, of found objects also times the quality of
+            their first mask; 1 where a prompt introduces an object.
         labels (`list[str | None]`):
             Most probable class of each object over the frames so far. `None` on the frame where a prompt introduces
             an object while the stream runs: the network answers for it from the next frame on.
@@ -57,10 +58,6 @@ class AusmVideoSegmentationOutput(ModelOutput):
     frame_idx: int = None  # type: ignore[assignment]
 
 
-BYSTANDER_TRIAL = 15.0  # votes, about as many frames
-NAMED = 2 / 3  # probability of a label from which on a bystander is told of
-
-
 @dataclass
 class FollowedObject:
     """
@@ -71,9 +68,11 @@ class FollowedObject:
         slot (`int`): Its row in the buffer of ID vectors.
         prompted (`bool`): Given by the user: never thresholded, never forgotten.
         absent_frames (`int`): For how many frames, up to now, it has not been seen.
-        class_votes (`torch.FloatTensor` of shape `(num_labels + 1,)`, *optional*): Sum over the frames of foreground x
-            class probabilities, last that none of the labels is right: their mean in which a frame counts by how sure
-            the object is in it. None before the network has answered for the object.
+        class_votes (`torch.FloatTensor` of shape `(num_labels,)`, *optional*): Sum over the frames of foreground x
+            class probabilities: their mean in which a frame counts by how sure the object is in it. None before the
+            network has answered for the object.
+        quality (`float`): How good its first mask is, as the foreground of the detection says; 1 for what the user
+            marked. A part of its score: once followed, it is only asked whether it is in the frame.
     """
 
     object_id: int
@@ -81,34 +80,25 @@ class FollowedObject:
     prompted: bool
     absent_frames: int = 0
     class_votes: torch.Tensor | None = None
+    quality: float = 1.0
 
     @property
     def is_bystander(self) -> bool:
         """
-        Found where only what is marked is asked for, or found but not sure enough to be an object. It is followed so
-        that objects don't take it in, and nobody is told of it.
+        Found where only what is marked is asked for. It is followed so that objects don't take it in, and nobody is
+        told of it.
         """
         return self.object_id < 0
 
-    @property
-    def is_named(self) -> bool:
-        """Whether its label is right with a probability of two thirds, by more votes than one frame gives."""
-        if self.class_votes is None:
-            return False
-        votes, none_is = self.class_votes[:-1], self.class_votes[-1]
-        total = votes.sum()
-        return bool(total >= 1 and (votes.max() / total) * (1 - none_is / total) >= NAMED)
-
-    def is_past(self, max_age: int | None, on_trial: bool) -> bool:
+    def is_past(self, max_age: int | None) -> bool:
         """
         Whether it is let go: after `max_age` frames in which it was not seen. Nobody was told of a bystander: one that
-        is not seen, or has not been named in a long trial, is let go at once, to be found anew.
+        is not seen is let go at once, to be found anew.
         """
         if self.prompted:
             return False
         if self.is_bystander:
-            votes = 0.0 if self.class_votes is None else float(self.class_votes[:-1].sum())
-            return self.absent_frames > 0 or (on_trial and votes > BYSTANDER_TRIAL)
+            return self.absent_frames > 0
         return max_age is not None and self.absent_frames >= max_age
 
 
@@ -132,8 +122,7 @@ class AusmInferenceSession:
             as absent. `config.foreground_threshold` if not given.
         find_new_objects (`bool`, *optional*):
             Whether detections become objects. If not given: only in a stream without prompts, as far as known at its
-            first frame. Where they don't, they are followed as bystanders, which are not in the output; where they
-            do, so are less probable ones (0.5 and more), until they are surely named.
+            first frame. Where they don't, they are followed as bystanders, which are not in the output.
         label_set (`str`, *optional*):
             Label set that classes are taken from; `config.default_label_set` if not given.
         seed (`int`, *optional*):
@@ -302,7 +291,7 @@ class AusmInferenceSession:
                     tensors[f"mask.{frame_idx}.{object_id}"] = prompt.mask
                 prompts.append([frame_idx, object_id, prompt.box, prompt.points, prompt.labels, prompt.scribble])
         state = {name: getattr(self, name) for name in _SAVED}
-        state["objects"] = [[x.object_id, x.slot, x.prompted, x.absent_frames] for x in self.objects]
+        state["objects"] = [[x.object_id, x.slot, x.prompted, x.absent_frames, x.quality] for x in self.objects]
         state["prompts"] = prompts
         state["slots_held_until"] = list(self.slots_held_until.items())
         state["warnings_given"] = sorted(self.warnings_given)
@@ -360,10 +349,10 @@ class AusmInferenceSession:
         session.generator.set_state(tensors["generator"].cpu())
         session.slots_held_until = dict(state["slots_held_until"])
         session.warnings_given = set(state["warnings_given"])
-        for object_id, slot, prompted, absent_frames in state["objects"]:
+        for object_id, slot, prompted, absent_frames, quality in state["objects"]:
             votes = tensors.get(f"class_votes.{object_id}")
             votes = None if votes is None else votes.cpu()
-            session.objects.append(FollowedObject(object_id, slot, prompted, absent_frames, votes))
+            session.objects.append(FollowedObject(object_id, slot, prompted, absent_frames, votes, quality))
         for frame_idx, object_id, box, points, labels, scribble in state["prompts"]:
             mask = tensors.get(f"mask.{frame_idx}.{object_id}")
             session.prompts.setdefault(frame_idx, {})[object_id] = ObjectPrompt(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers.utils import logging
 
 from .history_ausm import AusmHistory
-from .masks_ausm import exclusive, twins, within_reach, without_duplicates
+from .masks_ausm import exclusive, overlapping, twins, within_reach, without_duplicates
 from .pixels_ausm import AusmFrameFeatures
 from .prompts_ausm import history_mask, refine_signals, signal_of_marks
 from .session_ausm import AusmInferenceSession, AusmVideoSegmentationOutput, FollowedObject, without_trace
@@ -27,7 +27,7 @@ Encoded = TypeVar("Encoded")
 Result = TypeVar("Result")
 
 PROMPT_LOGIT = 100.0  # logit of a pixel that the user says belongs to an object; above any that the network gives
-BYSTANDER_THRESHOLD = 0.5  # foreground probability of who is kept off the objects: more likely than not
+BYSTANDER_THRESHOLD = 0.3  # foreground of what is kept off the objects that were marked
 
 
 @dataclass
@@ -39,8 +39,8 @@ class Answer:
         masks (`torch.FloatTensor` of shape `(rows, h, w)`): Logits.
         non_empty (`list[bool]`): Whether any pixel's logit is positive.
         foreground (`list[float]`): Probability that there is an object.
-        classes (`torch.FloatTensor` of shape `(rows, num_labels + 1)`): Probabilities of the labels, as if one of them
-            were right, and then that none is; on the CPU.
+        classes (`torch.FloatTensor` of shape `(rows, num_labels)`): Probabilities of the labels, as if one of them
+            were right; on the CPU.
         history (`AusmHistory`): The history after the frame, its objects still those before it.
     """
 
@@ -413,13 +413,13 @@ def _ask(
         prompted = [x.prompted for x in objects[i]]
         if radius and not all(prompted):
             masks[:number] = within_reach(masks[:number], history.masks[0], radius, prompted)
-        classes = output.class_queries_logits[i, rows].float().cpu()
         answers.append(
             Answer(
                 masks=masks,
                 non_empty=(masks > 0).flatten(1).any(1).tolist(),
                 foreground=output.foreground_queries_logits[i, rows].float().sigmoid().tolist(),
-                classes=torch.cat([classes[:, :-1].softmax(-1), classes.softmax(-1)[:, -1:]], dim=-1),
+                # Whether there is an object is the foreground's to say, not that of "no object".
+                classes=output.class_queries_logits[i, rows, :-1].float().softmax(-1).cpu(),
                 history=history,
             )
         )
@@ -429,13 +429,21 @@ def _ask(
 def _seen(
     model, session: AusmInferenceSession, objects: list[FollowedObject], answer: Answer
 ) -> dict[int, torch.Tensor]:
-    """Mask logits of the followed objects that are in the frame; of prompted ones always."""
-    return {
-        x.object_id: answer.masks[row]
-        for row, x in enumerate(objects)
-        if x.prompted
-        or (answer.foreground[row] >= _threshold(model, session, x.is_bystander) and answer.non_empty[row])
-    }
+    """
+    Mask logits of the followed objects that are in the frame; of prompted ones always. One that was found and then
+    away is back only where a detection draws it too: otherwise its id would go to what looks alike.
+    """
+    least = _threshold(model, session, for_bystanders=True)
+    detections = [row for row in range(len(objects), len(answer.masks)) if answer.foreground[row] > least]
+
+    def is_detected(row: int) -> bool:
+        return bool(overlapping(answer.masks[[row, *detections]], model.config.duplicate_overlap)[0, 1:].any())
+
+    def is_there(row: int, followed: FollowedObject) -> bool:
+        sure = answer.foreground[row] >= _threshold(model, session, followed.is_bystander)
+        return sure and answer.non_empty[row] and (not followed.absent_frames or is_detected(row))
+
+    return {x.object_id: answer.masks[row] for row, x in enumerate(objects) if x.prompted or is_there(row, x)}
 
 
 def _finish(
@@ -464,15 +472,17 @@ def _finish(
     size = answer.masks.shape[-2], answer.masks.shape[-1]
     labels = config.label_sets[session.label_set or config.default_label_set]
     if find_new_objects:
-        seen = _adopt_bystanders(model, session, objects, seen, answer)
+        seen = _adopt_bystanders(session, objects, seen)
 
     # Followed objects: the first queries, in the order of the history.
     scores: dict[int, float] = {}
     for row, followed in enumerate(objects):
+        if followed.object_id in prompts:
+            followed.prompted, followed.quality = True, 1.0
         if followed.object_id in seen or followed.object_id in prompts:
             followed.absent_frames = 0
             _vote(followed, answer.foreground[row], answer.classes[row])
-            scores[followed.object_id] = answer.foreground[row]
+            scores[followed.object_id] = answer.foreground[row] * followed.quality
         else:
             followed.absent_frames += 1
     before, num_followed = objects, len(objects)
@@ -480,8 +490,6 @@ def _finish(
     # Prompts are what the user says they are: they replace what the network thought of these objects, and the found
     # objects that they are the same as.
     joining = []
-    for followed in objects:
-        followed.prompted = followed.prompted or followed.object_id in prompts
     for object_id in prompts:
         if object_id not in {x.object_id for x in objects}:
             joining.append(FollowedObject(object_id, slot=-1, prompted=True))
@@ -490,7 +498,7 @@ def _finish(
     logits = seen | {object_id: (mask * 2 - 1) * PROMPT_LOGIT for object_id, mask in small.items()}
     prompted = {x.object_id: x.prompted for x in [*objects, *joining]}
     twin_ids = twins(prompted, logits, config.duplicate_overlap)
-    objects = [x for x in objects if x.object_id not in twin_ids and not x.is_past(config.max_age, find_new_objects)]
+    objects = [x for x in objects if x.object_id not in twin_ids and not x.is_past(config.max_age)]
     objects = _make_room(objects, len(joining), num_slots, scores)
     for followed, slot in zip(joining, session.draw_slots(len(joining), num_slots, objects)):
         followed.slot = slot
@@ -498,7 +506,7 @@ def _finish(
     logits = {x.object_id: logits[x.object_id] for x in objects if x.object_id in logits}
 
     # Detections: the queries after those of the followed objects.
-    least = _threshold(model, session, for_bystanders=not find_new_objects or len(labels) > 1)
+    least = _threshold(model, session, for_bystanders=not find_new_objects)
     rows = [
         row
         for row in range(num_followed, len(answer.foreground))
@@ -506,14 +514,10 @@ def _finish(
     ]
     rows.sort(key=lambda row: -answer.foreground[row])
     rows = without_duplicates(rows, answer.masks, list(logits.values()), config.duplicate_overlap)
-    threshold = _threshold(model, session) if find_new_objects else 1.0
-    num_new = sum(answer.foreground[row] > threshold for row in rows)
-    objects = _make_room(objects, num_new, num_slots, scores, bystanders_only=True)
-    logits = {x.object_id: logits[x.object_id] for x in objects if x.object_id in logits}
     num_free = num_slots - len(objects)
     if len(rows) > num_free:
         rows = rows[:num_free]
-        if num_new > num_free:
+        if find_new_objects:
             _warn_once(
                 session,
                 "full buffer",
@@ -527,9 +531,8 @@ def _finish(
     masks = dict(zip(logits, owned)) | small
     found = [(row, mask) for row, mask, keep in zip(rows, owned[len(logits) :], kept) if keep]
     for (row, mask), slot in zip(found, session.draw_slots(len(found), num_slots, objects)):
-        is_object = answer.foreground[row] > threshold
-        object_id = session.new_object_id() if is_object else min([0, *(x.object_id for x in objects)]) - 1
-        new = FollowedObject(object_id, slot, prompted=False)
+        object_id = session.new_object_id() if find_new_objects else min([0, *(x.object_id for x in objects)]) - 1
+        new = FollowedObject(object_id, slot, prompted=False, quality=answer.foreground[row])
         _vote(new, answer.foreground[row], answer.classes[row])
         objects.append(new)
         logits[new.object_id] = answer.masks[row]
@@ -560,22 +563,13 @@ def _finish(
 
 
 def _adopt_bystanders(
-    model,
-    session: AusmInferenceSession,
-    objects: list[FollowedObject],
-    seen: dict[int, torch.Tensor],
-    answer: Answer,
+    session: AusmInferenceSession, objects: list[FollowedObject], seen: dict[int, torch.Tensor]
 ) -> dict[int, torch.Tensor]:
-    """
-    Bystanders that are above the threshold and surely named are objects from now on, with ids of their own: `seen` by
-    the new ids.
-    """
-    ids = {x.object_id: x.object_id for x in objects}
-    for row, followed in enumerate(objects):
-        if followed.is_bystander and answer.foreground[row] >= _threshold(model, session) and followed.is_named:
-            old, followed.object_id = followed.object_id, session.new_object_id()
-            ids[old] = followed.object_id
-    return {ids[object_id]: mask for object_id, mask in seen.items()}
+    """Bystanders are objects from now on, with ids of their own: `seen` by the new ids."""
+    new_ids = {x.object_id: session.new_object_id() for x in objects if x.is_bystander}
+    for followed in objects:
+        followed.object_id = new_ids.get(followed.object_id, followed.object_id)
+    return {new_ids.get(object_id, object_id): mask for object_id, mask in seen.items()}
 
 
 def _put_objects(history, objects: list[FollowedObject], masks: dict[int, torch.Tensor], size, like: torch.Tensor):
@@ -598,7 +592,6 @@ def _make_room(
     number: int,
     num_slots: int,
     scores: dict[int, float],
-    bystanders_only: bool = False,
 ) -> list[FollowedObject]:
     """
     Lets go of the fewest found objects for `number` more to fit: bystanders first, then the longest absent, then the
@@ -607,7 +600,7 @@ def _make_room(
     surplus = len(objects) + number - num_slots
     if surplus <= 0:
         return objects
-    found = [x for x in objects if x.is_bystander or not (x.prompted or bystanders_only)]
+    found = [x for x in objects if not x.prompted]
     found.sort(key=lambda x: (not x.is_bystander, -x.absent_frames, scores.get(x.object_id, 0.0)))
     let_go = {x.object_id for x in found[:surplus]}
     return [x for x in objects if x.object_id not in let_go]
@@ -628,8 +621,7 @@ def _describe(session, seen, logits, scores, prompts, labels, size) -> AusmVideo
     for followed in seen:
         label_id, score = -1, scores[followed.object_id]
         if followed.class_votes is not None:
-            # Whether there is an object is the foreground's to say, not that of "no object".
-            votes = followed.class_votes[:-1]
+            votes = followed.class_votes
             class_probability, index = (votes / votes.sum()).max(0)
             label_id, score = int(index), score * float(class_probability)
         label_ids.append(label_id)
