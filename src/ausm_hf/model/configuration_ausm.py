@@ -47,6 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_id_vectors": 32,
         "num_detection_queries": 20,
         "query_selection": True,
+        "foreground_threshold": 0.45,
         "train_num_points": None,
         "no_object_weight": 0.3,
         "label_sets": {"coco": COCO_LABELS, "object": ["object"]},
@@ -183,8 +184,8 @@ class AusmConfig(PreTrainedConfig):
             The label set used when none is asked for, the first one by default. Its labels are `id2label`: setting
             `id2label` or `num_labels` replaces them.
         foreground_threshold (`float`, *optional*, defaults to 0.5):
-            Foreground probability above which a detection becomes an object, and below which a followed object that
-            was not prompted counts as absent.
+            Foreground above which a detection becomes an object (the IoU that its mask may have), and below which a
+            followed object that was not prompted counts as absent (the probability that it is there).
         duplicate_overlap (`float`, *optional*, defaults to 0.5):
             A detection of which followed objects cover more than this share is no new object. A followed object that
             was not prompted, and whose mask comes to have a larger IoU than this with that of an older or a prompted
