@@ -191,7 +191,7 @@ def test_accumulation_equals_a_larger_batch(tiny, tiny_model, tmp_path, options)
     assert max(value.abs().max() for value in wanted.values()) > 0.1
     for name, value in wanted.items():
         torch.testing.assert_close(got[name], value, atol=1e-6, rtol=1e-4)
-    assert same_loss == pytest.approx(loss, abs=1e-6 * loss)
+    assert same_loss == pytest.approx(loss, abs=1.1e-4)  # 38.5016, logged to six digits: one unit of the last
 
 
 def test_clips_of_a_step_do_not_depend_on_how_they_are_divided(tiny, tmp_path):
