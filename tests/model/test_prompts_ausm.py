@@ -188,6 +188,11 @@ def test_pieces_without_a_mark_are_left_out(tiny_model):
     frame = SimpleNamespace(stride_4=drawn)
     (mask,) = refine_signals(model, frame, [fill_box(SIZE, (12, 12, 20, 20))])
     assert mask[20, 20] and mask.sum() < 600 and not mask[50:].any()
+    # A box holds one object: of pieces of 4 x 4 and 4 x 3 cells the larger, unless a scribble is in both.
+    box = (0, 0, 85, 80)
+    for prompt, both in ((ObjectPrompt(box=box), False), (ObjectPrompt(box=box, scribble=((16, 16), (77, 60))), True)):
+        (mask,) = refine_signals(model, frame, [fill_box(SIZE, box)], [prompt])
+        assert mask[16, 16] and mask[60, 77] == both
 
 
 def two_halves() -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .history_ausm import binarize
-from .masks_ausm import marked_pieces
+from .masks_ausm import main_piece, marked_pieces
 from .pixels_ausm import AusmFrameFeatures
 
 SIGNAL_RADIUS = 0.025  # of a stamped point and of a scribble's line, as a share of the frame's shorter side
@@ -221,7 +221,8 @@ def refine_signals(
     Objects' masks from their mask signals: for each one pass over the frame, with a history that holds nothing but its
     signal, so that an object's mask is the same whatever else is marked, up to the pixels that two of them claim.
     A mask that has something of its signal, but is wrong at a point, is corrected around it, see [`heed_points`]. Of
-    several pieces those are left that have something of the signal.
+    several pieces those are left that have something of the signal; of those in a box, which holds one object, the
+    largest.
 
     Args:
         model ([`AusmForUniversalSegmentation`]): The network.
@@ -246,7 +247,10 @@ def refine_signals(
             scale = torch.tensor([signal.shape[1], signal.shape[0]], device=maps.device)
             points = torch.tensor(prompt.points, dtype=torch.float32, device=maps.device) / scale
             logits = heed_points(logits, frame.levels[0][0].float(), points, torch.tensor(prompt.labels) > 0)
-        logits = marked_pieces(logits, mask > 0)
+        marked = mask > 0
+        if prompt.box and not (prompt.points or prompt.scribble):
+            marked = main_piece(torch.where(marked, logits, -logits.abs())) > 0
+        logits = marked_pieces(logits, marked)
         logits = F.interpolate(logits[None, None], signal.shape, mode="bilinear")[0, 0]
         reach = prompt.reach((signal.shape[0], signal.shape[1])).to(maps.device)
         answers.append(logits.masked_fill(~reach, -torch.inf))
