@@ -180,6 +180,13 @@ def test_what_is_marked_after_it_was_found_is_as_good_as_if_it_had_been_marked_a
     assert outputs[3].scores.item() == pytest.approx(0.9 * label)
 
 
+def test_a_saved_stream_knows_how_good_its_objects_are(tmp_path):
+    session = AusmInferenceSession(seed=0)
+    session.objects = [FollowedObject(1, slot=2, prompted=False, absent_frames=3, quality=0.7)]
+    session.save(tmp_path / "stream.safetensors")
+    assert AusmInferenceSession.load(tmp_path / "stream.safetensors").objects == session.objects
+
+
 def test_label_set_is_the_one_asked_for():
     assert play([({}, [A])], AusmInferenceSession(label_set="ships"))[2][0].labels == ["tug"]
 
