@@ -110,7 +110,9 @@ def test_frames_are_encoded_ahead(tiny_model, tiny_checkpoint, moving_square, en
     segment = VideoSegmentationPipeline(tiny_model, processor=processor, device="cpu")
     results = segment(frames, prompts={"masks": masks[0]})
     assert len(encoding_threads) == 6 and threading.main_thread() not in encoding_threads
-    assert as_arrays(segment(iter(frames), prompts={"masks": masks[0]})) == as_arrays(results)
+    alone = segment(iter(frames), prompts={"masks": masks[0]})
+    for frame, same in zip(as_arrays(alone), as_arrays(results), strict=True):  # but for rounding: fewer threads
+        assert frame == [(i, label, pytest.approx(score, abs=1e-6), mask) for i, label, score, mask in same]
     assert set(encoding_threads[6:]) == {threading.main_thread()}
 
 

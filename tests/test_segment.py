@@ -34,6 +34,13 @@ def same(one, other):
     assert all(np.array_equal(a.masks, b.masks) and np.array_equal(a.frame, b.frame) for a, b in zip(one, other))
 
 
+def same_but_for_rounding(one, other):
+    """With another number of threads torch adds in another order."""
+    for a, b in zip(one, other, strict=True):
+        assert a.index == b.index and np.array_equal(a.masks, b.masks) and np.array_equal(a.frame, b.frame)
+        assert a.objects == [item | {"score": pytest.approx(item["score"], abs=1e-6)} for item in b.objects]
+
+
 def renumbered(results, index):
     return [FrameSegments(index(r.index), r.time, r.frame, r.masks, r.objects) for r in results]
 
@@ -44,11 +51,11 @@ def test_frames_are_encoded_ahead(run, moving_square, encoding_threads, five_thr
     results = run(frames, masks=masks[2], prompt_frame=2, backward=True)
     assert len(encoding_threads) == 7 and threading.main_thread() not in encoding_threads
     torch.set_num_threads(1)
-    same(results, run(frames, masks=masks[2], prompt_frame=2, backward=True))
+    same_but_for_rounding(results, run(frames, masks=masks[2], prompt_frame=2, backward=True))
     assert set(encoding_threads[7:]) == {threading.main_thread()}
     torch.set_num_threads(5)
     encoding_threads.clear()
-    same(run(iter(list(frames)), masks=masks[0]), run(frames, masks=masks[0]))
+    same_but_for_rounding(run(iter(list(frames)), masks=masks[0]), run(frames, masks=masks[0]))
     assert set(encoding_threads[:6]) == {threading.main_thread()}
     assert threading.main_thread() not in encoding_threads[6:]
 

@@ -175,10 +175,10 @@ def test_rng_states_come_back(tmp_path):
 
 @pytest.mark.parametrize("options", [(), ("mode=iterative",), ("carried_state=3",)], ids=["", "iterative", "carried"])
 def test_accumulation_equals_a_larger_batch(tiny, tiny_model, tmp_path, options):
-    """Although the clips have one to three objects, each of them away in some frames."""
+    """Although the clips have one to three objects, each of them away in some frames. In float64, but for what is float32 within."""
 
     def gradients_and_loss(output_dir, *division):
-        network = copy.deepcopy(tiny_model).train().requires_grad_(True)
+        network = copy.deepcopy(tiny_model).double().train().requires_grad_(True)
         plain = ("optim.clip_grad_norm=null", "data.size=[64, 64]", "optim.max_steps=1")
         recipe = tiny.make_recipe(output_dir, *plain, *division, *options)
         train(recipe, model=network, dataset=tiny.TinyClips(size=64), collator=tiny.collate)
