@@ -52,7 +52,7 @@ def test_track_by_masks(client, clip_file, first_masks, moving_square):
         np.testing.assert_array_equal(np.array(Image.open(file)), moving_square[1][0] * 3)
     assert [item["id"] for item in json.loads(Path(objects).read_text())["objects"]] == [3]
     assert json.loads(Path(coco).read_text())["images"][5]["height"] == 48
-    assert len(json.loads(Path(youtube_vis).read_text())[0]["segmentations"]) == 6
+    assert len(json.loads(Path(youtube_vis).read_text())["annotations"][0]["segmentations"]) == 6
     assert table[0]["id"] == 3 and len(table[0]["areas"]) == 6
     video = video["video"] if isinstance(video, dict) else video
     assert Path(video).read_bytes()[4:8] == b"ftyp"

@@ -52,8 +52,10 @@ def test_files_of_a_followed_object(network, clip, moving_square, tmp_path):
     assert coco["categories"] == [{"id": 1, "name": "my dog"}]
     first = next(item for item in coco["annotations"] if item["image_id"] == 1)
     np.testing.assert_array_equal(rle_tools.decode(first["segmentation"]) == 1, mask)
-    (track,) = json.loads((tmp_path / "run" / "youtube_vis.json").read_text())
-    assert len(track["segmentations"]) == 6
+    data = json.loads((tmp_path / "run" / "youtube_vis.json").read_text())
+    assert data["categories"] == coco["categories"] and data["videos"][0]["length"] == 6
+    (track,) = data["annotations"]
+    np.testing.assert_array_equal(rle_tools.decode(track["segmentations"][0]) == 1, mask)
     video = read_video(tmp_path / "run" / "overlay.mp4")
     assert (video.size, len(list(video))) == ((48, 64), 6)
     assert len(result.key_frames()) == 6

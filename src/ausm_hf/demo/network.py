@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..export import ObjectsJsonWriter, PngMaskWriter, to_coco, to_youtube_vis
+from ..export import ObjectsJsonWriter, PngMaskWriter, to_coco, to_youtube_vis_data
 from ..model.prompts_ausm import ObjectPrompt, refine_signals, signal_of_marks
 from ..segment import segment_video
 from ..video import VideoWriter
@@ -220,7 +220,7 @@ def _pack(folder: Path):
         for path in sorted((folder / "masks").iterdir()):
             archive.write(path, f"masks/{path.name}")
     (folder / "coco.json").write_text(json.dumps(to_coco(folder / "objects.json")))
-    (folder / "youtube_vis.json").write_text(json.dumps(to_youtube_vis(folder / "objects.json")))
+    (folder / "youtube_vis.json").write_text(json.dumps(to_youtube_vis_data(folder / "objects.json")))
 
 
 def show_alone(clip: Clip, result: Result, object_id: int) -> tuple[Path, list[Path]]:
