@@ -340,11 +340,13 @@ def test_gradient_checkpointing_changes_nothing():
         ({"switch_frames": [torch.tensor([0, 3, 6]), torch.tensor([1])]}, "must lie in 0 .. 5"),
         ({"id_slots": [torch.tensor([0, 0, 1]), torch.tensor([1])]}, "must differ"),
         ({"label_sets": ["shapes", "colours"]}, "`label_set` must be one of"),
+        ({"label_sets": ["shapes"]}, "`label_sets` needs one entry per clip: 2, got 1"),
+        ({"mask_labels": None}, "want `mask_labels` too"),
         (
             {"mask_labels": [torch.zeros(7, 5, 64, 64)] * 2, "switch_frames": None, "id_slots": None},
             "only 6 ID vectors",
         ),
-        ({"frame": torch.zeros(3, 64, 64), "inference_session": object()}, "give the next `frame` and no"),
+        ({"frame": torch.zeros(3, 64, 64), "inference_session": object()}, "give the next `frame`, no"),
         ({"pixel_values_videos": None}, "Give `pixel_values_videos`"),
     ],
 )

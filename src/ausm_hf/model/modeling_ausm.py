@@ -569,9 +569,24 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         Raises:
             ValueError: If arguments are missing, do not fit together, or have wrong shapes.
         """
+        of_labels = (
+            class_labels,
+            switch_frames,
+            id_slots,
+            history_masks,
+            prompt_masks,
+            label_sets,
+            exhaustive,
+            detect,
+        )
+        of_labels = (*of_labels, annotated_frames, ignore_masks, num_instances)
+        if mask_labels is None and any(argument is not None for argument in of_labels):
+            raise ValueError("Arguments about labels, from `class_labels` to `ignore_masks`, want `mask_labels` too.")
         if inference_session is not None:
-            if frame is None or pixel_values_videos is not None:
-                raise ValueError("With `inference_session` give the next `frame` and no `pixel_values_videos`.")
+            if frame is None or pixel_values_videos is not None or mask_labels is not None:
+                raise ValueError(
+                    "With `inference_session` give the next `frame`, no `pixel_values_videos`, no labels."
+                )
             if output_hidden_states or output_attentions:
                 raise ValueError("A stream gives no hidden states or attentions; `step` does.")
             return step_session(self, inference_session, frame)
@@ -593,14 +608,14 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             )
             return result if return_dict is not False else result.to_tuple()
 
+        names = [self.config.default_label_set] * len(mask_labels) if label_sets is None else label_sets
+        if len(names) != len(mask_labels):
+            raise ValueError(f"`label_sets` needs one entry per clip: {len(mask_labels)}, got {len(names)}.")
+        for name in names:
+            if name is not None:
+                self._class_head(name)
         instances = pad_instances(
-            pixel_values_videos,
-            mask_labels,
-            class_labels,
-            history_masks,
-            annotated_frames,
-            ignore_masks,
-            prompt_masks,
+            pixel_values_videos, mask_labels, class_labels, history_masks, annotated_frames, ignore_masks, prompt_masks
         )
         plan: TeacherForcing = plan_teacher_forcing(
             instances,
@@ -621,10 +636,6 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             return_dict=True,
             **recording,
         )
-        names = [self.config.default_label_set] * len(mask_labels) if label_sets is None else label_sets
-        for name in names:
-            if name is not None:
-                self._class_head(name)
         predictions = self.layer_predictions(output)
         loss, loss_dict = self.criterion(predictions, instances, plan, names, generator, num_instances)
         result = AusmForUniversalSegmentationOutput(
