@@ -52,7 +52,7 @@ class DataRecipe:
         size: (height, width) of a clip, multiples of 32.
         batch_size: clips per process and forward pass.
         workers: processes that prepare clips; 0 prepares them in the training process.
-        max_objects: most objects in a clip of `sources`; more are ignored.
+        max_objects: most objects in a clip of `sources`, at least 4 (up to three are pasted); more are ignored.
     """
 
     mixture: str | None = None
@@ -163,8 +163,9 @@ class Recipe:
         _check_range("eval_every", self.eval_every, 0)
         if self.ema_decay is not None:
             _check_range("ema_decay", self.ema_decay, 0, 1)
-        for key in ("batch_size", "num_frames", "max_objects"):
+        for key in ("batch_size", "num_frames"):
             _check_range(f"data.{key}", getattr(self.data, key), 1)
+        _check_range("data.max_objects", self.data.max_objects, 4)
         _check_range("data.workers", self.data.workers, 0)
         _check_range("optim.max_steps", self.optim.max_steps, 1)
         _check_range("optim.warmup_steps", self.optim.warmup_steps, 0)
