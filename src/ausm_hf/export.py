@@ -1,6 +1,6 @@
 """Results to files while they come: indexed PNG, overlay video, JSON with run-length masks; COCO and YouTube-VIS.
 
-All writers are used alike, and each output appears complete or not at all ([`~ausm_hf.video.WholeOrNothing`]):
+All writers are used alike, and each output appears complete or not at all ([`~ausm_hf.files.WholeOrNothing`]):
 
 ```python
 with PngMaskWriter("out/masks") as masks, ObjectsJsonWriter("out/objects.json") as objects_json:
@@ -32,11 +32,11 @@ from pathlib import Path
 from typing import TextIO
 
 import numpy as np
-from PIL import Image
 from pycocotools import mask as rle_tools
 
-from .video import VideoWriter, WholeOrNothing
-from .visualization import davis_palette, draw_overlay, object_labels
+from .files import WholeOrNothing
+from .video import VideoWriter
+from .visualization import draw_overlay, indexed_image, object_labels
 
 
 class _ResultWriter(WholeOrNothing):
@@ -103,13 +103,8 @@ class PngMaskWriter(_ResultWriter):
         low, high = (int(indexed_mask.min()), int(indexed_mask.max())) if indexed_mask.size else (0, 0)
         if low < 0 or high > 65535:
             raise ValueError(f"indexed_mask spans {low} to {high}; a PNG holds 0 to 65535")
-        if high > 255:
-            image = Image.fromarray(indexed_mask.astype(np.uint16))
-        else:
-            image = Image.fromarray(indexed_mask.astype(np.uint8))
-            image.putpalette(davis_palette().tobytes())
         # A third larger than by default, and five times as fast.
-        image.save(self.partial / f"{frame_index:05d}.png", compress_level=3)
+        indexed_image(indexed_mask).save(self.partial / f"{frame_index:05d}.png", compress_level=3)
 
     def _publish(self):
         # A folder with files in it can't be replaced in one go, so the old one steps aside first.

@@ -14,10 +14,10 @@ import os
 import torch
 from torch import Tensor, nn
 
+from .files import WholeOrNothing
 from .model.history_ausm import AusmHistory
 from .model.modeling_ausm import FRAME_DIVISOR, AusmForUniversalSegmentation
 from .model.processing_ausm import AusmProcessor
-from .video import WholeOrNothing
 
 
 class StreamingStep(nn.Module):
@@ -129,11 +129,6 @@ def export_step(step: StreamingStep, height: int, width: int) -> torch.export.Ex
         return torch.export.export(step, tuple(inputs.values()), strict=False)
 
 
-class _OnnxWriter(WholeOrNothing):
-    def _start(self):
-        pass
-
-
 def export_onnx(
     model: AusmForUniversalSegmentation,
     processor: AusmProcessor,
@@ -161,7 +156,7 @@ def export_onnx(
     input_names = list(step.first_inputs(height, width))
     import onnxscript  # noqa: F401  torch would miss it only after minutes of work
 
-    with _OnnxWriter(path) as writer:
+    with WholeOrNothing(path) as writer:
         program = torch.onnx.export(
             export_step(step, height, width),
             input_names=input_names,

@@ -7,9 +7,7 @@ than the frame at hand and what the decoder looks ahead; only [`VideoSource.back
 import glob
 import os
 import re
-import shutil
 import sys
-import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import suppress
@@ -23,6 +21,8 @@ from typing import Any, cast
 import av
 import numpy as np
 from PIL import Image, ImageOps
+
+from .files import WholeOrNothing
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 STREAM_SCHEMES = tuple(f"{x}://" for x in ("http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "srt", "tcp", "udp"))
@@ -426,81 +426,6 @@ def _as_array(frame: av.VideoFrame) -> np.ndarray:
 def _is_tensor(x) -> bool:
     torch = sys.modules.get("torch")  # who holds a tensor has imported torch; nobody else should wait for it
     return torch is not None and isinstance(x, torch.Tensor)
-
-
-class WholeOrNothing:
-    """Base of all that writes results: used in `with`, the output appears under `path` at the end, or not at all.
-
-    Work goes to a hidden sibling `.NAME.partial-xxxxxxxx.SUFFIX`. When the block ends well it takes the place of
-    `path` and of what may have been there; when it ends in an exception it is removed, and `path` is as it was.
-    Missing parent folders are made, and on an exception removed again. Of several outputs that belong together, call
-    `finish` on each before the blocks end: what can go wrong has then happened before the first of them appears.
-
-    Subclasses fill in `_start` (open `self.partial`), `_finish` (complete it) and `_release` (close it, however the
-    block ended; may be called after `_finish`).
-    """
-
-    _makes_folder = False
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self.partial: Path = None  # type: ignore[assignment]  # there is one inside the block only
-        if self.path.exists() and self.path.is_dir() != self._makes_folder:
-            is_one, wanted = ("file", "folder") if self._makes_folder else ("folder", "file")
-            raise ValueError(f"path {str(path)!r} is a {is_one}; wanted is a {wanted} to write")
-
-    def __enter__(self):
-        self._finished = False
-        self._made = [parent for parent in self.path.absolute().parents if not parent.exists()]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.partial = self.path.with_name(f".{self.path.stem}.partial-{uuid.uuid4().hex[:8]}{self.path.suffix}")
-        try:
-            self._start()
-        except BaseException:
-            self._clean_up()
-            raise
-        return self
-
-    def __exit__(self, exception_type, exception, traceback):
-        try:
-            if exception_type is None:
-                self.finish()
-                self._publish()
-        finally:
-            self._clean_up()
-
-    def finish(self) -> None:
-        """Completes the output, still under its hidden name; nothing more can be written."""
-        if not self._finished:
-            self._finish()
-            self._finished = True
-
-    def _publish(self):
-        os.replace(self.partial, self.path)
-
-    def _clean_up(self):
-        self._release()
-        if self.partial.is_dir():
-            shutil.rmtree(self.partial)
-        else:
-            self.partial.unlink(missing_ok=True)
-        self.partial = None  # type: ignore[assignment]
-        for parent in self._made:
-            with suppress(OSError):  # not empty: it holds results
-                parent.rmdir()
-
-    def _check_open(self):
-        if self.partial is None or self._finished:
-            raise ValueError(f"{type(self).__name__} writes only inside its `with` block and before it is finished")
-
-    def _start(self):
-        raise NotImplementedError
-
-    def _finish(self):
-        pass
-
-    def _release(self):
-        pass
 
 
 class VideoWriter(WholeOrNothing):

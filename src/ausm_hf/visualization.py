@@ -24,6 +24,19 @@ def davis_palette() -> np.ndarray:
     return palette
 
 
+def indexed_image(masks: np.ndarray) -> Image.Image:
+    """Masks as an image whose pixels are their ids, as DAVIS stores them: with its palette, or 16 bits above 255.
+
+    Args:
+        masks: integers (H, W), 0 to 65535.
+    """
+    if masks.max(initial=0) > 255:
+        return Image.fromarray(masks.astype(np.uint16))
+    image = Image.fromarray(masks.astype(np.uint8))
+    image.putpalette(davis_palette().tobytes())
+    return image
+
+
 def color_of(object_id: int) -> tuple[int, int, int]:
     """The RGB colour in which an object is drawn. Ids above 255 take the colours of 1 to 255 again; 0 is black."""
     return tuple(davis_palette()[_palette_index(np.asarray(object_id))].tolist())

@@ -11,12 +11,13 @@ from PIL import Image
 from pycocotools import mask as rle_tools
 
 from ..data.clips import encode_rle, load_frames, load_masks
+from ..files import WholeOrNothing
 from ..visualization import contact_sheet, draw_overlay
 from .benchmarks import PROTOCOLS, Benchmark
 from .metrics import load_metric
 from .metrics.jf import ObjectScore, SequenceScorer, report_problems, summarize
 from .metrics.video_ap import MEASURES
-from .runner import frame_name, has_mask_folders, has_truth, id_offset, whole_file
+from .runner import frame_name, has_mask_folders, has_truth, id_offset
 from .score import format_table, read_mask
 from .submission import read_track_list
 from .vis import score_tracks
@@ -229,8 +230,8 @@ def _plot_j_over_time(path: Path, scores: dict[str, dict[str, dict[int, ObjectSc
         axes.set(xlabel="annotated frame", ylabel="J", ylim=(0, 1))
         axes.set_title(f"{benchmark.name} {benchmark.split}, {benchmark.mode}: {measure}")
         axes.legend(fontsize="small", loc="lower left")
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120)
+    with WholeOrNothing(path) as file:
+        figure.savefig(file.partial, dpi=120)
 
 
 def _write_contact_sheet(output: Path, benchmark: Benchmark, per_video: dict[str, float], measure: str) -> None:
@@ -256,8 +257,8 @@ def _write_contact_sheet(output: Path, benchmark: Benchmark, per_video: dict[str
             pictures.append(_small_overlay(frame, _true_masks(benchmark, index[name], t, frame)))
             titles.append(f"{name}: truth")
     sheet = contact_sheet(pictures, SHEET_FRAMES, titles, f"{benchmark.name} {benchmark.split}, {benchmark.mode}")
-    with whole_file(output / "contact_sheet.png") as partial:
-        sheet.save(partial)
+    with WholeOrNothing(output / "contact_sheet.png") as file:
+        sheet.save(file.partial)
 
 
 def _small_overlay(frame: np.ndarray, masks: np.ndarray) -> np.ndarray:

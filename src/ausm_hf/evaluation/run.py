@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from ..files import WholeOrNothing
 from ..segment import load_model
 from .benchmarks import PROTOCOLS, Benchmark, load_benchmark
 from .report import write_report
-from .runner import Inference, whole_file, write_masks, write_tracks
+from .runner import Inference, write_masks, write_tracks
 
 
 def evaluate(
@@ -123,8 +124,8 @@ def evaluate(
     results = {"settings": settings, **write_report(output, found)}
     if not results["scores"]:
         write_submission(output, found)
-    with whole_file(output / "results.json") as partial:
-        partial.write_text(json.dumps(results, indent=2) + "\n")
+    with WholeOrNothing(output / "results.json") as file:
+        file.partial.write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -174,8 +175,8 @@ def _claim(output: Path, settings: dict, benchmark: Benchmark, resume: bool) -> 
     folder.mkdir(parents=True, exist_ok=True)
     for unfinished in folder.glob(".*.partial-*"):  # see `WholeOrNothing`; a run that was killed leaves some
         shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
-    with whole_file(noted) as partial:
-        partial.write_text(json.dumps(settings, indent=2) + "\n")
+    with WholeOrNothing(noted) as file:
+        file.partial.write_text(json.dumps(settings, indent=2) + "\n")
     return {row["video_id"] for row in benchmark.rows if not benchmark.place(output, row).exists()}
 
 

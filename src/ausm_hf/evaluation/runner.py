@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +13,11 @@ from PIL import Image
 
 from ..data.clips import load_frames, load_masks
 from ..export import ObjectsJsonWriter
+from ..files import WholeOrNothing
 from ..model.modeling_ausm import AusmForUniversalSegmentation
 from ..model.processing_ausm import AusmProcessor
 from ..segment import FrameSegments, segment_video
-from ..video import WholeOrNothing
-from ..visualization import davis_palette
+from ..visualization import indexed_image
 
 # Four overlapping views of 90% of an image: (left, top) as a fraction of what lies outside of a view.
 TRAVERSAL = ((0, 0), (1, 0), (1, 1), (0, 1))
@@ -203,12 +200,7 @@ class MaskFolder(WholeOrNothing):
         self._check_open()
         path = self.partial / f"{name}.png"
         path.parent.mkdir(exist_ok=True)
-        if masks.max(initial=0) > 255:
-            image = Image.fromarray(masks.astype(np.uint16))
-        else:
-            image = Image.fromarray(masks.astype(np.uint8))
-            image.putpalette(davis_palette().tobytes())
-        image.save(path)
+        indexed_image(masks).save(path)
 
     def keep_best(self, weights: dict[int, float], number: int) -> None:
         """Leaves only the ids of the highest weights, if there are more than `number`, and numbers them from 1."""
@@ -260,31 +252,20 @@ def write_tracks(
 ) -> None:
     """Runs the model over one video and writes its objects as an [`~ausm_hf.export.ObjectsJsonWriter`] does."""
     played: list[int] = []
-    with whole_file(path) as partial:
-        with ObjectsJsonWriter(partial, row["video_id"]) as writer:
+    with WholeOrNothing(path) as file:
+        with ObjectsJsonWriter(file.partial, row["video_id"]) as writer:
             for t, result in predict_video(row, model, processor, inference):
                 writer.write(len(played), result.frame, result.masks, result.objects)
                 played.append(t)
         if played != sorted(played):  # the last pass went backward
-            content = json.loads(partial.read_text())
+            content = json.loads(file.partial.read_text())
             for item in content["objects"]:
                 segments = {played[int(number)]: segment for number, segment in item["segmentations"].items()}
                 item["segmentations"] = {str(t): segments[t] for t in sorted(segments)}
                 item["first_frame"], item["last_frame"] = min(segments), max(segments)
-            partial.write_text(json.dumps(content) + "\n")
+            file.partial.write_text(json.dumps(content) + "\n")
 
 
 def frame_name(row: dict, t: int) -> str:
     """Name of frame `t` without its suffix, which predictions share."""
     return Path(row["frames"][t]["path"]).stem
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write a file under; the file gets its own name when the block ends well, and else is removed."""
-    partial = path.with_name(f".{path.stem}.partial-{uuid.uuid4().hex[:8]}{path.suffix}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -8,13 +8,13 @@ prediction has are left aside: ground truth may be sparse.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from ..files import WholeOrNothing
 from .metrics.jf import COUNT_FROM, MODES, SequenceScorer, report_problems, summarize
 
 
@@ -153,9 +153,8 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     if args.json:
-        temporary = args.json.with_name(args.json.name + ".part")
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
-        os.replace(temporary, args.json)
+        with WholeOrNothing(args.json) as file:
+            file.partial.write_text(json.dumps(summary, indent=2) + "\n")
     print(format_table(summary))
 
 

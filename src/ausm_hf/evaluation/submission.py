@@ -7,8 +7,8 @@ import zipfile
 from pathlib import Path
 
 from ..export import to_youtube_vis
+from ..files import WholeOrNothing
 from .benchmarks import Benchmark
-from .runner import whole_file
 
 
 def write_track_list(output: Path, benchmark: Benchmark) -> Path:
@@ -40,8 +40,8 @@ def write_track_list(output: Path, benchmark: Benchmark) -> Path:
             }
             for track in listed
         ]
-    with whole_file(output / "tracks.json") as partial:
-        partial.write_text(json.dumps(listed))
+    with WholeOrNothing(output / "tracks.json") as file:
+        file.partial.write_text(json.dumps(listed))
     return output / "tracks.json"
 
 
@@ -74,8 +74,8 @@ def write_submission(output: Path, benchmark: Benchmark) -> Path:
     Returns:
         The file.
     """
-    with whole_file(output / "submission.zip") as partial:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+    with WholeOrNothing(output / "submission.zip") as file:
+        with zipfile.ZipFile(file.partial, "w", zipfile.ZIP_DEFLATED) as archive:
             if benchmark.annotations is not None:
                 prefix = f"detections_{benchmark.split}_ausm_" if benchmark.name == "coco" else ""
                 archive.write(output / "tracks.json", f"{prefix}results.json")

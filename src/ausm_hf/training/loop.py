@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ausm_hf.data.labels import LABEL_SETS
+from ausm_hf.files import WholeOrNothing
 from ausm_hf.model.configuration_ausm import AusmConfig
 from ausm_hf.model.image_processing_ausm import AusmImageProcessor
 from ausm_hf.model.loss_ausm import count_targets
@@ -475,9 +476,8 @@ def _to_device(value: Any, device: torch.device) -> Any:
 
 
 def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with WholeOrNothing(path) as file:
+        file.partial.write_text(text)
 
 
 class _Log:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ausm_hf.files import WholeOrNothing
 from ausm_hf.model.modeling_ausm import AusmForUniversalSegmentation
 from ausm_hf.model.prompts_ausm import history_mask
 from ausm_hf.visualization import contact_sheet, draw_overlay
@@ -46,10 +46,8 @@ class SampleWriter:
             for masks in (truth, predicted):
                 rows += [draw_overlay(image, _ids(masks[:, t])) for t, image in enumerate(images)]
         path = Path(output_dir) / "samples" / f"step-{step:08d}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name(f".{path.name}.part")
-        contact_sheet(rows, columns=len(images)).save(temporary, format="JPEG", quality=90)
-        os.replace(temporary, path)
+        with WholeOrNothing(path) as file:
+            contact_sheet(rows, columns=len(images)).save(file.partial, quality=90)
         every = torch.cat(scores)
         return {"sample_iou": every.mean().item()} if len(every) else {}
 

@@ -1,0 +1,87 @@
+"""Files and folders that are written whole or not at all."""
+
+import os
+import shutil
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+
+class WholeOrNothing:
+    """What is written to `partial` within its `with` block appears under `path` at the end, or not at all.
+
+    `partial` is a hidden sibling, `.NAME.partial-xxxxxxxx.SUFFIX`. When the block ends well it takes the place of
+    `path` and of what may have been there; when it ends in an exception it is removed, and `path` is as it was.
+    Missing parent folders are made, and on an exception removed again. Of several outputs that belong together, call
+    `finish` on each before the blocks end: what can go wrong has then happened before the first of them appears.
+
+    Subclasses, the writers of results, fill in `_start` (open `self.partial`), `_finish` (complete it) and `_release`
+    (close it, however the block ended; may be called after `_finish`).
+
+    ```python
+    with WholeOrNothing("out/results.json") as file:
+        file.partial.write_text(content)
+    ```
+    """
+
+    _makes_folder = False
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.partial: Path = None  # type: ignore[assignment]  # there is one inside the block only
+        if self.path.exists() and self.path.is_dir() != self._makes_folder:
+            is_one, wanted = ("file", "folder") if self._makes_folder else ("folder", "file")
+            raise ValueError(f"path {str(path)!r} is a {is_one}; wanted is a {wanted} to write")
+
+    def __enter__(self):
+        self._finished = False
+        self._made = [parent for parent in self.path.absolute().parents if not parent.exists()]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.partial = self.path.with_name(f".{self.path.stem}.partial-{uuid.uuid4().hex[:8]}{self.path.suffix}")
+        try:
+            self._start()
+        except BaseException:
+            self._clean_up()
+            raise
+        return self
+
+    def __exit__(self, exception_type, exception, traceback):
+        try:
+            if exception_type is None:
+                self.finish()
+                self._publish()
+        finally:
+            self._clean_up()
+
+    def finish(self) -> None:
+        """Completes the output, still under its hidden name; nothing more can be written."""
+        if not self._finished:
+            self._finish()
+            self._finished = True
+
+    def _publish(self):
+        os.replace(self.partial, self.path)
+
+    def _clean_up(self):
+        self._release()
+        if self.partial.is_dir():
+            shutil.rmtree(self.partial)
+        else:
+            self.partial.unlink(missing_ok=True)
+        self.partial = None  # type: ignore[assignment]
+        for parent in self._made:
+            with suppress(OSError):  # not empty: it holds results
+                parent.rmdir()
+
+    def _check_open(self):
+        if self.partial is None or self._finished:
+            raise ValueError(f"{type(self).__name__} writes only inside its `with` block and before it is finished")
+
+    def _start(self):
+        pass
+
+    def _finish(self):
+        pass
+
+    def _release(self):
+        pass
