@@ -96,13 +96,30 @@ def test_session_takes_its_frames_one_at_a_time(processor):
 
 
 def test_wrong_videos_for_a_session(processor):
-    for video, message in [([], "at least one frame"), ("clip.mp4", "decode a file first"), (3, "iterable of frames")]:
+    for video, message in [
+        ([], "at least one frame"),
+        ("clip.mp4", "decode a file first"),
+        (3, "iterable of frames"),
+        (VIDEO[0], "4 axes"),
+    ]:
         with pytest.raises(ValueError, match=message):
             processor.init_video_session(video=video)
     session = processor.init_video_session(video=[VIDEO[0], noise(20, 31, 3)])
     next(session.video)
-    with pytest.raises(ValueError, match=r"\(20, 31\) \(height, width\) for frame 1"):
-        next(session.video)
+    for _ in range(2):  # it is never passed over
+        with pytest.raises(ValueError, match=r"\(20, 31\) \(height, width\) for frame 1"):
+            next(session.video)
+
+
+def test_several_ids_of_any_kind(processor):
+    session = processor.init_video_session(video=VIDEO)
+    processor.add_inputs_to_inference_session(session, 0, range(4, 6), np.stack([MASK, MASK])[:, None])
+    assert list(session.prompts[0]) == [4, 5]
+    session.remove_object(torch.tensor(4))
+    assert list(session.prompts[0]) == [5]
+    with pytest.raises(ValueError, match=r"below 2\*\*30, got 1073741824"):
+        processor.add_inputs_to_inference_session(session, 0, 2**30, MASK)
+    assert processor.init_video_session(find_new_objects=np.bool_(True)).find_new_objects is True
 
 
 @pytest.mark.parametrize(

@@ -418,9 +418,9 @@ def test_more_prompts_than_id_vectors():
         (0, [1], [torch.ones(16, 24)], "frame_idx must be an integer of at least 1"),
         ("1", [1], [torch.ones(16, 24)], "frame_idx must be an integer"),
         (9, [1], [torch.ones(16, 24)], "frame_idx must be below 9"),
-        (1, [0], [torch.ones(16, 24)], "obj_ids must be positive integers, got 0"),
-        (1, ["cat"], [torch.ones(16, 24)], "obj_ids must be positive integers, got 'cat'"),
-        (1, [True], [torch.ones(16, 24)], "obj_ids must be positive integers, got True"),
+        (1, [0], [torch.ones(16, 24)], r"obj_ids must be positive integers below 2\*\*30, got 0"),
+        (1, ["cat"], [torch.ones(16, 24)], r"obj_ids must be positive integers below 2\*\*30, got 'cat'"),
+        (1, [True], [torch.ones(16, 24)], r"obj_ids must be positive integers below 2\*\*30, got True"),
         (1, [], [], "at least one object"),
         (1, [2, 2], [torch.ones(16, 24)] * 2, "each one once"),
         (1, [1], [torch.ones(24, 16)], r"size of the video, \(16, 24\)"),
@@ -476,7 +476,7 @@ def test_wrong_propagation():
     with pytest.raises(ValueError, match="prompts of frame 1"):
         propagate_in_video_iterator(model, prompted, 2)
     running = session()
-    step_session(model, running, FRAME)
+    next(propagate_in_video_iterator(model, running))
     with pytest.raises(ValueError, match="at least 1, the next frame"):
         propagate_in_video_iterator(model, running, 0)
 
@@ -516,6 +516,100 @@ def test_frames_one_by_one_equal_a_video(tiny_model, moving_square):
         assert torch.equal(output.pred_masks, expected.pred_masks) and output.object_ids == expected.object_ids == [1]
     with pytest.raises(ValueError, match="size of the frames before it"):
         tiny_model(inference_session=streamed, frame=torch.zeros(3, 64, 64))
+
+
+@pytest.mark.parametrize("what", ["the step", "reading"])
+def test_what_fails_at_a_frame_of_the_video_goes_on_with_that_frame(tiny_model, moving_square, monkeypatch, what):
+    frames, masks = moving_square
+    processor = AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64}))
+    failures = iter([2])
+
+    class Video:
+        index = -1
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            if what == "reading" and self.index == next(failures, None):
+                raise OSError("away for a moment")
+            self.index += 1
+            if self.index == len(frames):
+                raise StopIteration
+            return frames[self.index]
+
+    def outputs(video, session=None):
+        if session is None:
+            session = processor.init_video_session(video=video, seed=1)
+            processor.add_inputs_to_inference_session(session, 0, 1, masks[0])
+        return session, tiny_model.propagate_in_video_iterator(session)
+
+    wanted = list(outputs(list(frames))[1])
+    session, iterator = outputs(Video())
+    got = [next(iterator)]
+    if what == "the step":
+        step = tiny_model.step
+
+        def interrupted(*arguments, **named):
+            monkeypatch.setattr(tiny_model, "step", step)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(tiny_model, "step", interrupted)
+    with pytest.raises((OSError, KeyboardInterrupt)):
+        for output in iterator:
+            got.append(output)
+            failures = iter([session.next_frame_idx - 1])
+    got += outputs(None, session)[1]
+    assert [output.frame_idx for output in got] == list(range(6))
+    assert all(torch.equal(a.pred_masks, b.pred_masks) for a, b in zip(got, wanted, strict=True))
+
+
+def test_frames_from_elsewhere_are_refused_by_a_session_with_a_video(tiny_model, moving_square):
+    processor = AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64}))
+    session = processor.init_video_session(video=moving_square[0])
+    with pytest.raises(ValueError, match="made with a video"):
+        tiny_model(inference_session=session, frame=processor(images=moving_square[0][0])["pixel_values"])
+    assert [output.frame_idx for output in tiny_model.propagate_in_video_iterator(session)] == list(range(6))
+
+
+def test_a_failed_step_draws_nothing(tiny_model, moving_square):
+    frames, masks = moving_square
+    processor = AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64}))
+    frame = processor(images=frames[0])["pixel_values"]
+    slots = []
+    for fails in (False, True):
+        session = processor.init_video_session(seed=1)
+        processor.add_inputs_to_inference_session(session, 0, 1, masks[0], original_size=(48, 64))
+        if fails:
+            with pytest.raises(ValueError, match="label_set"):
+                tiny_model.step_sessions([session, processor.init_video_session(label_set="none")], [frame] * 2)
+        tiny_model(inference_session=session, frame=frame)
+        slots.append(session.objects[0].slot)
+    assert slots[0] == slots[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(tiny_model, moving_square, dtype):
+    frames, masks = moving_square
+    processor = AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64}))
+
+    def outputs():
+        session = processor.init_video_session(video=frames, seed=1, find_new_objects=True, foreground_threshold=0.01)
+        points = {"input_points": [[[20, 20], [60, 40]]], "input_labels": [[1, 0]]}
+        processor.add_inputs_to_inference_session(session, 0, 8, **points)
+        processor.add_inputs_to_inference_session(session, 1, 9, input_boxes=[8, 8, 30, 30])
+        return list(tiny_model.propagate_in_video_iterator(session))
+
+    wanted = outputs()
+    try:
+        torch.set_default_dtype(dtype)
+        got = outputs()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(wanted, got, strict=True):
+        assert a.object_ids == b.object_ids
+        for one, other in ((a.pred_masks, b.pred_masks), (a.scores, b.scores)):
+            assert torch.equal(one, other) and other.dtype == torch.float32
 
 
 def test_history_has_a_constant_size(tiny_model, moving_square, monkeypatch):

@@ -1,7 +1,8 @@
 """Videos and prompts in, masks out."""
 
 import operator
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -99,8 +100,8 @@ class AusmProcessor(ProcessorMixin):
         Args:
             video (*optional*):
                 Its frames, for `model.propagate_in_video_iterator`: an array `(T, H, W, C)`, a tensor `(T, C, H, W)`
-                or any iterable of frames. They are taken and preprocessed one at a time. Leave it out to hand the
-                frames to the model as they come.
+                or any iterable of frames. They are taken and preprocessed one at a time; one that can't be read or
+                segmented stays the next. Leave it out to hand the frames to the model as they come.
             inference_device (`str` or `torch.device`, *optional*, defaults to `"cpu"`), dtype (`torch.dtype`,
                 *optional*, defaults to `torch.float32`):
                 Where and as what the video's frames are prepared; the model moves them to itself.
@@ -120,13 +121,18 @@ class AusmProcessor(ProcessorMixin):
                 raise ValueError(
                     f"video must be an array, a tensor or an iterable of frames, got {video!r}; decode a file first"
                 )
+            if isinstance(video, (np.ndarray, torch.Tensor)) and video.ndim != 4:
+                raise ValueError(
+                    f"video must have 4 axes if it is an array or a tensor, got shape {tuple(video.shape)}"
+                )
             num_frames = len(video) if isinstance(video, Sized) else None
             iterator = iter(video)
             first = next(iterator, None)
             if first is None:
                 raise ValueError("video must have at least one frame, got none")
             height, width = frame_to_tensor(first).shape[-2:]
-            frames = self._prepare_frames(chain([first], iterator), (height, width), inference_device, dtype)
+            prepare = partial(self._prepare, size=(height, width), device=inference_device, dtype=dtype)
+            frames = _PreparedFrames(chain([first], iterator), prepare)
         return AusmInferenceSession(
             video=frames,
             num_frames=num_frames,
@@ -139,15 +145,14 @@ class AusmProcessor(ProcessorMixin):
             keep_results=keep_results,
         )
 
-    def _prepare_frames(self, frames, size: tuple[int, int], device, dtype) -> Iterator[torch.Tensor]:
-        for frame_idx, frame in enumerate(frames):
-            tensor = frame_to_tensor(frame).to(device)
-            if tuple(tensor.shape[-2:]) != size:
-                raise ValueError(
-                    f"video must have frames of one size, got {tuple(tensor.shape[-2:])} (height, width) for frame "
-                    f"{frame_idx} after {size}"
-                )
-            yield self.image_processor(tensor)["pixel_values"][0].to(dtype)
+    def _prepare(self, frame_idx: int, frame: Any, size: tuple[int, int], device, dtype) -> torch.Tensor:
+        tensor = frame_to_tensor(frame).to(device)
+        if tuple(tensor.shape[-2:]) != size:
+            raise ValueError(
+                f"video must have frames of one size, got {tuple(tensor.shape[-2:])} (height, width) for frame "
+                f"{frame_idx} after {size}"
+            )
+        return self.image_processor(tensor)["pixel_values"][0].to(dtype)
 
     def add_inputs_to_inference_session(
         self,
@@ -186,7 +191,7 @@ class AusmProcessor(ProcessorMixin):
             frame_idx (`int`, *optional*):
                 The frame that the prompts belong to: the next one of the stream, which is the default, or a later one.
             obj_ids (`int` or `list[int]`):
-                What to call the objects: positive integers, each once.
+                What to call the objects: positive integers below 2**30, each once.
             input_masks (array, tensor, PIL image or a list of them, one per object, *optional*):
                 Masks of shape `(height, width)`, also with leading axes of 1, at the video's own size. Zero outside
                 the object and one other value inside it. They stand alone.
@@ -221,7 +226,7 @@ class AusmProcessor(ProcessorMixin):
         if obj_ids is None:
             raise ValueError("obj_ids must be given: a positive integer for each object, got None")
         obj_ids = np.asarray(obj_ids).tolist() if isinstance(obj_ids, (np.ndarray, torch.Tensor)) else obj_ids
-        obj_ids = [_as_int(x) for x in (obj_ids if isinstance(obj_ids, (list, tuple)) else [obj_ids])]
+        obj_ids = [_as_int(x) for x in (obj_ids if isinstance(obj_ids, (list, tuple, range)) else [obj_ids])]
         masks = [None] * len(obj_ids) if input_masks is None else _as_masks(input_masks, len(obj_ids))
         boxes = _per_object("input_boxes", input_boxes, len(obj_ids), 1)
         points = _per_object("input_points", input_points, len(obj_ids), 2)
@@ -270,6 +275,24 @@ class AusmProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["pixel_values_videos", "original_sizes", *self.image_processor.model_input_names]
+
+
+class _PreparedFrames:
+    """Frames of a video, prepared as they are asked for. One that can't be read or prepared stays the next."""
+
+    def __init__(self, frames: Iterator, prepare: Callable[[int, Any], torch.Tensor]):
+        self.frames, self.prepare = enumerate(frames), prepare
+        self.coming: tuple[int, Any] | None = None
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        if self.coming is None:
+            self.coming = next(self.frames)
+        prepared = self.prepare(*self.coming)
+        self.coming = None
+        return prepared
 
 
 def _as_batch(videos: Any, masks: Any) -> tuple[list, list | None]:
@@ -331,7 +354,7 @@ def _as_size(size: Any) -> tuple[int, int]:
 
 def _as_masks(masks: Any, number: int) -> list[torch.Tensor]:
     """One mask per object: a list, or an array of as many as there are objects, or a single mask."""
-    if isinstance(masks, (np.ndarray, torch.Tensor)) and masks.ndim == 3 and len(masks) == number:
+    if isinstance(masks, (np.ndarray, torch.Tensor)) and masks.ndim >= 3 and len(masks) == number:
         masks = list(masks)
     masks = list(masks) if isinstance(masks, (list, tuple)) else [masks]
     if len(masks) != number:

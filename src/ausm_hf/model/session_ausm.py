@@ -25,7 +25,9 @@ from .prompts_ausm import ObjectPrompt
 @dataclass
 class AusmVideoSegmentationOutput(ModelOutput):
     """
-    The objects of one streamed frame, all lists in the same order. An object that is not in the frame is not listed.
+    The objects of one streamed frame, all lists in the same order. A found object that is not in the frame is not
+    listed; a marked one always is, with an empty mask (and not in what
+    [`~AusmProcessor.post_process_instance_segmentation`] makes of it).
 
     Args:
         object_ids (`list[int]`):
@@ -36,7 +38,7 @@ class AusmVideoSegmentationOutput(ModelOutput):
             logit, if that is positive, see [`~AusmProcessor.post_process_instance_segmentation`].
         scores (`torch.FloatTensor` of shape `(num_objects,)`):
             Foreground probability in this frame times class probability, of found objects also times the quality of
-            their first mask; 1 where a prompt introduces an object.
+            their first mask; 1 where a prompt introduces an object while the stream runs.
         labels (`list[str | None]`):
             Most probable class of each object over the frames so far. `None` on the frame where a prompt introduces
             an object while the stream runs: the network answers for it from the next frame on.
@@ -67,7 +69,7 @@ class FollowedObject:
         object_id (`int`): What the user calls it; negative for a bystander.
         slot (`int`): Its row in the buffer of ID vectors.
         prompted (`bool`): Given by the user: never thresholded, never forgotten.
-        absent_frames (`int`): For how many frames, up to now, it has not been seen.
+        absent_frames (`int`): For how many frames, up to now, it has not been seen; 0 for what is `prompted`.
         class_votes (`torch.FloatTensor` of shape `(num_labels,)`, *optional*): Sum over the frames of foreground x
             class probabilities: their mean in which a frame counts by how sure the object is in it. None before the
             network has answered for the object.
@@ -146,11 +148,12 @@ class AusmInferenceSession:
         if foreground_threshold is not None and not 0 <= foreground_threshold <= 1:
             raise ValueError(f"foreground_threshold must be in 0..1, got {foreground_threshold}")
         self.video = iter(video) if video is not None else None
+        self.video_frame: torch.Tensor | None = None  # taken from the video, and not segmented yet
         self.num_frames = num_frames
         self.video_height = video_height
         self.video_width = video_width
         self.foreground_threshold = None if foreground_threshold is None else float(foreground_threshold)
-        self.find_new_objects = find_new_objects
+        self.find_new_objects = None if find_new_objects is None else bool(find_new_objects)
         self.label_set = label_set
         # A generator of its own, so that a saved stream goes on as it would have.
         self.generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
@@ -190,7 +193,7 @@ class AusmInferenceSession:
 
         Args:
             frame_idx (`int`, *optional*): Index of the frame, `next_frame_idx` or later; `next_frame_idx` if `None`.
-            obj_ids (`list[int]`): Positive ids, each once.
+            obj_ids (`list[int]`): Positive ids below 2**30, each once.
             prompts (`list[ObjectPrompt]`): One for each id.
             video_size (`tuple[int, int]`): Height and width of the frames before preprocessing.
 
@@ -208,8 +211,8 @@ class AusmInferenceSession:
         if self.num_frames is not None and frame_idx >= self.num_frames:
             raise ValueError(f"frame_idx must be below {self.num_frames}, the length of the video, got {frame_idx}")
         for object_id in obj_ids:
-            if type(object_id) is not int or object_id < 1:
-                raise ValueError(f"obj_ids must be positive integers, got {object_id!r}")
+            if type(object_id) is not int or not 1 <= object_id < 2**30:  # maps of ids are int32; found objects follow
+                raise ValueError(f"obj_ids must be positive integers below 2**30, got {object_id!r}")
         if not obj_ids or len(set(obj_ids)) != len(obj_ids):
             raise ValueError(f"obj_ids must name at least one object and each one once, got {obj_ids}")
         expected = {
@@ -239,6 +242,8 @@ class AusmInferenceSession:
             ValueError: if there is no such object now.
         """
         known = sorted({*self.obj_ids, *(x for given in self.prompts.values() for x in given)})
+        if isinstance(obj_id, torch.Tensor):  # equal to an integer, but another key of a dict
+            obj_id = int(obj_id)
         if obj_id not in known:
             raise ValueError(f"obj_id must be one of the objects followed now, {known}, got {obj_id!r}")
         staying = [column for column, followed in enumerate(self.objects) if followed.object_id != obj_id]

@@ -102,8 +102,24 @@ def step_sessions(
             f"sessions must be one or more, each once, with one frame each, got {len(sessions)} sessions "
             f"({len({id(session) for session in sessions})} different) and {len(frames)} frames"
         )
+    if any(session.video is not None and frame is not session.video_frame for session, frame in zip(sessions, frames)):
+        raise ValueError(
+            "inference_session was made with a video, whose frames propagate_in_video_iterator takes; one that is to "
+            "be given its frames is made without"
+        )
     inputs = _encoded_frames(model, sessions, frames)
+    generators = [session.generator.get_state() for session in sessions]
+    try:
+        return _step_sessions(model, sessions, inputs)
+    except BaseException:
+        for session, state in zip(sessions, generators):
+            session.generator.set_state(state)
+        raise
 
+
+def _step_sessions(
+    model, sessions: list[AusmInferenceSession], inputs: list[AusmFrameFeatures]
+) -> list[AusmVideoSegmentationOutput]:
     # Prompts for the first frame are M_0: that frame is itself predicted from them.
     masks = {i: _prompt_masks(model, s, inputs[i], {}) for i, s in enumerate(sessions) if s.history is None}
     objects: list[list[FollowedObject]] = [list(session.objects) for session in sessions]
@@ -257,10 +273,11 @@ def propagate_in_video_iterator(
 
 def _propagate(model, session, start, max_frames, show_progress_bar) -> Iterator[AusmVideoSegmentationOutput]:
     while session.next_frame_idx < start:
-        if next(session.video, None) is None:
+        if _video_frame(session) is None:
             raise ValueError(
                 f"start_frame_idx must be at most {session.next_frame_idx}, the video's length, got {start}"
             )
+        session.video_frame = None
         session.next_frame_idx += 1
     total = max_frames
     if session.num_frames is not None:
@@ -269,12 +286,19 @@ def _propagate(model, session, start, max_frames, show_progress_bar) -> Iterator
     with logging.tqdm(total=total, desc="propagate in video", disable=not show_progress_bar) as progress:
         done = 0
         while max_frames is None or done < max_frames:
-            frame = next(session.video, None)
+            frame = _video_frame(session)
             if frame is None:
                 return
             yield step_session(model, session, frame)
             progress.update()
             done += 1
+
+
+def _video_frame(session: AusmInferenceSession) -> torch.Tensor | None:
+    """The video's next frame, `None` at its end. It stays the next until it is segmented, should that fail."""
+    if session.video_frame is None:
+        session.video_frame = next(session.video, None)
+    return session.video_frame
 
 
 def _encoded_frames(
@@ -546,7 +570,7 @@ def _finish(
     session.objects = objects
     session.slots_held_until |= {x.slot: session.next_frame_idx for x in objects}
     session.find_new_objects = find_new_objects
-    session.frame_size = frame.size
+    session.frame_size, session.video_frame = frame.size, None
     session.prompts.pop(session.next_frame_idx, None)
     asked_for = [x for x in objects if x.object_id in logits and not x.is_bystander]
     theirs = [masks[x.object_id] for x in objects if x.object_id in logits and x.is_bystander]
@@ -629,7 +653,7 @@ def _describe(session, seen, logits, scores, prompts, labels, size) -> AusmVideo
     return AusmVideoSegmentationOutput(
         object_ids=[x.object_id for x in seen],
         pred_masks=pred_masks,
-        scores=torch.tensor(object_scores, device=pred_masks.device),
+        scores=torch.tensor(object_scores, dtype=torch.float32, device=pred_masks.device),
         labels=[labels[label_id] if label_id >= 0 else None for label_id in label_ids],
         label_ids=label_ids,
         prompted=[x.prompted for x in seen],
