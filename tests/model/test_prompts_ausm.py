@@ -179,6 +179,19 @@ def test_refined_masks_come_from_a_history_of_one_signal_alone_and_do_not_overla
     assert refine_signals(model, frame, []) == [] and len(calls) == 2
 
 
+def test_what_is_marked_twice_has_its_mask_twice(tiny_model):
+    drawn = torch.full((1, 1, 16, 24), -3.0)
+    drawn[..., 2:6, 2:6] = 3.0
+    model = SimpleNamespace(
+        step=lambda frame, history: SimpleNamespace(masks_queries_logits=drawn), init_history=tiny_model.init_history
+    )
+    prompt = ObjectPrompt(box=(0, 0, 85, 80))
+    first, second = refine_signals(
+        model, SimpleNamespace(stride_4=drawn), [fill_box(SIZE, prompt.box)] * 2, [prompt] * 2
+    )
+    assert first.any() and first.equal(second)
+
+
 def test_pieces_without_a_mark_are_left_out(tiny_model):
     drawn = torch.full((1, 1, 16, 24), -3.0)
     drawn[..., 2:6, 2:6] = drawn[..., 10:14, 14:20] = 3.0

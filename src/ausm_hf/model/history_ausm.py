@@ -508,7 +508,7 @@ class AusmAppearance(nn.Module):
         memories = []
         for t in range(frames):
             known = memory[:, width:, -1:] > 0
-            weights = torch.where(known, 1 - self.FADING, 1.0)
+            weights = torch.where(known, memory.new_full((), 1 - self.FADING), 1.0)
             of_pixels = evenly[:, t].mT @ (holders[:, t] @ weights)  # (B, S, 1)
             products = (of_pixels * seen[:, t]).mT @ seen[:, t]
             memory = self.FADING * memory + torch.cat([products, weights * means[:, t]], dim=1)
@@ -516,7 +516,7 @@ class AusmAppearance(nn.Module):
 
         averages = torch.stack(memories, dim=1)
         targets = holders @ averages[:, :, width:]  # (B, T, n + 1, R)
-        ridge = self.RIDGE * torch.eye(width, device=looks.device)
+        ridge = self.RIDGE * torch.eye(width, dtype=looks.dtype, device=looks.device)
         products = (averages[:, :, :width] + ridge).flatten(0, 1)
         classifiers = solve(products, targets.mT.flatten(0, 1), self.SOLVER_STEPS).unflatten(0, (batch, frames))
         scores = (looks @ classifiers).mT  # 1 is wanted in the object, 0 elsewhere

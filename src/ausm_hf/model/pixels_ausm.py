@@ -279,7 +279,8 @@ class AusmQuerySelection(nn.Module):
         chosen = chosen[:, torch.arange(self.number, device=level.device) % chosen.shape[1]]
         positions = sine_positions((height, width), level.shape[1], level.device, level.dtype)
         tokens = to_tokens(level)
-        places = torch.stack([(chosen % width + 0.5) / width, (chosen // width + 0.5) / height], dim=-1)
+        columns, rows = (chosen % width).float(), (chosen // width).float()
+        places = torch.stack([(columns + 0.5) / width, (rows + 0.5) / height], dim=-1)
         return SelectedQueries(
             tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1])),
             positions[chosen],

@@ -39,7 +39,7 @@ def fill_box(size: tuple[int, int], box: Sequence[float] | Tensor) -> Tensor:
     height, width = size
 
     def covered(start: float, end: float, length: int) -> Tensor:
-        centres = torch.arange(length) + 0.5
+        centres = torch.arange(length, dtype=torch.float32) + 0.5
         inside = (centres >= start) & (centres <= end)
         return inside if inside.any() else torch.arange(length) == int((start + end) / 2)
 
@@ -231,15 +231,17 @@ def refine_signals(
         prompts (list of [`ObjectPrompt`], *optional*): What was marked of each: its points, and where it may be.
 
     Returns:
-        A list of `torch.BoolTensor` of the signals' size, in their order. They don't overlap: a pixel belongs to the
-        object of the highest logit.
+        A list of `torch.BoolTensor` of the signals' size, in their order. A pixel belongs to the object of the highest
+        logit. Only an object that would have nothing left where it is marked, as others claim it all, keeps its mask
+        whole.
     """
     if not signals:
         return []
     maps = frame.stride_4
     slots = torch.zeros(1, 1, dtype=torch.int64, device=maps.device)
+    prompts = prompts or len(signals) * [ObjectPrompt()]
     answers = []
-    for signal, prompt in zip(signals, prompts or len(signals) * [ObjectPrompt()]):
+    for signal, prompt in zip(signals, prompts):
         mask = history_mask(signal.to(maps.device), (maps.shape[-2], maps.shape[-1])).to(maps.dtype)
         history = model.init_history(1).replace_objects(slots, slots == 0, mask[None, None])
         logits = model.step(frame, history).masks_queries_logits[0, 0].float()
@@ -255,7 +257,9 @@ def refine_signals(
         reach = prompt.reach((signal.shape[0], signal.shape[1])).to(maps.device)
         answers.append(logits.masked_fill(~reach, -torch.inf))
     logits = torch.stack(answers)
-    return list((logits > 0) & (logits.argmax(0) == torch.arange(len(logits), device=logits.device)[:, None, None]))
+    whole = logits > 0
+    exclusive = whole & (logits.argmax(0) == torch.arange(len(logits), device=logits.device)[:, None, None])
+    return [mask if prompt.agrees(mask) else own for prompt, mask, own in zip(prompts, exclusive, whole)]
 
 
 def heed_points(logits: Tensor, features: Tensor, points: Tensor, labels: Tensor) -> Tensor:
@@ -275,7 +279,9 @@ def heed_points(logits: Tensor, features: Tensor, points: Tensor, labels: Tensor
     height, width = features.shape[1:]
     looks = features.flatten(1)
     looks = (looks - looks.mean(1, keepdim=True)) / (looks.std(1, keepdim=True) + 1e-6) / len(looks) ** 0.5
-    cells = torch.cartesian_prod(*(torch.arange(n, device=logits.device) + 0.5 for n in (height, width)))
+    cells = torch.cartesian_prod(
+        *(torch.arange(n, dtype=looks.dtype, device=logits.device) + 0.5 for n in (height, width))
+    )
     cells = torch.cat([looks.T / LOOK, cells / (PLACE * min(height, width))], dim=1)
     x, y = (points * points.new_tensor([width, height])).long().unbind(1)
     marked = cells[y.clamp(max=height - 1) * width + x.clamp(max=width - 1)]
@@ -283,10 +289,10 @@ def heed_points(logits: Tensor, features: Tensor, points: Tensor, labels: Tensor
     def alike(places: Tensor) -> Tensor:
         return (-torch.cdist(places, marked).square() / 2).exp()
 
-    given = torch.where(labels, 1.0, -1.0).to(logits.device)
+    given = 2 * labels.to(logits.device, logits.dtype) - 1
     said = F.grid_sample(logits[None, None], 2 * points[None, None] - 1, align_corners=False)[0, 0, 0]
     missing = given * (MARGIN - given * said).clamp(min=0)
-    noise = 0.05 * torch.eye(len(points), device=logits.device)
+    noise = 0.05 * torch.eye(len(points), dtype=logits.dtype, device=logits.device)
     change = alike(cells) @ torch.linalg.solve(alike(marked) + noise, missing)
     return logits + F.interpolate(change.view(1, 1, height, width), logits.shape, mode="bilinear")[0, 0]
 
@@ -299,9 +305,9 @@ def history_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 def _distance(size: tuple[int, int], points: Sequence | Tensor, line: bool) -> Tensor:
     """Distance of each pixel's centre to the nearest point, or to the line through the points; inf without points."""
     points = torch.as_tensor(points, dtype=torch.float32).reshape(-1, 2)
-    y = (torch.arange(size[0]) + 0.5)[:, None]
-    x = (torch.arange(size[1]) + 0.5)[None, :]
-    squared = torch.full(size, torch.inf)
+    y = (torch.arange(size[0], dtype=torch.float32) + 0.5)[:, None]
+    x = (torch.arange(size[1], dtype=torch.float32) + 0.5)[None, :]
+    squared = torch.full(size, torch.inf, dtype=torch.float32)
     starts, ends = (points[:-1], points[1:]) if line and len(points) > 1 else (points, points)
     for (x0, y0), (x1, y1) in zip(starts.tolist(), ends.tolist()):
         length = (x1 - x0) ** 2 + (y1 - y0) ** 2
