@@ -93,6 +93,15 @@ def test_every_kind_of_frame_gives_the_same(processor, tmp_path):
         assert out["original_sizes"] == [[40, 50]], kind
 
 
+def test_values_that_rounding_took_past_one():
+    white = torch.full((3, 90, 120), 1 + 2e-7)  # as torch resizes what is white
+    assert white.max() > 1
+    processor = AusmImageProcessor(size={"shortest_edge": 32}, do_normalize=False)
+    assert processor(white, device="cpu")["pixel_values"].max() == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"0\.\.1"):
+        processor(white + 0.01)
+
+
 def test_ambiguous_axes_are_last_in_arrays_and_first_in_tensors():
     frame = noise(3, 8, 4)
     assert frame_to_tensor(frame).shape == (3, 3, 8)
@@ -164,7 +173,7 @@ OVERLAPPING = [[[5, 5], [-5, -5]], [[7, 3], [2, -1]]]
 
 
 def test_map_gives_each_pixel_to_the_highest_logit(processor):
-    (result,) = processor.post_process_instance_segmentation(output(OVERLAPPING))
+    (result,) = processor.post_process_instance_segmentation((output(OVERLAPPING),))
     assert result["segmentation"].tolist() == [[8, 3], [8, 0]] and result["segmentation"].dtype == torch.int32
     assert result["segments_info"] == [
         {"id": 3, "label_id": 0, "label": "cat", "score": pytest.approx(0.9)},

@@ -74,6 +74,7 @@ class AusmImageProcessor(BaseImageProcessor):
         size: dict[str, int] | None = None,
         do_normalize: bool | None = None,
         return_tensors: str | None = None,
+        device: str | torch.device | None = None,
     ) -> BatchFeature:
         """
         Args:
@@ -86,6 +87,8 @@ class AusmImageProcessor(BaseImageProcessor):
                 In place of the processor's own.
             return_tensors (`str`, *optional*):
                 `"pt"` makes a tensor of `original_sizes` too, `"np"` makes numpy arrays of both.
+            device (`str` or `torch.device`, *optional*):
+                Where frames are prepared; where they are, or on the CPU, if not given.
 
         Returns:
             [`BatchFeature`] with `pixel_values`, a float32 tensor of shape `(B, 3, H, W)`, and `original_sizes`, the
@@ -95,6 +98,8 @@ class AusmImageProcessor(BaseImageProcessor):
             ValueError: for anything that is not a frame, and for frames that differ in size after resizing.
         """
         frames = [frame_to_tensor(image) for image in _flatten(images)]
+        if device is not None:
+            frames = [frame.to(device) for frame in frames]
         if not frames:
             raise ValueError("images is empty; wanted is at least one frame")
         do_resize = self.do_resize if do_resize is None else do_resize
@@ -118,8 +123,8 @@ class AusmImageProcessor(BaseImageProcessor):
             resized.append(values)
         pixel_values = torch.stack(resized)
         if do_normalize:
-            mean = torch.tensor(self.image_mean, device=pixel_values.device).view(3, 1, 1)
-            std = torch.tensor(self.image_std, device=pixel_values.device).view(3, 1, 1)
+            mean = pixel_values.new_tensor(self.image_mean).view(3, 1, 1)
+            std = pixel_values.new_tensor(self.image_std).view(3, 1, 1)
             pixel_values = (pixel_values - mean) / std
         return BatchFeature(
             {"pixel_values": pixel_values, "original_sizes": original_sizes}, tensor_type=return_tensors
@@ -183,7 +188,7 @@ class AusmImageProcessor(BaseImageProcessor):
         The objects of streamed frames. Object ids stay the same over the video.
 
         Args:
-            outputs ([`AusmVideoSegmentationOutput`] or a list of them):
+            outputs ([`AusmVideoSegmentationOutput`] or several of them, in a list for instance):
                 What the model returned for one frame or several.
             threshold (`float`, *optional*, defaults to 0.0):
                 Least score (foreground x class probability) of an object to be kept. Prompted objects always are.
@@ -203,7 +208,7 @@ class AusmImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: if there are not as many sizes as frames.
         """
-        outputs = outputs if isinstance(outputs, list) else [outputs]
+        outputs = [outputs] if hasattr(outputs, "pred_masks") else list(outputs)
         if target_sizes is None:
             target_sizes = [(output.pred_masks.shape[-2], output.pred_masks.shape[-1]) for output in outputs]
         if len(target_sizes) != len(outputs):
@@ -267,10 +272,11 @@ def frame_to_tensor(image: Any) -> torch.Tensor:
         raise ValueError(f"images holds a frame of shape {shape}, without pixels")
     if tensor.is_floating_point():
         low, high = tensor.aminmax()
-        if not (low >= 0 and high <= 1):
+        if not (low >= -1e-3 and high <= 1 + 1e-3):  # the slack is for rounding, of resized frames; NaN fails too
             raise ValueError(
                 f"images holds floating point values from {low:g} to {high:g}; wanted are values in 0..1, or uint8"
             )
+        tensor = tensor.clamp(0, 1)
     elif tensor.dtype != torch.uint8:
         raise ValueError(f"images holds values of dtype {tensor.dtype}; wanted is uint8, or floating point in 0..1")
     return tensor.expand(3, -1, -1) if tensor.shape[0] == 1 else tensor[:3]
@@ -311,7 +317,9 @@ def _segments(
 ) -> dict:
     device = output.pred_masks.device
     owner = torch.zeros(size, dtype=torch.int32, device=device)  # index into `kept`, from 1; 0 is background
-    highest = torch.zeros(size, device=device)  # logit 0: a pixel without a positive logit stays background
+    highest = torch.zeros(
+        size, dtype=torch.float32, device=device
+    )  # logit 0: a pixel without a positive logit stays background
     kept, masks = [], []
     # One object at a time: a hundred objects at full HD would take 800 MB at once.
     for i in range(len(output.object_ids)):
