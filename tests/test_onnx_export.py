@@ -1,5 +1,6 @@
 """The step as a graph of fixed shapes: torch.export, ONNX, and every slot in use or not."""
 
+import copy
 import itertools
 import json
 import subprocess
@@ -191,6 +192,12 @@ def test_bad_arguments_are_refused(arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         export_onnx(model, None, tmp_path / "x.onnx", **{"height": 64, "width": 96, **arguments})
     assert not list(tmp_path.iterdir())
+
+
+def test_the_step_is_where_the_model_is(tiny_model):
+    step = StreamingStep(copy.deepcopy(tiny_model).to("meta"))
+    assert {tensor.device.type for tensor in step.first_inputs(32, 64).values()} == {"meta"}
+    assert step.slots.device.type == "meta"
 
 
 def test_command_refuses_a_size_before_it_exports(tmp_path, capsys):

@@ -49,7 +49,7 @@ class StreamingStep(nn.Module):
             raise ValueError(f"label_set is {label_set!r}; wanted is one of {sorted(model.config.label_sets)}")
         self.model: AusmForUniversalSegmentation = model.eval()
         self.label_set = label_set
-        self.register_buffer("slots", torch.arange(num_slots)[None], persistent=False)
+        self.register_buffer("slots", torch.arange(num_slots, device=model.device)[None], persistent=False)
 
     def forward(
         self, pixel_values: Tensor, taken: Tensor, masks: Tensor, started: Tensor, features: Tensor, *states: Tensor

@@ -346,7 +346,7 @@ def test_gradient_checkpointing_changes_nothing():
             {"mask_labels": [torch.zeros(7, 5, 64, 64)] * 2, "switch_frames": None, "id_slots": None},
             "only 6 ID vectors",
         ),
-        ({"frame": torch.zeros(3, 64, 64), "inference_session": object()}, "give the next `frame`, no"),
+        ({"frame": torch.zeros(3, 64, 64), "inference_session": object()}, "give `frame`, no"),
         ({"pixel_values_videos": None}, "Give `pixel_values_videos`"),
     ],
 )

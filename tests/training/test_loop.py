@@ -175,7 +175,10 @@ def test_rng_states_come_back(tmp_path):
 
 @pytest.mark.parametrize("options", [(), ("mode=iterative",), ("carried_state=3",)], ids=["", "iterative", "carried"])
 def test_accumulation_equals_a_larger_batch(tiny, tiny_model, tmp_path, options):
-    """Although the clips have one to three objects, each of them away in some frames. In float64, but for what is float32 within."""
+    """
+    Although the clips have one to three objects, each of them away in some frames. The network is in float64: in
+    float32 rounding alone takes some processors past the tolerance.
+    """
 
     def gradients_and_loss(output_dir, *division):
         network = copy.deepcopy(tiny_model).double().train().requires_grad_(True)

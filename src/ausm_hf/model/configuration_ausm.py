@@ -182,7 +182,7 @@ class AusmConfig(PreTrainedConfig):
             COCO's by default, or one called "labels" with those of `id2label` or `num_labels` if these are given.
         default_label_set (`str`, *optional*):
             The label set used when none is asked for, the first one by default. Its labels are `id2label`: setting
-            `id2label` or `num_labels` replaces them.
+            `id2label` or `num_labels` replaces them; assign, editing the dict in place changes nothing.
         foreground_threshold (`float`, *optional*, defaults to 0.5):
             Foreground above which a detection becomes an object (the IoU that its mask may have), and below which a
             followed object that was not prompted counts as absent (the probability that it is there).

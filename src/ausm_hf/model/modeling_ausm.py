@@ -569,24 +569,13 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         Raises:
             ValueError: If arguments are missing, do not fit together, or have wrong shapes.
         """
-        of_labels = (
-            class_labels,
-            switch_frames,
-            id_slots,
-            history_masks,
-            prompt_masks,
-            label_sets,
-            exhaustive,
-            detect,
-        )
-        of_labels = (*of_labels, annotated_frames, ignore_masks, num_instances)
-        if mask_labels is None and any(argument is not None for argument in of_labels):
+        of_objects = (class_labels, switch_frames, id_slots, history_masks, prompt_masks, label_sets)
+        of_clips = (exhaustive, detect, annotated_frames, ignore_masks, num_instances)
+        if mask_labels is None and any(argument is not None for argument in of_objects + of_clips):
             raise ValueError("Arguments about labels, from `class_labels` to `ignore_masks`, want `mask_labels` too.")
         if inference_session is not None:
             if frame is None or pixel_values_videos is not None or mask_labels is not None:
-                raise ValueError(
-                    "With `inference_session` give the next `frame`, no `pixel_values_videos`, no labels."
-                )
+                raise ValueError("With `inference_session` give `frame`, no `pixel_values_videos` and no labels.")
             if output_hidden_states or output_attentions:
                 raise ValueError("A stream gives no hidden states or attentions; `step` does.")
             return step_session(self, inference_session, frame)
