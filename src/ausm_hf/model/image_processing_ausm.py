@@ -208,7 +208,8 @@ class AusmImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: if there are not as many sizes as frames.
         """
-        outputs = [outputs] if hasattr(outputs, "pred_masks") else list(outputs)
+        several: Any = [outputs] if hasattr(outputs, "pred_masks") else outputs
+        outputs = list(several)
         if target_sizes is None:
             target_sizes = [(output.pred_masks.shape[-2], output.pred_masks.shape[-1]) for output in outputs]
         if len(target_sizes) != len(outputs):

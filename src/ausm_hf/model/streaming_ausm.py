@@ -296,7 +296,7 @@ def _propagate(model, session, start, max_frames, show_progress_bar) -> Iterator
 
 def _video_frame(session: AusmInferenceSession) -> torch.Tensor | None:
     """The video's next frame, `None` at its end. It stays the next until it is segmented, should that fail."""
-    if session.video_frame is None:
+    if session.video_frame is None and session.video is not None:
         session.video_frame = next(session.video, None)
     return session.video_frame
 
