@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from vos_benchmark.benchmark import VideoEvaluator
 from ausm_hf.evaluation.metrics.video_ap import IOU_THRESHOLDS
 from ausm_hf.evaluation.score import score_folder
 from ausm_hf.evaluation.vis import score_tracks
+from ausm_hf.files import WholeOrNothing
 
 
 def blobs(frames: int, shape: tuple[int, int], objects: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -209,9 +209,8 @@ def main() -> None:
         frames = args.frames * (4 if name.startswith("AP") else 1)
         print(f"{name:<30}{tool:<20}{1000 * seconds / frames:>15.2f}{score:>12.6f}")
     content = [dict(zip(("input", "tool", "cpu_seconds", "score"), row)) for row in rows]
-    temporary = args.output.with_name(args.output.name + ".part")
-    temporary.write_text(json.dumps({"frames": args.frames, "rows": content}, indent=2) + "\n")
-    os.replace(temporary, args.output)
+    with WholeOrNothing(args.output) as file:
+        file.partial.write_text(json.dumps({"frames": args.frames, "rows": content}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

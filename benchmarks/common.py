@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from ausm_hf.files import WholeOrNothing
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -82,10 +84,8 @@ def print_table(rows: list[dict], columns: Iterable[str]) -> None:
 def write_results(name: str, rows: list[dict], folder: Path | None = None, **more) -> None:
     """`results/NAME.json`: rows, with the machine they were measured on. Written whole or not at all."""
     path = (folder or HERE / "results") / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({"machine": machine(), **more, "rows": rows}, indent=1) + "\n")
-    part.replace(path)
+    with WholeOrNothing(path) as file:
+        file.partial.write_text(json.dumps({"machine": machine(), **more, "rows": rows}, indent=1) + "\n")
 
 
 def plot_lines(name: str, lines: dict[str, tuple[list, list]], x_label: str, y_label: str, folder: Path | None = None):

@@ -12,7 +12,6 @@ Writes `labels.json` and prints a table.
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from ausm_hf.data.clips import load_frames, load_masks
 from ausm_hf.data.stills import stills
+from ausm_hf.files import WholeOrNothing
 from ausm_hf.segment import load_model
 
 SETS = ("coco_mval", "coco_mini", "street", "cats", "pennfudan", "people", "fashion")
@@ -62,10 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
         right = sum(true == given for true, given in pairs)
         content["sets"][name] = {"objects": len(pairs), "right": right}
         print(f"| {name} | {len(pairs)} | {100 * right / max(1, len(pairs)):.1f}% |", flush=True)
-    args.output.mkdir(parents=True, exist_ok=True)
-    partial = args.output / ".labels.json.part"
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, args.output / "labels.json")
+    with WholeOrNothing(args.output / "labels.json") as file:
+        file.partial.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

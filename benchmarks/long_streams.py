@@ -31,6 +31,7 @@ from tqdm import tqdm
 from ausm_hf.data.clips import load_frames, load_masks
 from ausm_hf.data.davis import davis
 from ausm_hf.evaluation.metrics.jf import region_similarity
+from ausm_hf.files import WholeOrNothing
 from ausm_hf.model.pipeline_ausm import start_session
 from ausm_hf.segment import load_model, segment_video
 
@@ -248,9 +249,8 @@ def main(arguments: list[str] | None = None) -> None:
     (args.output / "tables.md").write_text(tables(turns, summary))
     rounded = {name: np.round(j, 4).tolist() for name, j in scores.items()}
     content = {"times": args.times, "turns": turns, "j": rounded, "needle": summary, "needles": needles}
-    partial = args.output / ".long_streams.json.part"
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, args.output / "long_streams.json")
+    with WholeOrNothing(args.output / "long_streams.json") as file:
+        file.partial.write_text(json.dumps(content, indent=2) + "\n")
     print(tables(turns, summary))
 
 

@@ -42,6 +42,7 @@ from ausm_hf.data.davis import davis
 from ausm_hf.data.sampling import Cutout, cut_object, paste_object, paste_path
 from ausm_hf.data.stills import stills
 from ausm_hf.evaluation.metrics.jf import region_similarity, score_sequence
+from ausm_hf.files import WholeOrNothing
 from ausm_hf.segment import load_model, segment_video
 from ausm_hf.visualization import contact_sheet, draw_overlay
 
@@ -249,9 +250,8 @@ def main(arguments: list[str] | None = None) -> None:
     contact_sheet(drawn, SHEET_FRAMES, titles, "Pasted objects").save(args.output / "sheet.png")
     (args.output / "table.md").write_text(table(summary))
     content = {"model": args.model or "ausm-nano", "summary": summary, "objects": objects}
-    partial = args.output / ".pasted_objects.json.part"
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, args.output / "pasted_objects.json")
+    with WholeOrNothing(args.output / "pasted_objects.json") as file:
+        file.partial.write_text(json.dumps(content, indent=2) + "\n")
     print(table(summary))
 
 

@@ -17,7 +17,6 @@ what following gives. Prints a table and writes all numbers to a JSON file.
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +26,13 @@ from tqdm import tqdm
 
 from ausm_hf.data.clips import load_frames, load_masks
 from ausm_hf.data.davis import davis
+from ausm_hf.evaluation.metrics.jf import region_similarity
+from ausm_hf.files import WholeOrNothing
 from ausm_hf.model.prompts_ausm import fill_box
 from ausm_hf.segment import load_model
 
 CLICKS = (1, 3, 5)
 WAYS = ("mask", "box", "box, filled", *(f"{n} click{'s' * (n > 1)}" for n in CLICKS))
-
-
-def jaccard(mask: np.ndarray, true: np.ndarray) -> float:
-    union = (mask | true).sum()
-    return float((mask & true).sum() / union) if union else 1.0
 
 
 def next_click(mask: np.ndarray, true: np.ndarray) -> tuple[list[float], int] | None:
@@ -113,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
         with torch.no_grad():
             prompts = first_prompts(model, processor, frames[0], true[0])
         for way in tqdm(WAYS, row["video_id"]):
-            j = [jaccard(mask, t) for mask, t in zip(follow(model, processor, frames, prompts[way]), true)]
+            j = [region_similarity(mask, t) for mask, t in zip(follow(model, processor, frames, prompts[way]), true)]
             scores[way] = {"first": j[0], "followed": float(np.mean(j[1:-1])) if len(j) > 2 else None}
 
     def mean(way: str, key: str) -> float | None:
@@ -131,9 +127,8 @@ def main(arguments: list[str] | None = None) -> None:
         "mean": means,
         "sequences": sequences,
     }
-    partial = args.output.with_name(f".{args.output.name}.part")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, args.output)
+    with WholeOrNothing(args.output) as file:
+        file.partial.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

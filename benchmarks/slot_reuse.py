@@ -15,7 +15,6 @@ the first object that it covers, and its IoU with what it is without a past, mea
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from ausm_hf.data.clips import load_frames, load_masks
 from ausm_hf.data.davis import davis
+from ausm_hf.files import WholeOrNothing
 from ausm_hf.segment import load_model
 
 BEFORE, AFTER = 10, 5  # frames
@@ -106,9 +106,10 @@ def main(arguments: list[str] | None = None) -> None:
     for way in WAYS:
         means = [np.mean([of[way][key] for of in sequences.values()]) for key in ("share of the first", "IoU")]
         print(f"| {way} | " + " | ".join(f"{100 * mean:.1f}" for mean in means) + " |")
-    partial = args.output.with_name(f".{args.output.name}.part")
-    partial.write_text(json.dumps({"model": args.model or "ausm-nano", "sequences": sequences}, indent=2) + "\n")
-    os.replace(partial, args.output)
+    with WholeOrNothing(args.output) as file:
+        file.partial.write_text(
+            json.dumps({"model": args.model or "ausm-nano", "sequences": sequences}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from ausm_hf.data.clips import load_frames, load_masks
 from ausm_hf.data.labels import COCO_LABELS
 from ausm_hf.data.stills import stills
 from ausm_hf.evaluation.runner import Inference, predict_video
+from ausm_hf.files import WholeOrNothing
 from ausm_hf.segment import load_model
 
 SETS = ("coco_mini", "cats", "balloon", "fashion")
@@ -194,10 +195,8 @@ def main(arguments: list[str] | None = None) -> None:
         "class-agnostic": average_precision(photographs, False),
         "labels": right_labels(photographs),
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    partial = args.output / ".stills_ap.json.part"
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, args.output / "stills_ap.json")
+    with WholeOrNothing(args.output / "stills_ap.json") as file:
+        file.partial.write_text(json.dumps(content, indent=2) + "\n")
     print(f"{len(rows)} photographs, {content['objects']} objects\n")
     print(tables(content))
 

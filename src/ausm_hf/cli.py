@@ -229,7 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes an accelerator if any")
     added.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
 
-    added = command(demo, "Open a page in the browser: mark objects in your videos, or let them be found.")
+    added = command(demo, "Serve a page for the browser: mark objects in your videos, or let them be found.")
     added.add_argument("--model", metavar="ID_OR_PATH", help="checkpoint (default: the ausm-nano of the package)")
     added.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes an accelerator if any")
     added.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
