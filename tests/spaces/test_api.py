@@ -17,6 +17,7 @@ pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'ausm-h
 from gradio_client import Client, handle_file  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
+from ausm_hf.demo.api import read_prompts  # noqa: E402
 from ausm_hf.demo.unpack import Limits  # noqa: E402
 
 
@@ -61,6 +62,16 @@ def test_track_by_masks(client, clip_file, first_masks, moving_square):
 def test_find(client, clip_file):
     *_, table = client.predict(handle_file(clip_file), 0.01, 2, "pets", api_name="/find")
     assert table and {item["label"] for item in table} <= {"cat", "dog"}
+
+
+def test_names_are_one_line_of_a_length_that_can_be_drawn():
+    marks, names = read_prompts(
+        [
+            {"frame": 0, "object": n, "box": [1, 1, 9, 9], "name": name}
+            for n, name in enumerate([" a\n dog ", "x" * 40, " "])
+        ]
+    )
+    assert len(marks) == 3 and names == {0: "a dog", 1: "x" * 30}
 
 
 BAD = {

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..visualization import draw_overlay
 from .clips import Clip, Rooms, unpack_clip
-from .marks import MAX_MARKS, MAX_OBJECTS, Mark, masks_of_frame, read_mark
+from .marks import MAX_MARKS, MAX_OBJECTS, Mark, masks_of_frame, read_mark, read_name
 from .network import Network, Result
 from .unpack import Limits, Refused
 from .visits import check_find
@@ -138,8 +138,8 @@ def read_prompts(prompts) -> tuple[list[Mark], dict[int, str]]:
             if unknown := set(entry) - {"frame", "object", "name", "points", "box"}:
                 raise Refused(f"{wanted} There is no {sorted(map(str, unknown))[0]!r} in it.")
             frame, object_id = int(entry["frame"]), int(entry["object"])
-            if entry.get("name"):
-                names[object_id] = str(entry["name"])[:30]
+            if name := read_name(entry.get("name")):
+                names[object_id] = name
             contents = [
                 {"frame": frame, "kind": "point", "points": [[x, y]], "add": bool(on)}
                 for x, y, on in entry.get("points") or []

@@ -12,6 +12,7 @@ from .unpack import Refused
 MAX_OBJECTS = 10
 MAX_MARKS = 500
 MAX_STROKE = 2000  # points of one brush stroke
+MAX_NAME = 30  # letters of an object's name
 KINDS = ("point", "box", "paint")
 
 # (frame, prompts, known) -> masks: see `Network.refine`
@@ -57,6 +58,11 @@ class Mark:
         if self.kind == "box" and min(abs(a - b) for a, b in zip(*self.points)) < 1:
             raise Refused("The box is too small; draw it around the object, from one corner to the opposite one.")
         return self
+
+
+def read_name(text) -> str:
+    """An object's name on one line, cut to a length that can be drawn; empty for none."""
+    return " ".join(str(text or "").split())[:MAX_NAME]
 
 
 def read_mark(content: dict, object_id: int) -> Mark:

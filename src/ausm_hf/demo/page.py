@@ -15,7 +15,7 @@ from .api import add_api
 from .camera import see
 from .clips import Clip, Rooms
 from .examples import make_examples
-from .marks import MAX_OBJECTS, read_mark
+from .marks import MAX_NAME, MAX_OBJECTS, read_mark
 from .network import Network, News, Result, Stopped, data_url, show_alone
 from .unpack import Limits, Refused
 from .visits import Visit, Visits
@@ -119,7 +119,7 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
                         _choices(Visit(root)), value=1, label="Object to mark", elem_id="objects", scale=3
                     )
                     name = gr.Textbox(
-                        label="Its name", max_length=30, max_lines=1, scale=1, min_width=140, elem_id="name"
+                        label="Its name", max_length=MAX_NAME, max_lines=1, scale=1, min_width=140, elem_id="name"
                     )
                 with gr.Row():
                     add = gr.Button("Another object", min_width=120)

@@ -9,11 +9,9 @@ import numpy as np
 
 from ..visualization import draw_overlay
 from .clips import Clip, Rooms, touch, unpack_clip
-from .marks import MAX_MARKS, MAX_OBJECTS, Mark, masks_of_frame
+from .marks import MAX_MARKS, MAX_OBJECTS, Mark, masks_of_frame, read_name
 from .network import Network, News, Result, Stopped
 from .unpack import Limits, Refused
-
-MAX_NAME = 30  # letters
 
 
 @dataclass
@@ -98,7 +96,7 @@ class Visit:
         """Calls an object by a name; an empty one takes its name away. Raises Refused for an unknown object."""
         if object_id not in range(1, self.num_objects + 1):
             raise Refused(f"There is no object {object_id}.")
-        self.names[object_id] = " ".join(str(text).split())[:MAX_NAME]
+        self.names[object_id] = read_name(text)
         if not self.names[object_id]:
             del self.names[object_id]
 
