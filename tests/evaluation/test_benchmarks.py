@@ -110,7 +110,9 @@ def tiny(save_tiny):
 @pytest.fixture(scope="module")
 def davis2017(tmp_path_factory):
     root = tmp_path_factory.mktemp("davis2017")
-    return write_davis(root, 2017, {"bear": 5, "swan": 6, "train": 4}, (1, 2))
+    write_davis(root, 2017, {"bear": 5, "swan": 6, "train": 4}, (1, 2))
+    shutil.copytree(root / "Annotations", root / "Annotations_unsupervised")
+    return root
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -180,10 +182,15 @@ def test_unprompted_davis2017_keeps_as_many_tracks_as_the_official_tool_takes(da
 
 def test_davis2017_unsupervised_has_masks_of_its_own(davis2017, tmp_path):
     shutil.copytree(davis2017, tmp_path, dirs_exist_ok=True)
-    shutil.copytree(davis2017 / "Annotations", tmp_path / "Annotations_unsupervised")
     for mode, folder in (("prompted", "Annotations"), ("unprompted", "Annotations_unsupervised")):
         row = load_benchmark("davis2017", tmp_path, mode=mode).rows[0]
         assert row["annotations"][0]["path"] == str(tmp_path / folder / "480p" / "bear" / "00000.png")
+    shutil.rmtree(tmp_path / "Annotations_unsupervised")
+    with pytest.raises(ValueError, match="masks of DAVIS 2017, unprompted: .*Annotations_unsupervised doesn't"):
+        load_benchmark("davis2017", tmp_path, mode="unprompted")
+    (tmp_path / "ImageSets" / "2017" / "val.txt").rename(tmp_path / "ImageSets" / "2017" / "test-dev.txt")
+    (row, *_) = load_benchmark("davis2017", tmp_path, "test-dev", "unprompted").rows  # there is nothing to score by
+    assert row["annotations"][0]["path"] == str(tmp_path / "Annotations" / "480p" / "bear" / "00000.png")
 
 
 def test_best_tracks_are_kept_and_numbered_anew(tmp_path):
@@ -496,6 +503,14 @@ def write_coco(root: Path) -> Path:
             for category in [n]
         ],
     }  # fmt: skip
+    crowd = np.zeros((HEIGHT, WIDTH), np.uint8)
+    crowd[36:] = 1
+    content["annotations"].append(
+        {
+            "id": 3, "image_id": 9, "category_id": 102, "iscrowd": 1,
+            "segmentation": encode(crowd), "area": int(crowd.sum()), "bbox": [0, 36, WIDTH, HEIGHT - 36],
+        }
+    )  # fmt: skip
     (root / "annotations").mkdir()
     (root / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
     return root

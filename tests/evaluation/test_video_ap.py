@@ -382,8 +382,8 @@ def official_coco(evaluation: COCOeval) -> list[float]:
     return [*stats[:3], stats[6], stats[7]]
 
 
-def ours(results: list[dict], truth: dict) -> list[float]:
-    scored = score_tracks(results, truth)
+def ours(results: list[dict], truth: dict, images: bool = False) -> list[float]:
+    scored = score_tracks(results, truth, images)
     return [scored[measure] for measure in ("AP", "AP50", "AP75", "AR1", "AR10")]
 
 
@@ -412,9 +412,13 @@ def prepare(evaluation: COCOeval) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_equals_pycocotools_on_images(seed):
+@pytest.mark.parametrize("crowds", [False, True])
+def test_equals_pycocotools_on_images(seed, crowds):
     """Nothing of pycocotools changed: images with instances are videos of one frame."""
     results, truth = data_set(seed, frames=1)
+    if crowds:
+        for annotation in truth["annotations"][::3]:
+            annotation["iscrowd"] = 1
     results = [track for track in results if track["segmentations"][0]]  # pycocotools has no absent detections
     truth["annotations"] = [track for track in truth["annotations"] if track["segmentations"][0]]
     coco = COCO()
@@ -428,7 +432,7 @@ def test_equals_pycocotools_on_images(seed):
                 "category_id": a["category_id"],
                 "segmentation": a["segmentations"][0],
                 "area": a["areas"][0],
-                "iscrowd": 0,
+                "iscrowd": a["iscrowd"],
             }
             for a in truth["annotations"]
         ],
@@ -446,7 +450,8 @@ def test_equals_pycocotools_on_images(seed):
                 for r in results
             ]
         )
-    assert ours(results, truth) == pytest.approx(official_coco(COCOeval(coco, found, "segm")), abs=1e-6)
+    wanted = official_coco(COCOeval(coco, found, "segm"))
+    assert ours(results, truth, images=True) == pytest.approx(wanted, abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(4))

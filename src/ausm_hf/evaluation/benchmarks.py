@@ -67,10 +67,14 @@ class Protocol:
 def _davis(year: int) -> Callable:
     def index(root: str, split: str, mode: str) -> Iterable[dict]:
         from ..data.davis import davis
+        from ..data.mask_folders import need
 
-        folder = "Annotations_unsupervised" if year == 2017 and mode == "unprompted" else "Annotations"
-        if not (Path(root) / folder).is_dir():
-            folder = "Annotations"
+        folder = "Annotations"
+        if year == 2017 and mode == "unprompted":
+            unsupervised = Path(root) / "Annotations_unsupervised"
+            # The masks for prompts are of other objects: no score by them. Of test sets nothing but prompts is there.
+            if unsupervised.is_dir() or not split.startswith("test"):
+                folder = need(unsupervised, "masks of DAVIS 2017, unprompted").name
         return davis(root, year, split, annotations=folder)
 
     return index

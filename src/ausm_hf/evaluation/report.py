@@ -175,7 +175,8 @@ def _score_tracks(output: Path, benchmark: Benchmark) -> dict[str, dict]:
     if not content.get("annotations"):
         return {}
     tracks = read_track_list(output)
-    total = score_tracks(tracks, content)
+    images = benchmark.name == "coco"
+    total = score_tracks(tracks, content, images)
     names = {category["id"]: category["name"] for category in content["categories"]}
     total["categories"] = {names[number]: row for number, row in total["categories"].items()}
     predicted, true = defaultdict(list), defaultdict(list)
@@ -186,7 +187,7 @@ def _score_tracks(output: Path, benchmark: Benchmark) -> dict[str, dict]:
     total["videos"] = {}
     for row, video in zip(benchmark.rows, content["videos"]):
         of_video = {"videos": [video], "annotations": true[video["id"]], "categories": content["categories"]}
-        ap = score_tracks(predicted[video["id"]], of_video)["AP"]
+        ap = score_tracks(predicted[video["id"]], of_video, images)["AP"]
         if ap >= 0:  # -1: there is nothing to find
             total["videos"][row["video_id"]] = ap
     return {"AP": total}

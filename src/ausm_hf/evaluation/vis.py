@@ -9,7 +9,7 @@ from pycocotools import mask as mask_utils
 from .metrics.video_ap import VideoAP
 
 
-def score_tracks(results: str | Path | list[dict], annotations: str | Path | dict) -> dict:
+def score_tracks(results: str | Path | list[dict], annotations: str | Path | dict, images: bool = False) -> dict:
     """Video AP of results as the YouTube-VIS and OVIS servers take them.
 
     Args:
@@ -18,6 +18,8 @@ def score_tracks(results: str | Path | list[dict], annotations: str | Path | dic
         annotations (`str`, `Path` or `dict`): A JSON file or its content: `videos` (`id`, `height`, `width`, `length`
             or `file_names`), `categories` (`id`) and `annotations` (`id`, `video_id`, `category_id`, `segmentations`
             as above or polygons, optionally `iscrowd`).
+        images (`bool`, *optional*, defaults to `False`): The videos are images, scored as COCO does: see
+            [`~ausm_hf.evaluation.metrics.video_ap.VideoAP.result`].
 
     Returns:
         `dict`: `AP`, `AP50`, `AP75`, `AR1`, `AR10` and `categories`, see
@@ -57,7 +59,7 @@ def score_tracks(results: str | Path | list[dict], annotations: str | Path | dic
                 [_segment(index, track, t, video) for index, track in references],
                 fixed_categories=True,
             )
-    return scorer.result([category["id"] for category in truth["categories"]])
+    return scorer.result([category["id"] for category in truth["categories"]], images)
 
 
 def _content(source: str | Path | list | dict) -> Any:

@@ -2,7 +2,8 @@
 
 As YouTube-VIS defines it (Yang, Fan and Xu, "Video Instance Segmentation", ICCV 2019, section 3.2), which is COCO's
 definition with one change: the IoU of two tracks is the sum over frames of their intersections over the sum over
-frames of their unions. An image is a video of one frame, so this is COCO's mask AP too.
+frames of their unions. An image is a video of one frame, so this is COCO's mask AP too, but for groups: COCO asks how
+much of a detection lies within a group, where the tools for tracks ask for the IoU with it as with any other object.
 
 The numbers are those of pycocotools, and of TrackEval with the same thresholds. (TrackEval's own lie up to 4e-16 above
 0.85, 0.90 and 0.95, so that it rejects an IoU of exactly that, which pycocotools accepts.)
@@ -134,11 +135,12 @@ class VideoAP:
                         pair = predictions[row]["id"], references[column]["id"]
                         state.intersections[pair] += round(share * int(pred_areas[row]))
 
-    def result(self, categories: Sequence[int] | None = None) -> dict:
+    def result(self, categories: Sequence[int] | None = None, images: bool = False) -> dict:
         """Average precision and recall over everything added.
 
         Args:
             categories (`list[int]`, *optional*): Ids of all categories there are; other ids are then reported.
+            images (`bool`, *optional*, defaults to `False`): The videos are images: groups match as in COCO.
 
         Returns:
             `dict`: `AP` (mean over IoU thresholds 0.50, 0.55 ... 0.95 and over categories), `AP50`, `AP75`, `AR1` and
@@ -168,7 +170,7 @@ class VideoAP:
         found = sorted({track.category for state in videos for track in state.references.values()})
         per_category = {}
         for category in found:
-            measures = _category_ap([_match_video(state, category) for state in videos])
+            measures = _category_ap([_match_video(state, category, images) for state in videos])
             if measures is not None:
                 per_category[category] = measures
         rows = list(per_category.values())
@@ -176,7 +178,7 @@ class VideoAP:
         return {**mean, "categories": per_category}
 
 
-def _match_video(state: _Video, category: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+def _match_video(state: _Video, category: int, images: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Matches the tracks of one category in one video, best score first, each to the best track that is still free.
 
     Returns:
@@ -192,7 +194,7 @@ def _match_video(state: _Video, category: int) -> tuple[np.ndarray, np.ndarray, 
     for row, (pred_id, pred) in enumerate(predictions):
         for column, (gt_id, gt) in enumerate(references):
             intersection = state.intersections.get((pred_id, gt_id), 0)
-            union = pred.area + gt.area - intersection
+            union = pred.area if gt.crowd and images else pred.area + gt.area - intersection
             iou[row, column] = intersection / union if union else 0.0
 
     crowd = np.array([track.crowd for _, track in references], dtype=bool)

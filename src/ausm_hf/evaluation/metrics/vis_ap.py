@@ -9,8 +9,8 @@ from .video_ap import VideoAP
 _DESCRIPTION = """
 AP, AP50, AP75, AR1 and AR10 of video instance segmentation, as YouTube-VIS and OVIS define them: COCO's average
 precision, where detections are tracks and the IoU of two tracks is the sum over frames of their intersections over the
-sum over frames of their unions. With videos of one frame it is COCO's mask AP. The numbers equal those of pycocotools
-and TrackEval. Frames are reduced to numbers as they come: no video is kept.
+sum over frames of their unions. With videos of one frame it is COCO's mask AP (with groups, if `images` is said). The
+numbers equal those of pycocotools and TrackEval. Frames are reduced to numbers as they come: no video is kept.
 """
 
 _INPUTS = """
@@ -22,6 +22,7 @@ Args:
         is a group that is not scored.
     video: for each frame, the id of its video.
     categories (`compute` only): ids of all categories there are; others are then reported.
+    images (`compute` only): whether the videos are images; groups then match as in COCO, not as in YouTube-VIS.
 Returns:
     AP, AP50, AP75, AR1, AR10: fractions of 1, means over categories that have ground truth; -1 where none has.
     categories: the same for each of them.
@@ -71,5 +72,5 @@ class VisAp(StreamingMetric):
     def _add_frame(self, predictions, references, video):
         self._scorer.add(video, predictions, references)
 
-    def _result(self, categories=None):
-        return self._scorer.result(categories)
+    def _result(self, categories=None, images=False):
+        return self._scorer.result(categories, images)
