@@ -54,6 +54,20 @@ def test_names_of_videos(tmp_path, monkeypatch):
             find_videos(inputs)
 
 
+def test_results_are_no_videos(tmp_path, monkeypatch):
+    """The second run over the same pattern finds the same videos, wherever it writes to."""
+    make(tmp_path, "in/a.mp4", "in/b/c.mp4", "out/overlay.mp4", "out/in/a/overlay.mp4")
+    make(tmp_path, "in/a/overlay.mp4", "in/a/video.json", "shots/x/0.png", "shots/out/x/objects.json")
+    monkeypatch.chdir(tmp_path)
+    assert "out/overlay" in find_videos(["**/*.mp4"])
+    assert list(find_videos(["**/*.mp4"], "out")) == ["in/a.mp4", "in/a/overlay", "in/b/c"]  # of another one
+    assert list(find_videos(["in/**/*.mp4"], tmp_path / "in")) == ["a", "b/c"]
+    assert list(find_videos(["shots/*"], "shots/out")) == ["x"]  # folders of frames
+    assert list(find_videos(["out/overlay.mp4"], "out")) == ["overlay"]  # if it is named, it is meant
+    with pytest.raises(ValueError, match="matches no file"):
+        find_videos(["out/*.mp4", "o*/*.mp4"], "out/../out")
+
+
 def test_names_never_meet(tmp_path):
     make(tmp_path, "a.mp4", "a.mkv", "b.mp4", "b/c.mp4", "manifest.jsonl.mp4")
     assert list(find_videos([tmp_path / "**/*.m*"])) == ["a.mkv", "a.mp4", "b.mp4", "b/c", "manifest.jsonl.mp4"]
@@ -67,7 +81,10 @@ def test_one_or_many(tmp_path, monkeypatch):
     one = [["a.mp4"], ["*.png"], ["*.[pP]*"], ["b[1].mp4"], ["http://host/a?b=*"], ["camera:0"], ["-"]]
     monkeypatch.chdir(tmp_path)
     assert not any(map(are_many, one))
-    assert all(map(are_many, [["*.mp4"], ["a*"], ["a.mp4", "b[1].mp4"], ["*"], ["-", "a.mp4"]]))
+    many = [["*.mp4"], ["a*"], ["a.mp4", "b[1].mp4"], ["*"], ["-", "a.mp4"], ["0.png", "a.mp4"], ["0.png", "x/0.png"]]
+    assert all(map(are_many, many))
+    with pytest.raises(ValueError, match="2 images of the folder .*quote the pattern, or name the folder"):
+        are_many(["0.png", "1.PNG"])
 
 
 def test_results_and_manifest(tmp_path):
@@ -104,10 +121,31 @@ def test_again_only_what_is_new_or_mended(tmp_path):
     assert run() == ["done", "done", "failed"] and worked == ["b.mp4"]
     (tmp_path / "in/broken.mp4").write_text("mended")
     assert run() == ["done", "done", "done"] and worked == ["broken.mp4"]
+    (tmp_path / "in/a.mp4").write_text("other content")
+    assert run() == ["done", "done", "done"] and worked == ["a.mp4"]
+    assert (tmp_path / "out/a/deeper/copy.txt").read_text() == "OTHER CONTENT"
+    assert not list((tmp_path / "out/.ausm").glob("*.old"))
     (tmp_path / "in/a.mp4").unlink()
     assert run() == ["done", "done"]
     lines = (tmp_path / "out/manifest.jsonl").read_text().splitlines()
     assert [json.loads(line)["name"] for line in lines] == ["a", "b", "broken"]  # what was done stays on record
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_video_that_changes_while_it_is_worked_on_is_done_again_by_the_next_run(tmp_path, broken):
+    videos = find_videos([make(tmp_path / "in", "a.mp4") / "*"])
+
+    def changes(path, folder):
+        line = copy(path, folder)
+        Path(path).write_text(Path(path).read_text() + "+")
+        if broken:
+            raise ValueError("broken")
+        return line
+
+    (line,) = work_through(videos, tmp_path / "out", changes, {})
+    assert line["status"] == ("failed" if broken else "done")
+    assert [line["frames"] for line in work_through(videos, tmp_path / "out", copy, {})] == [17]
+    assert (tmp_path / "out/a/deeper/copy.txt").read_text() == "CONTENT OF A.MP4+"
 
 
 def test_other_settings_or_things_in_the_way(tmp_path):

@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -179,6 +180,35 @@ def test_variable_frame_rate_is_kept(run, moving_square, tmp_path):
     assert [json.loads(line)["time"] for line in lines] == pytest.approx(times, abs=1e-3)
 
 
+def test_time_lapse_of_ten_minutes_a_frame(run, moving_square, tmp_path):
+    with VideoWriter(tmp_path / "lapse.mp4", fps=1, size=(48, 64)) as writer:
+        for t, frame in enumerate(moving_square[0][:3]):
+            writer.write(frame, time=600.0 * t)
+    source = read_video(tmp_path / "lapse.mp4")
+    assert source.fps < 0.01
+    save_segments(run(source, threshold=0), tmp_path, ("mp4", "json"), source.fps)
+    video = json.loads((tmp_path / "objects.json").read_text())["video"]
+    assert video["times"] == pytest.approx([0, 600, 1200]) and video["fps"] == float(source.fps)
+    assert [t for t, _ in read_video(tmp_path / "overlay.mp4").with_times()] == pytest.approx([0, 600, 1200])
+
+
+def test_prompt_in_a_later_part_of_a_file(run, moving_square, tmp_path):
+    """The header of an MP4 in fragments, as recorders write it, counts the frames of the first one."""
+    options = {"movflags": "frag_keyframe"}
+    with av.open(str(tmp_path / "parts.mp4"), "w", options=options) as container:
+        stream = container.add_stream("libx264", rate=10, options={"g": "2", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for frame in moving_square[0]:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    source = read_video(tmp_path / "parts.mp4")
+    assert source.num_frames < 6
+    results = run(source, masks=moving_square[1][5], prompt_frame=5)
+    assert [r.index for r in results] == list(range(6)) and (results[5].masks == moving_square[1][5]).all()
+    with pytest.raises(ValueError, match="prompt_frame is 6; the video has 6 frames"):
+        run(tmp_path / "parts.mp4", masks=moving_square[1][5], prompt_frame=6)
+
+
 @pytest.mark.parametrize("bad", ["write_text", "mux"])
 def test_if_one_file_cannot_be_finished_none_appears(run, moving_square, tmp_path, monkeypatch, bad):
     """The disk is full just when the last file is completed."""
@@ -253,6 +283,36 @@ def test_many_videos(tiny_model, processor, moving_square, tmp_path, run):
     assert [(line["name"], line["frames"], line["skipped"]) for line in lines] == [("a", 6, 0), ("b", 5, 1)]
     for r in run(tmp_path / "in/a", threshold=0):
         assert np.array_equal(np.array(Image.open(tmp_path / f"out/a/masks/{r.index:05d}.png")), r.masks)
+
+
+def test_many_videos_with_other_weights(tiny_model, processor, moving_square, tmp_path):
+    """A checkpoint may be trained on under its name: its results are not mixed with the earlier ones."""
+    for i, frame in enumerate(moving_square[0][:2]):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.fromarray(frame).save(tmp_path / "in" / f"{i}.png")
+
+    def segment():
+        return list(segment_videos([tmp_path / "in"], tmp_path / "out", tiny_model, processor, ["json"]))
+
+    assert segment() == segment()
+    name, weight = next(iter(tiny_model.named_parameters()))
+    before = weight.data.clone()
+    try:
+        weight.data *= 1.2
+        with pytest.raises(ValueError, match="holds results made with weights '[0-9a-f]{16}', not '"):
+            segment()
+    finally:
+        weight.data.copy_(before)
+    assert len(segment()) == 1
+
+
+def test_a_frame_too_wide_for_an_overlay_fails_alone(tiny_model, processor, moving_square, tmp_path):
+    for name, frame in (("a", np.zeros((20, 16400, 3), np.uint8)), ("b", moving_square[0][0])):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        Image.fromarray(frame).save(tmp_path / "in" / name / "0.png")
+    lines = list(segment_videos([tmp_path / "in/*"], tmp_path / "out", tiny_model, processor, ["mp4"]))
+    assert [line["status"] for line in lines] == ["failed", "done"]
+    assert "size is (20, 16400); wanted are" in lines[0]["error"]
 
 
 def test_each_process_takes_the_device_of_its_number(monkeypatch, tiny_checkpoint):

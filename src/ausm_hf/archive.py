@@ -2,7 +2,8 @@
 
 The processes need not know of each other, nor start or end together. They agree through files in the output folder:
 
-    OUT/<video>/                      the results of one video, and `video.json`, its line of the manifest
+    OUT/<video>/                      the results of one video, and `video.json`: its line of the manifest, and the
+                                      `version` of the video that they are of
     OUT/manifest.jsonl                a line for each video that is done or failed
     OUT/.ausm/settings.json           what the results are made with
     OUT/.ausm/failed/<video>.json     a failed video's line of the manifest
@@ -17,7 +18,7 @@ there is a newer claim, and drops its work.
 
 **Whole.** Results are written under `.ausm/work` and renamed into place with all that belongs to them. That the folder
 is there *is* what says that the video is done, so no crash can leave the two apart. The manifest is only gathered from
-these folders and from `.ausm/failed`.
+these folders and from `.ausm/failed`. A video whose file has changed since (by its size or time) is done again.
 
 **The same.** A video's results don't depend on which process made them, in which order, or how often the work was
 interrupted. To the byte they are the same where the processes are alike: the same kind of processor or GPU, the same
@@ -49,18 +50,30 @@ MANIFEST_EVERY = 10.0  # seconds between two writings of the manifest
 
 
 def are_many(inputs: list[str]) -> bool:
-    """Whether `inputs` name videos, rather than one: several, or a pattern, but not one of the images of one video."""
+    """Whether `inputs` name videos, rather than one: several, or a pattern, but not one of the images of one video.
+
+    Raises:
+        ValueError: if they are the images of one folder, as a shell makes it of a pattern: one video is meant.
+    """
+    if len(inputs) > 1 and all(path.lower().endswith(IMAGE_SUFFIXES) for path in inputs):
+        folders = {os.path.dirname(os.path.abspath(path)) for path in inputs}
+        if len(folders) == 1 and not any(map(is_pattern, inputs)):
+            raise ValueError(
+                f"INPUT is {len(inputs)} images of the folder {folders.pop()!r}, each a video of one frame; for one "
+                "video of them quote the pattern, or name the folder"
+            )
     if len(inputs) != 1 or not is_pattern(inputs[0]):
         return len(inputs) > 1
     return not all(path.lower().endswith(IMAGE_SUFFIXES) for path in glob(inputs[0], recursive=True))
 
 
-def find_videos(inputs: Iterable[str | os.PathLike]) -> dict[str, str]:
+def find_videos(inputs: Iterable[str | os.PathLike], output: str | os.PathLike | None = None) -> dict[str, str]:
     """The videos that `inputs` name.
 
     Args:
         inputs: paths of videos or of folders of frames, and glob patterns (`**` for folders within folders): the
             files that a pattern matches or, if there are none, the folders.
+        output: the folder that results are written to: an overlay in it is no video that a pattern means.
 
     Returns:
         dict from name to path, in the order of the names. A name is the path without its suffix, relative to the
@@ -70,17 +83,20 @@ def find_videos(inputs: Iterable[str | os.PathLike]) -> dict[str, str]:
         ValueError: if there are no inputs or nothing is there, or two videos can't be told apart by name.
     """
     paths, roots = [], []
+    output = None if output is None else Path(os.path.abspath(output))
     for given in inputs:
         location = os.fspath(given)
         if is_pattern(location):
+            parts = Path(location).parts  # the root is the folders before the first wildcard
+            wild = next(i for i, part in enumerate(parts) if any(letter in part for letter in "*?["))
+            roots.append(os.path.abspath(os.path.join(".", *parts[:wild])))
             matches = sorted(glob(location, recursive=True))
+            if output is not None:
+                matches = [path for path in matches if not _is_result(path, output, Path(roots[-1]))]
             files = [path for path in matches if os.path.isfile(path)]
             if not matches:
                 raise ValueError(f"pattern {location!r} matches no file")
             paths += files or matches
-            parts = Path(location).parts  # the root is the folders before the first wildcard
-            wild = next(i for i, part in enumerate(parts) if any(letter in part for letter in "*?["))
-            roots.append(os.path.abspath(os.path.join(".", *parts[:wild])))
         elif os.path.exists(location):
             paths.append(location)
             roots.append(os.path.dirname(os.path.abspath(location)))
@@ -104,6 +120,18 @@ def find_videos(inputs: Iterable[str | os.PathLike]) -> dict[str, str]:
     return dict(sorted(videos.items()))
 
 
+def _is_result(path: str, output: Path, root: Path) -> bool:
+    """Whether a pattern, which looks into the folders of `root`, came upon `path` among the results in `output`."""
+    absolute = Path(os.path.abspath(path))
+    if output not in (absolute, *absolute.parents):
+        return False
+    if root in output.parents:
+        return True
+    # The videos may lie in `output` themselves, each beside the folder of its results.
+    within = absolute.relative_to(output).parents
+    return any((output / folder / "video.json").exists() for folder in within)
+
+
 def work_through(
     videos: dict[str, str],
     output: str | os.PathLike,
@@ -123,14 +151,14 @@ def work_through(
     Yields:
         for each of `videos`, when it is finished by whomever, its line of the manifest: `{"name", "video", "status":
         "done" or "failed", "error": str or None}` and what `work` returned. What an earlier run finished comes too;
-        what failed in it is tried again if the video has changed since.
+        if the video has changed since, it is worked on again.
 
     Raises:
         ValueError: if `output` holds results made with other settings, or something else in a video's place.
     """
     archive = _Archive(Path(output), videos)
     for name in videos:
-        if archive.folder(name).exists() and archive.finished(name) is None:
+        if archive.folder(name).exists() and not (archive.folder(name) / "video.json").exists():
             raise ValueError(f"output {str(archive.folder(name))!r} exists already, but is no result of this command")
     archive.check_settings(settings)
     archive.tidy()
@@ -195,7 +223,9 @@ class _Archive:
     def finished(self, name: str) -> dict | None:
         """The video's line of the manifest, if it is done or has failed."""
         with suppress(FileNotFoundError, NotADirectoryError):
-            return json.loads((self.folder(name) / "video.json").read_text(encoding="utf-8"))
+            line = json.loads((self.folder(name) / "video.json").read_text(encoding="utf-8"))
+            if line.pop("version", None) == self._version(name):
+                return line
         with suppress(FileNotFoundError):
             failed = json.loads(self._failure(name).read_text(encoding="utf-8"))
             if failed["version"] == self._version(name):
@@ -222,6 +252,8 @@ class _Archive:
         for dead in dead_places:
             shutil.rmtree(dead, ignore_errors=True)
         line = {"name": name, "video": self.videos[name], "status": "done", "error": None}
+        version = self._version(name)  # of what is read: should it change meanwhile, the next run sees it
+        kept = False
         try:
             with _kept_alive(claim):
                 try:
@@ -229,25 +261,31 @@ class _Archive:
                 except ValueError as error:
                     line |= {"status": "failed", "error": " ".join(str(error).split())}
                 if line["status"] == "done":
-                    self._write(place / "video.json", line)
+                    self._write(place / "video.json", line | {"version": version})
                     self.folder(name).parent.mkdir(parents=True, exist_ok=True)
                     if not self._lost(claim):
+                        old = self.hidden / f"{uuid.uuid4().hex}.old"
+                        with suppress(FileNotFoundError):  # results of an earlier version of the video
+                            os.rename(self.folder(name), old)
                         os.rename(place, self.folder(name))
+                        shutil.rmtree(old, ignore_errors=True)
                         self._failure(name).unlink(missing_ok=True)
+                        kept = True
                 elif not self._lost(claim):
-                    self._write(self._failure(name), {"version": self._version(name), "line": line})
+                    self._write(self._failure(name), {"version": version, "line": line})
+                    kept = True
         except OSError:
             if not self._lost(claim):
                 raise
             # Who took over has removed what this process was writing.
         finally:
             shutil.rmtree(place, ignore_errors=True)
-            if self.finished(name) is None:
+            if not kept and self.finished(name) is None:
                 with suppress(OSError):
                     os.utime(claim.path, (0, 0))  # dead: free for others. Removed, two could make the same claim.
             else:
                 self.forget(name)
-        return self.finished(name)
+        return line if kept else self.finished(name)
 
     def _claim(self, name: str) -> _Claim | None:
         newest = self._newest_claim(name)
@@ -303,6 +341,8 @@ class _Archive:
             with suppress(FileNotFoundError):
                 if partial.stat().st_mtime < latest:
                     partial.unlink()
+        for old in self.hidden.glob("*.old"):
+            shutil.rmtree(old, ignore_errors=True)
 
     def write_manifest(self, lines: dict[str, dict]):
         """Adds `lines` to the manifest. Those of videos that are no longer there stay."""

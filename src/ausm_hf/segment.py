@@ -1,5 +1,6 @@
 """Segment videos from end to end: frames in, masks with ids out, files written. Constant memory."""
 
+import hashlib
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -117,6 +118,15 @@ def load_model(
     return loaded.eval(), processor
 
 
+def fingerprint(model: torch.nn.Module) -> str:
+    """What tells one set of weights from another: 16 letters."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 def segment_video(
     source: Any,
     model: AusmForUniversalSegmentation,
@@ -179,7 +189,8 @@ def segment_video(
         raise ValueError(f"backward is given; video {source.name!r} can be read only once")
     if prompt_frame < 0:
         raise ValueError(f"prompt_frame is {prompt_frame}; wanted is at least 0")
-    if source.num_frames is not None and prompt_frame >= source.num_frames:
+    # Images and lists have no rate, and their number is sure; a file's header may count the first of its parts alone.
+    if source.fps is None and source.num_frames is not None and prompt_frame >= source.num_frames:
         raise ValueError(f"prompt_frame is {prompt_frame}; the video has {source.num_frames} frames, counted from 0")
 
     # A session starts with its first prompts, unless there is something to find before them.
@@ -248,6 +259,7 @@ def save_segments(
     formats: Iterable[str] = USUAL_FORMATS,
     fps: float | Fraction | None = None,
     name: str | None = None,
+    pixel_aspect: Fraction = Fraction(1),
 ) -> list[Path]:
     """
     Writes results to files while they come, all of them or, if anything goes wrong, none.
@@ -262,7 +274,7 @@ def save_segments(
             - `"jsonl"`: `frames.jsonl`, a line per frame with the same;
             - `"coco"`: `coco.json`, an image per frame; `"youtube_vis"`: `youtube_vis.json`. Annotations as in the
               data sets of these names, for the tools that read them.
-        fps, name: Of the video, to be noted in the files.
+        fps, name, pixel_aspect: Of the video ([`~ausm_hf.video.VideoSource`]), to be noted in the files.
 
     Returns:
         What was written.
@@ -276,8 +288,12 @@ def save_segments(
     first = next(results, None)
     if first is None:
         raise ValueError("results is empty; wanted is at least one frame")
+    # Where each frame has its time, the rate is but a name: that of a time-lapse may be less than can be written.
+    overlay_fps = max(fps, 0.01) if fps is not None and fps > 0 and first.time is not None else fps
     writers = {
-        "mp4": lambda: OverlayVideoWriter(output / "overlay.mp4", fps, first.masks.shape),
+        "mp4": lambda: OverlayVideoWriter(
+            output / "overlay.mp4", overlay_fps, first.masks.shape, pixel_aspect=pixel_aspect
+        ),
         "png": lambda: PngMaskWriter(output / "masks"),
         "json": lambda: ObjectsJsonWriter(output / "objects.json", name, fps),
         "jsonl": lambda: JsonlWriter(output / "frames.jsonl"),
@@ -322,7 +338,8 @@ def segment_videos(
     Args:
         inputs: See [`~ausm_hf.archive.find_videos`].
         output: Folder to write into. The results of a video come to lie in `output/<its path without suffix>/`, all
-            at once; beside them `video.json`, the video's line of the manifest.
+            at once; beside them `video.json`, the video's line of the manifest. Results of a video that has changed
+            since are replaced. What a pattern matches in `output` is no video.
         model, processor: As [`load_model`] returns them.
         formats: See [`save_segments`].
         threshold, max_objects: See [`segment_video`].
@@ -337,7 +354,7 @@ def segment_videos(
         ValueError: if there are no such videos or formats, or `output` holds results made with other settings.
     """
     formats = check_formats(formats)
-    videos = find_videos(inputs)
+    videos = find_videos(inputs, output)
 
     def work(path: str, folder: Path) -> dict:
         source = read_video(path, strict=strict)
@@ -349,11 +366,12 @@ def segment_videos(
                 yield result
 
         results = counted(segment_video(source, model, processor, threshold=threshold, max_objects=max_objects))
-        save_segments(results, folder, formats, source.fps, source.name)
+        save_segments(results, folder, formats, source.fps, source.name, source.pixel_aspect)
         return {"frames": num_frames, "skipped": source.num_skipped}
 
     settings = {
         "model": model.name_or_path,
+        "weights": fingerprint(model),
         "dtype": str(model.dtype),
         "formats": formats,
         "threshold": threshold,
@@ -364,12 +382,14 @@ def segment_videos(
 
 
 def read_mask(path: str | os.PathLike) -> Image.Image:
-    """The image of masks at `path`. Raises ValueError if it can't be read."""
+    """The image of masks at `path`. Raises ValueError if it can't be read, or is a JPEG, which blurs ids."""
     try:
         image = Image.open(path)
         image.load()
     except (OSError, SyntaxError) as error:  # SyntaxError: a broken PNG
         raise ValueError(f"masks {str(path)!r} can't be read: {error}") from error
+    if image.format in ("JPEG", "MPO"):
+        raise ValueError(f"masks {str(path)!r} is a JPEG, whose pixels aren't quite what was drawn; wanted is a PNG")
     return image
 
 

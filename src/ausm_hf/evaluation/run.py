@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -13,12 +12,11 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from ..files import WholeOrNothing
-from ..segment import load_model
+from ..segment import fingerprint, load_model
 from .benchmarks import PROTOCOLS, Benchmark, load_benchmark
 from .report import write_report
 from .runner import Inference, write_masks, write_tracks
@@ -89,7 +87,7 @@ def evaluate(
             "benchmark": benchmark,
             "split": split,
             "model": str(model or "ausm-nano"),
-            "weights": _fingerprint(network),
+            "weights": fingerprint(network),
             "dtype": str(network.dtype).removeprefix("torch."),
             "size": dict(processor.image_processor.size),
             "videos": len(found.rows),
@@ -147,15 +145,6 @@ def _check_arguments(
         raise ValueError(f"threshold is {threshold}; wanted is 0 to 1")
     number = top_k if isinstance(top_k, int) else PROTOCOLS[benchmark].top_k
     return Inference(threshold=threshold, top_k=number, passes=passes, traversal=traversal)
-
-
-def _fingerprint(model: torch.nn.Module) -> str:
-    """What tells one set of weights from another."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def _claim(output: Path, settings: dict, benchmark: Benchmark, resume: bool) -> set[str]:
