@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,17 @@ def test_segment_prompted(clip, tiny_checkpoint, tmp_path, capsys):
         assert (rle_tools.decode(tracked["segmentations"][str(i)]) == (written[i] == 3)).all()
 
 
+def test_pixels_that_are_not_square_stay_so(moving_square, tiny_checkpoint, tmp_path):
+    for name in ("a", "b"):
+        with VideoWriter(tmp_path / f"{name}.mp4", fps=10, size=(48, 64), pixel_aspect=Fraction(4, 3)) as writer:
+            writer.write(moving_square[0][0])
+    options = ["--model", tiny_checkpoint, "--formats", "mp4", "--output", tmp_path / "out"]
+    ausm("segment", tmp_path / "a.mp4", *options)
+    ausm("segment", tmp_path / "*.mp4", *options)
+    for place in ("out", "out/a"):
+        assert read_video(tmp_path / place / "overlay.mp4").pixel_aspect == Fraction(4, 3)
+
+
 def test_segment_unprompted_and_formats(clip, tiny_checkpoint, tmp_path):
     ausm("segment", clip[0], "--model", tiny_checkpoint, "--output", tmp_path, "--formats", "json", "--threshold", 0)
     assert [p.name for p in tmp_path.iterdir()] == ["objects.json"]
@@ -105,6 +117,7 @@ def bad(clip, tiny_checkpoint, moving_square, tmp_path_factory):
     Image.fromarray(masks[0] * 0).save(folder / "nothing.png")
     Image.fromarray((np.arange(48 * 64).reshape(48, 64) % 6).astype(np.uint8)).save(folder / "crowded.png")
     Image.fromarray(frames[0]).save(folder / "photo.png")
+    Image.fromarray(masks[0]).save(folder / "lossy.jpg")
     (folder / "text.png").write_text("text")
     (folder / "bert").mkdir()
     (folder / "bert" / "config.json").write_text('{"model_type": "bert"}')
@@ -127,6 +140,10 @@ BAD = {
     "too many objects": (["CLIP", "--masks", "crowded.png"], "at most 4, the number of ID vectors"),
     "coloured mask": (["CLIP", "--masks", "photo.png"], "wanted is an indexed or grey one"),
     "mask that is no image": (["CLIP", "--masks", "text.png"], "can't be read"),
+    "mask that loses details": (
+        ["CLIP", "--masks", "lossy.jpg"],
+        "is a JPEG, whose pixels aren't quite",
+    ),
     "missing mask": (["CLIP", "--masks", "missing.png"], "can't be read"),
     "another model type": (["CLIP", "--model", "bert"], "can't be loaded: it is of type 'bert'; wanted is 'ausm'"),
     "unknown model type": (["CLIP", "--model", "unknown"], "no_such_model"),
@@ -143,6 +160,8 @@ BAD = {
     "box without id": (["CLIP", "--boxes", "1,2,3,4"], "as in '1:10,20,110,220 2:200,40,260,90'"),
     "box twice": (["CLIP", "--boxes", "1:2,2,9,9", "--boxes", "1:2,2,8,8"], "--boxes holds object 1 more than once"),
     "box of no area": (["CLIP", "--boxes", "1:9,9,2,2"], "x0 < x1"),
+    "box of an id too large": (["CLIP", "--boxes", "3000000000:2,2,9,9"], "below 2**30, got "),
+    "box of an id of many digits": (["CLIP", "--boxes", "99999999999999999999:2,2,9,9"], "below 2**30, got "),
     "no box": (["CLIP", "--boxes", ""], "--boxes holds ''; wanted is ID:X0"),
     "point of one number": (
         ["CLIP", "--points", "1:2,3;4"],
@@ -157,6 +176,7 @@ BAD = {
     "size of one number": (["-", "--raw-size", "64"], "--raw-size is '64'; wanted is WIDTHxHEIGHT, as in 640x360"),
     "prompts for several": (["CLIP", "CLIP", "--boxes", "1:2,2,9,9"], "--boxes is for one video; INPUT names several"),
     "one of several missing": (["CLIP", "gone.mp4"], "'gone.mp4': no such file or folder"),
+    "pattern that the shell took apart": (["half/0.png", "half/1.png"], "quote the pattern, or name the folder"),
     "pattern without matches": (["*.avi"], "matches no file"),
 }
 
@@ -260,8 +280,8 @@ def test_help(capsys):
 
 
 def test_prompts_on_the_command_line():
-    assert parse_prompts(["1:10,20,30.5,40 2:0,.5,7,8", "12:1,2,3,4"], ["1:5,6;-7,8.25", " 3:0,0  4:-1,1;2,2 "]) == {
-        "boxes": {1: [10, 20, 30.5, 40], 2: [0, 0.5, 7, 8], 12: [1, 2, 3, 4]},
+    assert parse_prompts(["1:10,20,30.5,40 2:0,.5,7,8", "9:-1,-.5,3,4"], ["1:5,6;-7,8.25", " 3:0,0  4:-1,1;2,2 "]) == {
+        "boxes": {1: [10, 20, 30.5, 40], 2: [0, 0.5, 7, 8], 9: [-1, -0.5, 3, 4]},
         "points": {1: [[5, 6], [7, 8.25]], 3: [[0, 0]], 4: [[1, 1], [2, 2]]},
         "labels": {1: [1, 0], 3: [1], 4: [0, 1]},
     }

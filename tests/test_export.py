@@ -116,6 +116,12 @@ def test_objects_json(tmp_path):
     content = json.loads(path.read_text())["video"]
     assert content["times"] == times and content["name"] is None and content["fps"] is None
 
+    with ObjectsJsonWriter(path) as writer:  # frames that can't be decoded are left out
+        for t, frame, masks, objects in video():
+            if t not in (0, 2, 3):
+                writer.write(t, frame, masks, objects, time=times[t])
+    assert json.loads(path.read_text())["video"]["times"] == [None, 0.1, None, None, 0.6, 0.7]
+
 
 def test_label_with_the_highest_scores_wins(tmp_path):
     with ObjectsJsonWriter(tmp_path / "objects.json") as writer:

@@ -177,6 +177,18 @@ def test_times_start_at_zero_and_go_on(tmp_path):
     assert all(later > earlier for earlier, later in zip(times, times[1:]))
 
 
+def test_times_go_on_where_recordings_are_joined(tmp_path):
+    with av.open(str(tmp_path / "one.ts"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for frame in smooth_frames(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    (tmp_path / "three.ts").write_bytes((tmp_path / "one.ts").read_bytes() * 3)
+    times = [time for time, _ in read_video(tmp_path / "three.ts").with_times()]
+    assert times == pytest.approx([i / 25 for i in range(15)], abs=1e-3)
+
+
 @pytest.mark.parametrize(
     "degrees_clockwise, matrix", [(90, (0, 1, -1, 0)), (180, (-1, 0, 0, -1)), (270, (0, -1, 1, 0))]
 )
@@ -184,7 +196,11 @@ def test_rotation_of_phone_videos_is_undone(tmp_path, degrees_clockwise, matrix)
     """The display matrix of the MP4 header (ISO 14496-12, tkhd) is patched by hand; the picture must turn with it."""
     upright = smooth_frames(1, 48, 64)[0]
     upright[:16, :16] = 255  # a mark in the upper left corner
-    path = write(tmp_path / "phone.mp4", [upright, upright])
+    path = tmp_path / "phone.mp4"
+    with VideoWriter(path, fps=25, size=(48, 64), pixel_aspect=Fraction(4, 3)) as writer:
+        writer.write(upright)
+        writer.write(upright)
+    assert read_video(path).pixel_aspect == Fraction(4, 3)
     data = bytearray(path.read_bytes())
     at = data.index(b"tkhd") + 4 + 40  # version 0: 40 bytes from the version field to the matrix
     one, end = 1 << 16, 1 << 30
@@ -197,6 +213,7 @@ def test_rotation_of_phone_videos_is_undone(tmp_path, degrees_clockwise, matrix)
     turned = {90: Image.Transpose.ROTATE_270, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_90}
     wanted = np.asarray(Image.fromarray(upright).transpose(turned[degrees_clockwise]))  # PIL turns counterclockwise
     assert source.size == wanted.shape[:2]
+    assert source.pixel_aspect == (Fraction(4, 3) if degrees_clockwise == 180 else Fraction(3, 4))
     assert psnr(wanted, next(iter(source))) > 30
 
 
@@ -427,8 +444,9 @@ def test_writer_refuses(tmp_path):
     for fps in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="fps"):
             VideoWriter(tmp_path / "a.mp4", fps, (4, 6))
-    with pytest.raises(ValueError, match="size"):
-        VideoWriter(tmp_path / "a.mp4", 25, (0, 6))
+    for size in ((0, 6), (6, 16385)):
+        with pytest.raises(ValueError, match="size"):
+            VideoWriter(tmp_path / "a.mp4", 25, size)
     writer = VideoWriter(tmp_path / "a.mp4", None, (4, 6))
     assert writer.fps == 24
     with pytest.raises(ValueError, match="with"):

@@ -2,8 +2,9 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
+from ausm_hf import visualization
 from ausm_hf.visualization import color_of, contact_sheet, davis_palette, draw_overlay, object_labels
 
 
@@ -76,6 +77,49 @@ def test_label_stands_at_the_top_of_the_object():
 
     other = draw_overlay(frame, masks, {1: "1 cat 0.94"})
     assert (other != out).any()
+
+
+@pytest.fixture
+def system_fonts(monkeypatch):
+    """Fonts asked for by name, and by which one is there, if any."""
+    asked, there = [], {}
+
+    def truetype(name, size):
+        asked.append(name)
+        if name not in there:
+            raise OSError("cannot open resource")
+        return there[name]
+
+    default = ImageFont.load_default(10), ImageFont.load_default(17)
+    monkeypatch.setattr(visualization.ImageFont, "truetype", truetype)
+    monkeypatch.setattr(visualization.ImageFont, "load_default", lambda size: default[size > 10])
+    for cached in (visualization._font, visualization._wide_font, visualization._glyphs):
+        cached.cache_clear()
+    yield asked, there
+    for cached in (visualization._font, visualization._wide_font, visualization._glyphs):
+        cached.cache_clear()
+
+
+def test_labels_beyond_ascii(system_fonts):
+    """In a font that has their letters; where there is none, without accents. Others are drawn as ever."""
+    asked, there = system_fonts
+    frame, masks = np.zeros((120, 200, 3), np.uint8), np.zeros((120, 200), np.uint8)
+    masks[60:100, 80:120] = 1
+
+    def drawn(label):
+        return draw_overlay(frame, masks, {1: f"1 {label} 0.93"})
+
+    plain = drawn("naive")
+    assert asked == [] and np.array_equal(drawn("naïve"), plain)
+    sheets = [np.asarray(contact_sheet([frame], titles=[title], title=title)) for title in ("naïve", "naive")]
+    assert len(asked) == len(visualization._WIDE_FONTS) and np.array_equal(*sheets)
+
+    visualization._wide_font.cache_clear()
+    there["DejaVuSans.ttf"] = visualization._font(17)  # stands for it, and is larger than labels usually are
+    wide = drawn("naïve")
+    assert np.array_equal(drawn("naive"), plain)
+    rows, usual = (np.flatnonzero((image[:60] != 0).any(axis=(1, 2))) for image in (wide, plain))
+    assert len(rows) > 1.4 * len(usual)  # all words in it, not only that with the letter
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 200), (5, 5), (200, 1), (12, 300)])

@@ -43,7 +43,7 @@ def segment(args: argparse.Namespace):
     if source.once:
         results = _until_interrupted(results)
     with tqdm(results, total=source.num_frames, unit="frame", desc=source.name) as results:
-        paths = save_segments(results, args.output, formats, source.fps, source.name)
+        paths = save_segments(results, args.output, formats, source.fps, source.name, source.pixel_aspect)
     for path in paths:
         print(path)
 
@@ -96,7 +96,7 @@ def parse_prompts(boxes: list[str], points: list[str]) -> dict[str, dict[int, li
     point = rf"-?{number},{number}"
     prompts: dict[str, dict[int, list]] = {"boxes": {}, "points": {}, "labels": {}}
     for text in _objects("--boxes", boxes):
-        if not re.fullmatch(rf"\d+:{number}(,{number}){{3}}", text):
+        if not re.fullmatch(rf"\d+:-?{number}(,-?{number}){{3}}", text):  # what lies beyond the frame is cut off
             raise ValueError(f"--boxes holds {text!r}; wanted is {BOXES}")
         object_id, box = text.split(":")
         prompts["boxes"][int(object_id)] = [float(x) for x in box.split(",")]

@@ -121,14 +121,19 @@ class OverlayVideoWriter(_ResultWriter, VideoWriter):
     """Writes the video with its objects drawn on it ([`~ausm_hf.visualization.draw_overlay`]).
 
     Args:
-        path, fps, size: as in [`~ausm_hf.video.VideoWriter`].
+        path, fps, size, pixel_aspect: as in [`~ausm_hf.video.VideoWriter`].
         alpha: how much of an object's colour is mixed in, 0 to 1.
     """
 
     def __init__(
-        self, path: str | os.PathLike, fps: float | Fraction | None, size: tuple[int, int], alpha: float = 0.5
+        self,
+        path: str | os.PathLike,
+        fps: float | Fraction | None,
+        size: tuple[int, int],
+        alpha: float = 0.5,
+        pixel_aspect: Fraction = Fraction(1),
     ):
-        super().__init__(path, fps, size)
+        super().__init__(path, fps, size, pixel_aspect)
         self.alpha = alpha
 
     def write(self, frame_index, frame, indexed_mask, objects, time=None) -> None:
@@ -197,7 +202,7 @@ class ObjectsJsonWriter(_ResultWriter):
     """Writes all objects of a video to one JSON file, object by object. Only run-lengths are kept in memory.
 
         {"video": {"name": str or null, "height": int, "width": int, "fps": float or null, "num_frames": int,
-                   "times": [float, ...] or null},
+                   "times": [float or null, ...] or null},
          "objects": [{"id": int, "label": str or null, "score": float or null,
                       "first_frame": int, "last_frame": int, "segmentations": {"FRAME": RLE, ...}}, ...]}
 
@@ -206,7 +211,8 @@ class ObjectsJsonWriter(_ResultWriter):
     - `label` is the one that the object got in most of the frames in which it is seen, each counted with its score.
     - `segmentations` hold the frames in which the object is seen; RLE is COCO's compressed run-length encoding,
       `{"size": [height, width], "counts": str}`, which `pycocotools.mask.decode` takes as it is.
-    - `num_frames` is the last frame index plus one; `times` are seconds since the first frame, if they were given.
+    - `num_frames` is the last frame index plus one; `times` are seconds since the first frame, one per index, if they
+      were given; `null` stands for a frame that was left out.
 
     Args:
         path: the file to write.
@@ -239,6 +245,7 @@ class ObjectsJsonWriter(_ResultWriter):
         rles = _encode(indexed_mask, objects)
         self._size = indexed_mask.shape
         if time is not None:
+            self._times.extend([math.nan] * (frame_index - len(self._times)))  # frames that were left out
             self._times.append(time)
         for item in objects:
             if item["id"] in rles:
@@ -253,7 +260,7 @@ class ObjectsJsonWriter(_ResultWriter):
             "width": width,
             "fps": None if self.fps is None else float(self.fps),
             "num_frames": self._last_index + 1,
-            "times": list(self._times) or None,
+            "times": [None if math.isnan(time) else time for time in self._times] or None,
         }
 
     def _objects(self) -> Iterator[dict]:

@@ -104,6 +104,7 @@ class VideoSource:
         name (`str`): file stem, folder name, `"camera0"`, `"stdin"`, last part of a URL, or `"frames"`.
         fps (`Fraction` or `None`): average frames per second; `None` where nobody knows (images, raw frames).
         size (`tuple[int, int]`): (height, width) of every frame, in pixels, after rotation.
+        pixel_aspect (`Fraction`): width by height of a pixel as it is meant to be shown, after rotation; mostly 1.
         num_frames (`int` or `None`): how many frames the source says it has: exact for images and lists, what the
             file's header says for videos (good for a progress bar), `None` where nobody knows.
         num_skipped (`int`): how many frames, up to now, could not be decoded and were left out.
@@ -121,6 +122,7 @@ class VideoSource:
     ):
         self.name, self.fps, self.num_frames, self.once = name, fps, num_frames, once
         self.num_skipped = 0
+        self.pixel_aspect = Fraction(1)
         self._open_frames, self._strict = open_frames, strict
         self._last_bad = (-1, "")  # what was reported last: reading again doesn't report it again
         opened = self._good_frames(0)
@@ -144,7 +146,8 @@ class VideoSource:
         """Iterates over (index, time, frame).
 
         - index: 0, 1, 2, ...; a frame that can't be decoded is reported by a warning and its index left out.
-        - time: seconds since the video's first frame, `None` where the source has no clock.
+        - time: seconds since the video's first frame, `None` where the source has no clock. Where the clock doesn't
+          go on, as where recordings were joined, a frame comes one usual distance after the one before.
 
         Args:
             first: index of the first frame to read.
@@ -383,7 +386,8 @@ def _read_container(
 
     def frames(first):
         container, stream = opened.pop() if opened else open_stream()
-        index, start = 0, None
+        index, start, last = 0, None, None
+        step = float(1 / (fps or FPS_WHEN_UNKNOWN))
         with container:
             packets = container.demux(stream)
             while True:
@@ -400,11 +404,16 @@ def _read_container(
                     decoded = [_BadFrame(error.strerror or str(error))]
                 for frame in decoded:
                     time = None
-                    if has_clock and not isinstance(frame, _BadFrame):
+                    if has_clock and not isinstance(frame, _BadFrame) and frame.time is not None:
                         start = frame.time if start is None else start
-                        time = None if frame.time is None else frame.time - start
+                        if last is not None and frame.time - start <= last:  # recordings joined: the clock restarts
+                            start = frame.time - last - step
+                        time = last = frame.time - start
                     if index >= first:
-                        yield time, frame if isinstance(frame, _BadFrame) else _as_array(frame)
+                        if not isinstance(frame, _BadFrame):
+                            turned.add(round(frame.rotation / 90) % 2 == 1)
+                            frame = _as_array(frame)
+                        yield time, frame
                     index += 1
         if index < num_frames:
             # Not an error: a video trimmed without coding it anew hides frames that its header still counts.
@@ -413,8 +422,12 @@ def _read_container(
 
     container, stream = open_stream()
     opened = [(container, stream)]  # for the first reading; later ones open the file anew
+    aspect = stream.sample_aspect_ratio or Fraction(1)
+    turned: set[bool] = set()  # whether frames are, by 90 degrees
     fps, num_frames = (stream.average_rate or stream.guessed_rate) if has_clock else None, stream.frames
-    return VideoSource(name, frames, fps=fps or None, num_frames=num_frames or None, once=live, strict=strict)
+    source = VideoSource(name, frames, fps=fps or None, num_frames=num_frames or None, once=live, strict=strict)
+    source.pixel_aspect = 1 / aspect if True in turned else aspect
+    return source
 
 
 def _as_array(frame: av.VideoFrame) -> np.ndarray:
@@ -434,7 +447,9 @@ class VideoWriter(WholeOrNothing):
     Args:
         path: the file to write; its suffix names the container (`.mp4`, `.mkv`, `.mov`).
         fps: frames per second; `None` (images have no rate) stands for 24.
-        size: (height, width) of the frames in pixels. H.264 wants even numbers: an odd last row or column is repeated.
+        size: (height, width) of the frames in pixels, up to 16384. H.264 wants even numbers: an odd last row or
+            column is repeated.
+        pixel_aspect: width by height of a pixel as it is to be shown.
 
     Raises:
         ValueError: for a suffix, rate or size that can't be; on leaving the block, when no frame was written.
@@ -449,7 +464,13 @@ class VideoWriter(WholeOrNothing):
     # Time stamps of frames that bring their own time are counted in this unit, usual for video.
     _TICK = Fraction(1, 90_000)
 
-    def __init__(self, path: str | os.PathLike, fps: float | Fraction | None, size: tuple[int, int]):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        fps: float | Fraction | None,
+        size: tuple[int, int],
+        pixel_aspect: Fraction = Fraction(1),
+    ):
         super().__init__(path)
         if self.path.suffix.lower() not in (".mp4", ".mkv", ".mov"):
             raise ValueError(f"path {str(path)!r} ends in {self.path.suffix!r}; wanted is .mp4, .mkv or .mov")
@@ -457,9 +478,9 @@ class VideoWriter(WholeOrNothing):
         if not 0.01 <= fps <= 100_000:  # NaN fails too
             raise ValueError(f"fps is {fps}; wanted is a number from 0.01 to 100000")
         self.fps = Fraction(fps).limit_denominator(1001)
-        self.size = tuple(size)
-        if len(self.size) != 2 or min(self.size) < 1:
-            raise ValueError(f"size is {size}; wanted is (height, width), both positive")
+        self.size, self.pixel_aspect = tuple(size), pixel_aspect
+        if len(self.size) != 2 or min(self.size) < 1 or max(self.size) > 16384:
+            raise ValueError(f"size is {size}; wanted are (height, width), both from 1 to 16384")
         self._container: av.container.OutputContainer = None  # type: ignore[assignment]  # until `_start`
 
     def _start(self):
@@ -473,6 +494,7 @@ class VideoWriter(WholeOrNothing):
         codec = self._stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = 6  # SMPTE 170M, said so that no player guesses
         codec.color_range = 1  # limited
+        codec.sample_aspect_ratio = self.pixel_aspect
         self._last_pts = -1
         self._timed = None
 

@@ -1,6 +1,8 @@
 """Masks drawn on frames, and frames laid out on a sheet."""
 
+import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import cast
 
@@ -139,8 +141,8 @@ def _inner_edges(masks: np.ndarray, thickness: int) -> np.ndarray:
 def _write(image: np.ndarray, text: str, bottom: int, center: int, color: tuple[int, int, int]):
     """Writes `text` into `image` on a plate of `color` whose lower edge is at row `bottom`, moved to fit the image."""
     height, width = image.shape[:2]
-    size = max(10, height // 30)
-    glyphs = np.concatenate([_glyphs(word, size) for word in text.split() or [""]], axis=1)[:height, :width]
+    text, font = _with_font(text, max(10, height // 30))
+    glyphs = np.concatenate([_glyphs(word, font) for word in text.split() or [""]], axis=1)[:height, :width]
     plate_height, plate_width = glyphs.shape
     top = max(0, bottom - plate_height)
     left = min(max(0, center - plate_width // 2), width - plate_width)
@@ -151,18 +153,46 @@ def _write(image: np.ndarray, text: str, bottom: int, center: int, color: tuple[
 
 
 @lru_cache(maxsize=1024)  # words, not whole labels: a score of two digits is soon seen before
-def _glyphs(word: str, size: int) -> np.ndarray:
+def _glyphs(word: str, font: ImageFont.FreeTypeFont) -> np.ndarray:
     """The ink of one word in 0..255, as high as the line, half a space at either side: uint8 (height, width)."""
-    font = _font(size)
     space = max(1, round(font.getlength(" ") / 2))
     image = Image.new("L", (round(font.getlength(word)) + 2 * space, sum(font.getmetrics())))
     ImageDraw.Draw(image).text((space, 0), word, fill=255, font=font)
     return np.asarray(image)
 
 
+def _with_font(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """The text as it can be written, and a font to write it in. Pillow's own font has boxes beyond ASCII."""
+    if text.isascii():
+        return text, _font(size)
+    wide = _wide_font(size)
+    if wide is not None:
+        return text, wide
+    letters = unicodedata.normalize("NFKD", text)
+    return "".join(letter for letter in letters if not unicodedata.combining(letter)), _font(size)
+
+
 @lru_cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))
+
+
+_WIDE_FONTS = (
+    "NotoSansCJK-Regular.ttc",
+    "Arial Unicode.ttf",
+    "DejaVuSans.ttf",
+    "LiberationSans-Regular.ttf",
+    "arial.ttf",
+)
+
+
+@lru_cache
+def _wide_font(size: int) -> ImageFont.FreeTypeFont | None:
+    """The first font of many letters that this system has, those of more letters first."""
+    for name in _WIDE_FONTS:
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return None
 
 
 def contact_sheet(
@@ -197,7 +227,6 @@ def contact_sheet(
     cell_width = max(frame.shape[1] for frame in frames)
     size = max(10, cell_height // 16)
     line = round(1.6 * size)
-    font = _font(size)
     title_height = line if title is not None else 0
     row_height = cell_height + gap + (line if titles is not None else 0)
     columns = min(columns, len(frames))
@@ -206,12 +235,14 @@ def contact_sheet(
     sheet = Image.new("RGB", (columns * (cell_width + gap) + gap, title_height + rows * row_height + gap), "white")
     draw = ImageDraw.Draw(sheet)
     if title is not None:
-        draw.text((gap, gap), title, fill="black", font=font)
+        text, font = _with_font(title, size)
+        draw.text((gap, gap), text, fill="black", font=font)
     for index, frame in enumerate(frames):
         x = gap + index % columns * (cell_width + gap)
         y = gap + title_height + index // columns * row_height
         if titles is not None:
-            draw.text((x, y), titles[index], fill="black", font=font)
+            text, font = _with_font(titles[index], size)
+            draw.text((x, y), text, fill="black", font=font)
             y += line
         sheet.paste(Image.fromarray(frame), (x, y))
     return sheet
