@@ -1,7 +1,8 @@
 """Fine-tunes AUSM on a folder of your own videos. Copy this file and change what you need.
 
     my_videos/videos/dive.mp4         a video, or a folder of frames: my_videos/videos/dive/00000.jpg
-    my_videos/masks/dive/00012.png    the mask of frame 12: an indexed PNG, 0 is background, other values are objects
+    my_videos/masks/dive/00012.png    the mask of frame 12: an indexed PNG, 0 is background, 1 to 254 are objects,
+                                      255 marks pixels of which nothing is known
     my_videos/labels.json             optional: {"dive": {"1": "fish"}}
 
     python examples/finetune_on_your_videos.py my_videos runs/finetune

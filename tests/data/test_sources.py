@@ -354,8 +354,10 @@ def test_video_folder(tmp_path, no_reading):
     dive, swim, walk = map(whole, clips)
     assert np.allclose(dive.frames.float().mean(dim=(1, 2, 3)), [40, 200], atol=3) and dive.labels == ["fish"]
     assert dive.masks.sum(dim=(2, 3)).tolist() == [[100, 100]]
-    assert swim.annotated.tolist() == [False, True, False] and len(swim.masks) == 2
-    assert walk.annotated.tolist() == [False, True] and walk.labels == ["crab"]
+    # Of a folder too, only frames with a mask are there.
+    assert swim.annotated.tolist() == [True] and len(swim.masks) == 2
+    assert walk.annotated.tolist() == [True] and walk.labels == ["crab"] and walk.masks.sum() == 100
+    assert [frame["path"][-5:] for clip in (clips[1], clips[2]) for frame in clip["frames"]] == ["b.jpg", "b.jpg"]
     assert dive.label_set == "sea" and dive.first_frame_given and not dive.exhaustive
 
     (tmp_path / "labels.json").write_text('{"fly": {}}')

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from datasets import Dataset
 from PIL import Image
 
-from .clips import open_video, resolve_row
+from .clips import mask_problem, open_video, resolve_row
 
 
 def find_problems(clips: Dataset, open_files: bool = False) -> dict[str, list[str]]:
@@ -21,8 +21,8 @@ def find_problems(clips: Dataset, open_files: bool = False) -> dict[str, list[st
             it only missing and empty files are found.
 
     Returns:
-        What is wrong, by kind: `"missing"`, `"empty"` and `"broken"` files, and `"no frames"`, `"no masks"`, `"no
-            objects"` for videos.
+        What is wrong, by kind: `"missing"`, `"empty"` and `"broken"` files, masks of one's own that hold no numbers of
+            objects (see `mask_problem`), and `"no frames"`, `"no masks"`, `"no objects"` for videos.
         Kinds without problems are left out.
     """
     problems: dict[str, list[str]] = {}
@@ -33,6 +33,12 @@ def find_problems(clips: Dataset, open_files: bool = False) -> dict[str, list[st
             if problem:
                 problems.setdefault(problem, []).append(stored["path"])
                 sound = False
+        if sound and open_files and row.get("own_masks"):
+            ids = [obj["id"] for obj in row["objects"]]
+            for stored in filter(None, row["annotations"]):
+                if problem := mask_problem(stored, ids):
+                    problems.setdefault(f"masks {problem}", []).append(stored["path"])
+                    sound = False
         if not sound:
             continue
         if row["annotation_file"] is not None:

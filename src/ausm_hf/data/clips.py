@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, Image, List, Value, Video, concatenate_datasets
 from PIL import Image as PILImage
+from PIL import ImageOps
 
 IGNORE_VALUE = 255  # pixel value of an indexed PNG that means "no ground truth here", unless an object has that id
 ROWS_PER_CHUNK = 2000  # rows held as Python objects while indexing
@@ -51,6 +52,7 @@ FEATURES = Features(
         "exhaustive": Value("bool"),  # every object that counts is annotated
         "first_frame_given": Value("bool"),  # masks are prompts only: detection is not trained on this video
         "binary_masks": Value("bool"),  # any non-zero pixel of an annotation is the first object (DAVIS 2016)
+        "own_masks": Value("bool"),  # one's own: ids need not be listed; a `mask_problem` is an error
         "fps": Value("float32"),
         "height": Value("int32"),
         "width": Value("int32"),
@@ -117,6 +119,7 @@ def clip_row(
     exhaustive: bool = True,
     first_frame_given: bool = False,
     binary_masks: bool = False,
+    own_masks: bool = False,
     fps: float | None = None,
     size: tuple[int, int] | None = None,
 ) -> dict:
@@ -136,6 +139,7 @@ def clip_row(
         "exhaustive": exhaustive,
         "first_frame_given": first_frame_given,
         "binary_masks": binary_masks,
+        "own_masks": own_masks,
         "fps": fps,
         "height": size[0] if size else None,
         "width": size[1] if size else None,
@@ -205,7 +209,7 @@ def load_clip(row: dict, indices: list[int]) -> Clip:
         indices: Frame numbers.
 
     Raises:
-        ValueError: A mask and its frame differ in size, or frames of one video do.
+        ValueError: A mask and its frame differ in size, or frames of one video do; a mask of one's own holds no ids.
     """
     frames = load_frames(row, indices)
     size = frames[0].shape[:2]
@@ -215,10 +219,9 @@ def load_clip(row: dict, indices: list[int]) -> Clip:
             if shape != size:
                 raise ValueError(f"frame {t} of {row['video_id']}, or a mask of it, is {shape}, want {size} (H, W)")
 
-    if row["objects"]:
-        objects = {obj["id"]: obj["label"] for obj in row["objects"] if not obj["crowd"]}
-    else:
-        objects = dict.fromkeys(sorted({i for masks, _ in layers for i in masks}))
+    objects = {obj["id"]: obj["label"] for obj in row["objects"] if not obj["crowd"]}
+    if not row["objects"] or row.get("own_masks"):  # rows stored by older versions don't say
+        objects |= dict.fromkeys(sorted({i for masks, _ in layers for i in masks} - objects.keys()))
     stacked = np.zeros((len(objects), len(frames), *size), dtype=bool)
     for t, (found, _) in enumerate(layers):
         for n, object_id in enumerate(objects):
@@ -237,13 +240,13 @@ def load_clip(row: dict, indices: list[int]) -> Clip:
 
 
 def load_frames(row: dict, indices: list[int]) -> list[np.ndarray]:
-    """Decode frames of a row: uint8 RGB, `(H, W, 3)` each."""
+    """Decode frames of a row: uint8 RGB, `(H, W, 3)` each, upright as `ausm_hf.read_video` shows them."""
     if row["video"] is not None:
         return _read_video(row["video"], [row["video_frames"][t] for t in indices])
     frames = []
     for t in indices:
         with PILImage.open(_source(row["frames"][t])) as image:
-            frames.append(np.array(image.convert("RGB")))
+            frames.append(np.array(ImageOps.exif_transpose(image).convert("RGB")))
     return frames
 
 
@@ -261,6 +264,8 @@ def load_masks(row: dict, t: int, height: int, width: int) -> tuple[dict[int, np
     if row["annotations"] and row["annotations"][t] is not None:
         index = _read_mask(row["annotations"][t])
         ids = [obj["id"] for obj in row["objects"]]
+        if row.get("own_masks") and (problem := mask_problem(row["annotations"][t], ids)):
+            raise ValueError(f"{row['annotations'][t]['path']} is a mask {problem}")
         if row["binary_masks"]:
             index = (index > 0).astype(np.uint8) * ids[0]
         elif IGNORE_VALUE not in ids:
@@ -389,6 +394,23 @@ def _read_mask(stored: dict) -> np.ndarray:
         return np.array(image if image.mode in ("P", "L", "1") else image.convert("L")).astype(np.uint8)
 
 
+def mask_problem(stored: dict, ids: Sequence[int] = ()) -> str | None:
+    """What keeps the pixels of a PNG from being the numbers of objects, as the end of "a mask ...", or None.
+
+    Args:
+        ids: The objects that are listed.
+    """
+    with PILImage.open(_source(stored)) as image:
+        mode, index = image.mode, np.array(image)
+    if index.ndim > 2:
+        return f"of mode {mode}; each pixel must be the number of its object, as in an indexed PNG"
+    if index.max() > IGNORE_VALUE:
+        return "with a value above 255; number objects from 1 to 254"
+    if IGNORE_VALUE not in ids and index.max() == IGNORE_VALUE and not np.any((index > 0) & (index < IGNORE_VALUE)):
+        return "with no value but 0 and 255; number objects from 1 to 254: 255 marks pixels of which nothing is known"
+    return None
+
+
 @contextmanager
 def open_video(stored: dict):
     """The container of a video file and its stream of pictures. Raises ValueError if there is none to be decoded."""
@@ -404,21 +426,54 @@ def open_video(stored: dict):
 
 
 def _read_video(stored: dict, wanted: list[int]) -> list[np.ndarray]:
-    """Decode frames of a video file by number, in any order."""
+    """Decode frames of a video file by number, in any order; they are counted as `ausm_hf.read_video` shows them."""
+    found = {}
     with open_video(stored) as (container, stream):
         stream.thread_type = "NONE"  # loader workers are the parallelism
         # Times of all frames from the packets, which needs no decoding and holds for a varying frame rate too.
-        times = sorted(p.pts for p in container.demux(stream) if p.pts is not None)
-        if max(wanted) >= len(times):
-            raise ValueError(f"frame {max(wanted)} is wanted of {stored['path']}, which has {len(times)} frames")
-        missing = {times[number]: number for number in wanted}
-        container.seek(min(missing), stream=stream)
-        found = {}
-        for frame in container.decode(stream):
-            if frame.pts in missing:
-                found[missing.pop(frame.pts)] = frame.to_ndarray(format="rgb24")
-            if not missing:
-                break
-    if missing:
-        raise ValueError(f"{stored['path']}: frames {sorted(missing.values())} can't be decoded")
+        # Discarded ones are hidden by an edit list: the video was cut without coding it anew.
+        coded = [p.pts for p in container.demux(stream) if p.pts is not None and not p.is_discard]
+        times = sorted(coded)
+        # AVI doesn't say when frames are shown. What FFmpeg guesses is wrong where they are coded in another order.
+        guessed = stream.codec_context.has_b_frames and coded == times
+        if max(wanted) < len(times) and not guessed:
+            missing = {times[number]: number for number in wanted}
+            container.seek(min(missing), stream=stream)
+            for frame in container.decode(stream):
+                if frame.pts in missing:
+                    found[missing.pop(frame.pts)] = _as_array(frame)
+                if not missing:
+                    break
+    if not found.keys() >= set(wanted):
+        found = _count_frames(stored, wanted)
     return [found[number] for number in wanted]
+
+
+def _count_frames(stored: dict, wanted: list[int]) -> dict[int, np.ndarray]:
+    """Decode frames of a video file by number, all those before them too: slow, but right whatever times it tells."""
+    import av
+
+    found: dict[int, np.ndarray] = {}
+    number = 0
+    with open_video(stored) as (container, stream):
+        stream.thread_type = "NONE"
+        for packet in container.demux(stream):
+            try:
+                decoded = packet.decode()
+            except av.FFmpegError:
+                decoded = [None]  # it counts, though it can't be shown
+            for frame in decoded:
+                if frame is not None and number in wanted:
+                    found[number] = _as_array(frame)
+                number += 1
+            if found.keys() >= set(wanted):
+                return found
+    if max(wanted) >= number:
+        raise ValueError(f"frame {max(wanted)} is wanted of {stored['path']}, which has {number} frames")
+    raise ValueError(f"{stored['path']}: frames {sorted(set(wanted) - found.keys())} can't be decoded")
+
+
+def _as_array(frame) -> np.ndarray:
+    array = frame.to_ndarray(format="rgb24")
+    # How a phone was held. A turned view would have strides that torch doesn't take.
+    return np.ascontiguousarray(np.rot90(array, round(frame.rotation / 90)))

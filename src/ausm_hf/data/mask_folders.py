@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +13,18 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images of a folder by name; none if the folder isn't there."""
-    return sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    """The images of a folder, numbers in their names counting as numbers; none if the folder isn't there."""
+    return sorted((p for p in visible(folder) if p.suffix.lower() in IMAGE_SUFFIXES), key=natural)
+
+
+def natural(path: Path) -> list:
+    """The order of frames, the same as in `ausm_hf.read_video`: `2.png` before `10.png`."""
+    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
+
+
+def visible(folder: Path, pattern: str = "*") -> list[Path]:
+    """What is in a folder, but for the hidden files that systems leave there."""
+    return [p for p in folder.glob(pattern) if not p.name.startswith(".")]
 
 
 def folder_row(video_id: str, frames: Path, masks: Path, known: Sequence[dict] = (), **flags) -> dict:
@@ -25,7 +36,7 @@ def folder_row(video_id: str, frames: Path, masks: Path, known: Sequence[dict] =
         flags: More arguments of `clip_row`.
     """
     images = image_files(frames)
-    parts = sorted(p for p in masks.glob("*") if p.is_dir())
+    parts = sorted(p for p in visible(masks) if p.is_dir())
     if not parts:
         by_name = {p.stem: file(p) for p in masks.glob("*.png")}
         annotations = [by_name.get(image.stem) for image in images]
