@@ -247,12 +247,91 @@ def test_detections_get_nothing_for_what_is_tracked_hidden_or_ignored():
     instances, result = plan([[0, 1], [3, 3]], switch=[1, 2])
     logits = torch.full((1, 2, 3, 2, 2), -5.0)
     logits[0, :, 0, 0, 0] = logits[0, :, 1, 0, 1] = logits[0, :, 2, 1, 1] = 5.0
-    iou, inside = detection_quality(logits, instances, result)
+    iou, inside, unknown = detection_quality(logits, instances, result)
     # Object 0 is cell 0, then tracked; object 1 is cell 3 throughout.
     assert iou.tolist() == [[[1, 0, 1], [0, 0, 1]]]
-    assert inside.tolist() == [[[True, False, True], [False, True, True]]]
+    assert inside.tolist() == [[[True, False, True], [False, True, True]]] and not unknown.any()
     instances.pixel_weights[0, 0, 1, 1] = 0
-    assert detection_quality(logits, instances, result)[0][0, 0].tolist() == [1, 0, 0]
+    iou, _, unknown = detection_quality(logits, instances, result)
+    assert iou[0, 0].tolist() == [1, 0, 0]
+    assert unknown.tolist() == [[[False, False, True], [False, False, False]]]
+
+
+def test_detections_in_ignored_pixels_are_not_judged():
+    """Where a crowd is, say. A match is judged wherever it lies, and so is what lies there by half alone."""
+    ignore = torch.zeros(1, 1, SIZE, SIZE, dtype=torch.bool)
+    ignore[0, 0][CELLS[2]] = ignore[0, 0][CELLS[3]] = True
+    masks = cell_masks([[0]])
+    instances = pad_instances(torch.zeros(1, 1, 3, SIZE, SIZE), [masks], [torch.tensor([1])], None, None, ignore)
+    result = plan_teacher_forcing(instances, 4, [torch.tensor([1])])
+    prediction = {
+        "masks": torch.full((1, 1, 5, 2, 2), -5.0),
+        "foreground": torch.zeros(1, 1, 5, requires_grad=True),
+        "classes": {"pets": torch.zeros(1, 1, 5, 3, requires_grad=True)},
+    }
+    prediction["masks"][0, 0, 1, 0, 0] = 5.0  # detection query 0 is matched
+    prediction["masks"][0, 0, 2, 1] = 5.0  # 1 draws both ignored cells, 2 one of them and a known one
+    prediction["masks"][0, 0, 3, :, 1] = prediction["masks"][0, 0, 4, 0, 1] = 5.0  # 3 draws the background
+    tiny_loss()([prediction], instances, result, ["pets"])[0].backward()
+    torch.testing.assert_close(prediction["foreground"].grad[0, 0, 1:], 4 * torch.tensor([-0.5, 0, 0.05, 0.05]))
+    no_object = prediction["classes"]["pets"].grad[0, 0, 1:, 2]
+    assert no_object[1] == 0 and no_object[2] == no_object[3] < 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("points", [None, 12544])
+def test_mixed_precision_has_the_loss_of_float32(dtype, points):
+    """A large mask: its pixels are more than float16 can count, and than bfloat16 can tell from one more."""
+    mask = torch.zeros(1, 1, 640, 640, dtype=torch.bool)
+    mask[..., :480] = True
+    instances = pad_instances(torch.zeros(1, 1, 3, 640, 640), [mask], None, None, None, None)
+    result = plan_teacher_forcing(instances, 4, [torch.tensor([1])])
+    config = tiny_loss().config
+    config.train_num_points = points
+    masks = torch.full((1, 1, 6, 160, 160), -10.0)
+    masks[0, 0, 1, :, :119] = 10.0
+    prediction = {"masks": masks, "foreground": torch.zeros(1, 1, 6), "classes": {"pets": torch.zeros(1, 1, 6, 3)}}
+    low = {"masks": masks.to(dtype), "foreground": torch.zeros(1, 1, 6, dtype=dtype), "classes": prediction["classes"]}
+    terms = []
+    for values, enabled in ((prediction, False), (low, True)):
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            generator = torch.Generator().manual_seed(0)
+            terms.append(AusmLoss(config)([values], instances, result, ["pets"], generator)[1])
+    assert terms[0] == terms[1] and all(torch.isfinite(value) for value in terms[0].values())
+
+
+@pytest.mark.parametrize("dtype, height, width", [(torch.float16, 37, 59), (torch.bfloat16, 31, 21)])
+def test_the_iou_is_never_above_1_in_mixed_precision(dtype, height, width):
+    mask = torch.zeros(1, 1, 512, 512, dtype=torch.bool)
+    mask[..., : 4 * height, : 4 * width] = True
+    instances = pad_instances(torch.zeros(1, 1, 3, 512, 512), [mask], None, None, None, None)
+    result = plan_teacher_forcing(instances, 4, [torch.tensor([1])])
+    drawn = instances.small_masks.transpose(1, 2) - 0.5
+    with torch.autocast("cpu", dtype):
+        assert 0.99 < detection_quality(drawn, instances, result)[0].item() <= 1
+
+
+def test_a_clip_without_targets_has_a_finite_loss_in_float16():
+    instances = pad_instances(torch.zeros(1, 1, 3, 640, 640), [torch.zeros(0, 1, 640, 640)], None, None, None, None)
+    prediction = {
+        "masks": torch.full((1, 1, 4, 160, 160), -10.0, dtype=torch.float16),  # their sum is more than it can hold
+        "foreground": torch.zeros(1, 1, 4, dtype=torch.float16),
+        "classes": {"pets": torch.zeros(1, 1, 4, 3, dtype=torch.float16)},
+    }
+    loss, _ = tiny_loss()([prediction], instances, plan_teacher_forcing(instances, 4), ["pets"])
+    assert loss.isfinite() and loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_pass_that_is_not_finite_has_a_loss_that_is_not(value):
+    instances, result = plan([[0, 1]], switch=[2])
+    prediction = {
+        "masks": torch.zeros(1, 2, 4, 2, 2),
+        "foreground": torch.zeros(1, 2, 4),
+        "classes": {"pets": torch.zeros(1, 2, 4, 3)},
+    }
+    prediction["masks"][0, 0, 1:] = value
+    assert not tiny_loss()([prediction], instances, result, ["pets"])[0].isfinite()
 
 
 def test_ignored_pixels_teach_nothing():

@@ -295,7 +295,9 @@ def match_detections(cost: Tensor, detected: Tensor) -> tuple[Tensor, Tensor, Te
     Returns:
         Index tensors (clip, frame, detection query, instance) of the matched pairs.
     """
-    costs, wanted = cost.detach().float().cpu().numpy(), detected.cpu().numpy()
+    # Of a pass that was not finite any match will do: its loss isn't finite either, and the step is left out.
+    costs = np.nan_to_num(cost.detach().float().cpu().numpy(), nan=1e6, posinf=1e6, neginf=-1e6)
+    wanted = detected.cpu().numpy()
     pairs = []
     for clip, frame in zip(*np.nonzero(wanted.any(axis=-1))):
         columns = np.flatnonzero(wanted[clip, frame])
@@ -361,9 +363,9 @@ def reach_loss(ellipses: Tensor, masks: Tensor) -> Tensor:
     return (shift.abs() + (ellipses[:, 2:].log() - radius.log()).abs()).sum()
 
 
-def detection_quality(logits: Tensor, instances: Instances, plan: TeacherForcing) -> tuple[Tensor, Tensor]:
+def detection_quality(logits: Tensor, instances: Instances, plan: TeacherForcing) -> tuple[Tensor, Tensor, Tensor]:
     """
-    What detections are worth, and which can be told to be worth nothing.
+    What detections are worth, which can be told to be worth nothing, and which nobody can judge.
 
     Args:
         logits (`torch.Tensor` of shape `(B, T, N_det, h, w)`): Mask logits; they get no gradient.
@@ -372,21 +374,33 @@ def detection_quality(logits: Tensor, instances: Instances, plan: TeacherForcing
         `torch.Tensor` of shape `(B, T, N_det)`: the largest IoU of each mask with an object that is to be detected.
         `torch.BoolTensor` of the same shape: whether three quarters of the mask lie in what is annotated. Such a query
         draws an object, a part or a copy of one, though not every object of the clip may be annotated.
+        `torch.BoolTensor` of the same shape: whether more than half of the mask lies in pixels of which nothing is
+        known, a crowd for instance. Such a query may well draw an object.
     """
-    masks = ((logits.detach() > 0) & (instances.pixel_weights > 0.5).unsqueeze(2)).float()
+    drawn = logits.detach() > 0
+    masks = (drawn & (instances.pixel_weights > 0.5).unsqueeze(2)).float()
     objects = (instances.small_masks > 0.5).float()
     area = masks.sum((-2, -1))
     shared = torch.einsum("btqhw,bnthw->btqn", masks, objects)
     together = area.unsqueeze(-1) + objects.sum((-2, -1)).transpose(1, 2).unsqueeze(2) - shared
-    iou = shared / together.clamp(min=1) * plan.detected.unsqueeze(2)
+    iou = (shared / together.clamp(min=1)).clamp(max=1) * plan.detected.unsqueeze(2)  # rounding may exceed 1
     iou = F.pad(iou, (0, 1)).amax(-1)  # 0 where there is no object at all
     covered = torch.einsum("btqhw,bthw->btq", masks, objects.sum(1).clamp(max=1))
-    return iou, (covered > 0) & (covered >= 0.75 * area)
+    inside = (covered > 0) & (covered >= 0.75 * area)
+    return iou, inside, area < 0.5 * drawn.sum((-2, -1))
 
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     """Reads maps (M, h, w) at points (M, P, 2), x and y in [0, 1], bilinearly. Returns (M, P)."""
     return F.grid_sample(maps.unsqueeze(1), 2.0 * points.unsqueeze(1) - 1.0, align_corners=False)[:, 0, 0]
+
+
+def _in_float32(prediction: dict) -> dict:
+    """In float32, but for what is float64."""
+    return {
+        name: _in_float32(x) if isinstance(x, dict) else x.to(torch.promote_types(x.dtype, torch.float32))
+        for name, x in prediction.items()
+    }
 
 
 class AusmLoss(nn.Module):
@@ -396,9 +410,9 @@ class AusmLoss(nn.Module):
 
     An instance that is tracked but not in the frame has foreground target 0 and an empty mask, by binary
     cross-entropy alone. The foreground of a detection says how good its mask is: its target is the IoU of the mask
-    with the object that it draws best, matched or not, since copies are told by their masks. Every term is divided by
-    the number of instances seen, averaged over processes (or as the caller says, who knows what else belongs to the
-    optimizer step).
+    with the object that it draws best, matched or not, since copies are told by their masks. What is not matched and
+    lies mostly in ignored pixels is not judged. Every term is divided by the number of instances seen, averaged over
+    processes (or as the caller says, who knows what else belongs to the optimizer step).
     """
 
     def __init__(self, config: AusmConfig):
@@ -424,8 +438,13 @@ class AusmLoss(nn.Module):
                 over processes; see [`count_targets`] for passes that share an optimizer step.
 
         Returns:
-            The weighted sum, and its weighted terms by name.
+            The weighted sum, and its weighted terms by name; not finite if a prediction isn't.
         """
+        # In float32: sums over pixels outgrow float16, and bfloat16 rounds them by up to 1 in 256.
+        with torch.autocast(predictions[-1]["masks"].device.type, enabled=False):
+            return self._loss(predictions, instances, plan, label_sets, generator, num_instances)
+
+    def _loss(self, predictions, instances, plan, label_sets, generator, num_instances):
         self._check_labels(predictions[-1]["classes"], instances, label_sets)
         if num_instances is None:
             present = instances.present.transpose(1, 2)
@@ -437,6 +456,7 @@ class AusmLoss(nn.Module):
 
         terms: dict[str, Tensor] = {}
         for prediction in predictions:
+            prediction = _in_float32(prediction)
             matched = self._match(prediction, instances, plan, label_sets, generator)
             layer = self._mask_losses(prediction["masks"], instances, plan, matched, generator)
             layer |= self._label_losses(prediction, instances, plan, matched, label_sets)
@@ -559,9 +579,9 @@ class AusmLoss(nn.Module):
         count = instances.valid.shape[1]
         present = instances.present.transpose(1, 2)
         clips, frames, queries, objects = matched
-        quality, inside = detection_quality(prediction["masks"][:, :, count:], instances, plan)
+        quality, inside, unknown = detection_quality(prediction["masks"][:, :, count:], instances, plan)
         targets = torch.cat([(plan.tracked & present).to(quality.dtype), quality], dim=-1)
-        judged = (plan.exhaustive[:, None, None] | inside) & plan.searched.unsqueeze(-1)
+        judged = (plan.exhaustive[:, None, None] | inside) & plan.searched.unsqueeze(-1) & ~unknown
         weights = torch.cat([plan.tracked.to(quality.dtype), judged * config.no_object_weight], dim=-1)
         weights[clips, frames, queries + count] = 1.0
         # Less the targets' own entropy, so that it can vanish.
