@@ -151,6 +151,17 @@ def test_every_form_trains(recipe_file, tmp_path, monkeypatch, option, form, cal
         ("data.sources.0.arguments.colour=red", r"^data.sources\[0\].arguments.colour: unknown"),
         ("data.sources.0.arguments={label_set: mine}", r"^data.sources\[0\].arguments.root: missing"),
         ("data.sources.0.arguments.label_set=coco", r"^data.sources\[0\]: its label set 'coco' has no class head"),
+        ("data.sources.0.strides=3", r"^data.sources\[0\].strides: got 3 \(int\), want list\[int\]"),
+        (
+            "data.sources.0.strides=[0, 1]",
+            r"^data.sources\[0\].strides: got \[0, 1\], want frame distances",
+        ),
+        ("data.sources.0.strides=[]", r"^data.sources\[0\].strides: got \[\], want"),
+        ("data.sources.0.paste=30", r"^data.sources\[0\].paste: got 30.0, want from 0 to 1"),
+        ("data.sources.0.reverse=-0.1", r"^data.sources\[0\].reverse: got -0.1, want from 0 to 1"),
+        ("data.sources.0.weight=0", r"^data.sources\[0\].weight: got 0.0, want a positive number"),
+        ("data.sources.0.detect='no'", r"^data.sources\[0\].detect: got 'no' \(str\), want bool"),
+        ("model.label_sets.mine=[fish]", r"^data.sources\[0\]: model.label_sets.mine lacks 1 of its labels: 'diver'"),
         ("data.max_objects=5", "^data.max_objects: 5 objects in a clip, but the network has only 4"),
         ("model.overrides.colour=red", "^model.overrides.colour: unknown key"),
     ],
@@ -159,6 +170,13 @@ def test_what_only_the_data_and_the_network_know_is_checked_too(recipe_file, tmp
     with pytest.raises(ValueError, match=message):
         train(load_recipe(recipe_file, [override]))
     assert not (tmp_path / "run").exists()
+
+
+def test_numbers_of_a_source_may_be_text(recipe_file):
+    recipe = load_recipe(recipe_file, ["data.sources.0.weight='1e-1'", "data.sources.0.paste='1e-1'"])
+    config = build_config(recipe)
+    mixture, _ = build_data(recipe, config, build_processor(recipe, config).image_processor)
+    assert mixture.sources[0].paste == 0.1 and mixture.sources[0].strides == [1, 2]
 
 
 def test_missing_files_are_reported_together(recipe_file, videos):

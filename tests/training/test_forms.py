@@ -52,6 +52,12 @@ def test_pieces_with_carried_state_are_the_whole_clip(network, inputs):
     assert (forgetful - whole.masks_queries_logits[:, 2:]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("pieces", [3, 8])
+def test_clips_that_do_not_divide_into_pieces_are_refused(network, inputs, pieces):
+    with pytest.raises(ValueError, match=f"^pixel_values_videos: got 4 frames, want a multiple of {pieces}"):
+        list(split_clip(network, inputs, pieces))
+
+
 def test_one_piece_has_the_loss_of_the_parallel_form(network, inputs):
     (piece,) = split_clip(network, inputs, 1)
     output = CarriedForm(network)(**piece, history=None)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from ausm_hf import AusmConfig, AusmForUniversalSegmentation
@@ -151,6 +152,8 @@ def test_a_checkpoint_of_another_network_is_refused(tiny, tmp_path):
     tiny.run(tmp_path / "run", "optim.max_steps=1")
     with pytest.raises(ValueError, match="^ema_decay: .*use another output_dir"):
         tiny.run(tmp_path / "run", "ema_decay=0.9")
+    # The file says what was trained, not what was tried.
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["ema_decay"] is None
     checkpoint = checkpoints(tmp_path / "run")[0]
     tensors = weights(checkpoint)
     tensors["stranger"] = torch.zeros(1)

@@ -33,6 +33,15 @@ def test_sheet_and_score(tiny_model, tmp_path):
         assert sheet.width >= 3 * 64 and sheet.height >= 4 * 64
 
 
+def test_clips_whose_objects_come_later(tiny_model, tmp_path):
+    clips = Clips()
+    late = {**clips[0], "masks": clips[0]["masks"][1:]}
+    assert follow(tiny_model, torch.zeros(1, 3, 3, 64, 64), late["masks"][:0, 0]).shape == (0, 3, 64, 64)
+    with torch.no_grad():
+        assert SampleWriter({FIRST_CLIP: late}, collate, num_clips=1)(tiny_model, 1, tmp_path) == {}
+    assert (tmp_path / "samples" / "step-00000001.jpg").exists()
+
+
 @torch.no_grad()
 def test_following_is_what_the_inference_session_does(tiny_model, monkeypatch):
     """Against the streaming loop written out, on masks as small and as decided as a session hands them on."""

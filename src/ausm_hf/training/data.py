@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+import typing
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
 
 from ausm_hf.data.check import check_clips
 from ausm_hf.data.collate import ClipCollator
 from ausm_hf.data.mixture import ClipMixture, ClipSource, nano_mixture
 
-from .recipe import Recipe
+from .recipe import Recipe, check_range, convert
 
 if TYPE_CHECKING:
     from ausm_hf.model.configuration_ausm import AusmConfig
@@ -46,14 +52,14 @@ def build_data(recipe: Recipe, config: AusmConfig, processor: AusmImageProcessor
     elif data.mixture is not None:
         raise ValueError(f"data.mixture: got {data.mixture!r}, want nano")
     else:
-        wanted = data.sources or []
-        loaders = [_check_source(f"data.sources[{i}]", source) for i, source in enumerate(wanted)]
-        sources = [_build_source(loader, source) for loader, source in zip(loaders, wanted)]
+        wanted = [_check_source(f"data.sources[{i}]", source) for i, source in enumerate(data.sources or [])]
+        weights = [fields.pop("weight", 1.0) for _, fields in wanted]
+        sources = [ClipSource(load(), **fields) for load, fields in wanted]
         for i, source in enumerate(sources):
             check_clips(source.clips, name=f"data.sources[{i}]")
         mixture = ClipMixture(
             sources,
-            [source.get("weight", 1.0) for source in wanted],
+            weights,
             num_frames,
             (height, width),
             recipe.seed,
@@ -74,16 +80,49 @@ def build_data(recipe: Recipe, config: AusmConfig, processor: AusmImageProcessor
                 )
             if name is not None and list(mixture.class_numbers[name]) != config.label_sets[name]:
                 raise ValueError(f"model.label_sets.{name}: its labels are not those of the data")
+        for name, labels in _labels(source.clips).items():
+            strange = sorted(labels - set(config.label_sets[name]))
+            if strange:
+                raise ValueError(
+                    f"data.sources[{i}]: model.label_sets.{name} lacks {len(strange)} of its labels: "
+                    f"{', '.join(map(repr, strange[:5]))}"
+                )
     return mixture, ClipCollator(processor.image_mean, processor.image_std)
 
 
-def _check_source(key: str, source: dict[str, Any]) -> Callable:
-    """The function that makes the source's data set, once all keys are known to fit. Reads nothing."""
-    known = [f.name for f in fields(ClipSource) if f.name != "clips"]
-    for given in source:
-        if given not in ("dataset", "arguments", "weight", *known):
-            wanted = ", ".join(["dataset", "arguments", "weight", *known])
-            raise ValueError(f"{key}.{given}: unknown key; known are {wanted}")
+def _labels(clips: Dataset) -> dict[str, set[str]]:
+    """The labels of each label set that objects have. Reads two columns and no object: there may be a million."""
+    rows = clips.select_columns(["label_set", "objects"]).with_format("arrow")[:]
+    labels = defaultdict(set)
+    for batch in rows.to_batches():
+        of_row = batch.column("label_set").take(pc.list_parent_indices(batch.column("objects")))
+        of_object = pc.struct_field(pc.list_flatten(batch.column("objects")), "label")
+        pairs = pa.table([of_row, of_object], ["label_set", "label"]).drop_null()
+        for pair in pairs.group_by(["label_set", "label"]).aggregate([]).to_pylist():
+            labels[pair["label_set"]].add(pair["label"])
+    return labels
+
+
+def _check_source(key: str, source: dict[str, Any]) -> tuple[Callable[[], Dataset], dict[str, Any]]:
+    """What makes the source's data set, and the other fields of `ClipSource` and the weight, if all keys fit.
+
+    Reads nothing.
+    """
+    hints = typing.get_type_hints(ClipSource) | {"strides": list[int], "weight": float}
+    del hints["clips"]
+    values = {}
+    for given, value in source.items():
+        if given in ("dataset", "arguments"):
+            continue
+        if given not in hints:
+            raise ValueError(f"{key}.{given}: unknown key; known are {', '.join(['dataset', 'arguments', *hints])}")
+        values[given] = convert(value, hints[given], f"{key}.{given}")
+    for part in ("reverse", "paste"):
+        check_range(f"{key}.{part}", values.get(part, 0), 0, 1)
+    if not values.get("weight", 1) > 0:
+        raise ValueError(f"{key}.weight: got {values['weight']}, want a positive number")
+    if min(values.get("strides", [1]), default=0) < 1:
+        raise ValueError(f"{key}.strides: got {values['strides']}, want frame distances of at least 1")
     name = source.get("dataset")
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"{key}.dataset: got {name!r}, want the name of a data set")
@@ -99,9 +138,4 @@ def _check_source(key: str, source: dict[str, Any]) -> Callable:
     for argument, parameter in parameters.items():
         if parameter.default is parameter.empty and argument not in arguments:
             raise ValueError(f"{key}.arguments.{argument}: missing; {name} needs it")
-    return loader
-
-
-def _build_source(loader: Callable, source: dict[str, Any]) -> ClipSource:
-    known = {f.name for f in fields(ClipSource)}
-    return ClipSource(loader(**source.get("arguments", {})), **{k: v for k, v in source.items() if k in known})
+    return functools.partial(loader, **arguments), values

@@ -49,9 +49,15 @@ def split_clip(
 
     The plan is made for the whole clip and then cut. So the first frame of a piece gets the masks of the frame before
     it, and an object that was handed over in one piece is tracked in the next.
+
+    Raises:
+        ValueError: if the clips can't be cut so.
     """
+    total = inputs["pixel_values_videos"].shape[1]
+    if total % num_pieces:
+        raise ValueError(f"pixel_values_videos: got {total} frames, want a multiple of {num_pieces} (carried_state)")
     instances, plan = plan_clip(network, inputs)
-    length = inputs["pixel_values_videos"].shape[1] // num_pieces
+    length = total // num_pieces
     for start in range(0, num_pieces * length, length):
         frames = slice(start, start + length)
         yield {

@@ -158,7 +158,6 @@ def train(
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output_dir)
-        _write_text(output_dir / "recipe.yaml", yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))
     accelerator.wait_for_everyone()
     set_seed(recipe.seed + accelerator.process_index)  # dropout differs between processes, initial weights don't
     first_step = 0
@@ -167,6 +166,8 @@ def train(
         first_step = load_training_state(newest, network, optimizer, ema, accelerator.scaler)
         restore_rng_state(newest, accelerator.process_index)
         accelerator.print(f"going on from {newest}")
+    if accelerator.is_main_process:  # after the checkpoint was found to fit: a recipe that doesn't wasn't trained
+        _write_text(output_dir / "recipe.yaml", yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))
     log = _Log(recipe, accelerator, output_dir, first_step)
 
     batches = load_batches(recipe, dataset, collator, first_step, accelerator.process_index, accelerator.num_processes)

@@ -157,20 +157,20 @@ class Recipe:
         _check_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         _check_choice("optim.schedule", self.optim.schedule, ("linear", "cosine", "step", "constant"))
         for key in ("switch_frame_prompt_probability", "history_corruption", "prompt_signals", "scheduled_sampling"):
-            _check_range(key, getattr(self, key), 0, 1)
+            check_range(key, getattr(self, key), 0, 1)
         for key in ("carried_state", "gradient_accumulation_steps", "log_every", "save_every", "keep_checkpoints"):
-            _check_range(key, getattr(self, key), 1)
-        _check_range("eval_every", self.eval_every, 0)
+            check_range(key, getattr(self, key), 1)
+        check_range("eval_every", self.eval_every, 0)
         if self.ema_decay is not None:
-            _check_range("ema_decay", self.ema_decay, 0, 1)
+            check_range("ema_decay", self.ema_decay, 0, 1)
         for key in ("batch_size", "num_frames"):
-            _check_range(f"data.{key}", getattr(self.data, key), 1)
-        _check_range("data.max_objects", self.data.max_objects, 4)
-        _check_range("data.workers", self.data.workers, 0)
-        _check_range("optim.max_steps", self.optim.max_steps, 1)
-        _check_range("optim.warmup_steps", self.optim.warmup_steps, 0)
+            check_range(f"data.{key}", getattr(self.data, key), 1)
+        check_range("data.max_objects", self.data.max_objects, 4)
+        check_range("data.workers", self.data.workers, 0)
+        check_range("optim.max_steps", self.optim.max_steps, 1)
+        check_range("optim.warmup_steps", self.optim.warmup_steps, 0)
         for key in ("lr", "backbone_lr_factor", "weight_decay"):
-            _check_range(f"optim.{key}", getattr(self.optim, key), 0)
+            check_range(f"optim.{key}", getattr(self.optim, key), 0)
         if self.optim.clip_grad_norm is not None and self.optim.clip_grad_norm <= 0:
             raise ValueError(f"optim.clip_grad_norm: got {self.optim.clip_grad_norm}, want a positive number or null")
         if len(self.optim.betas) != 2 or not all(0 <= beta < 1 for beta in self.optim.betas):
@@ -307,24 +307,24 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
         no_default = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if no_default and f.name not in values:
             raise ValueError(f"{prefix}{f.name}: missing")
-    return cls(**{key: _convert(value, hints[key], f"{prefix}{key}") for key, value in values.items()})
+    return cls(**{key: convert(value, hints[key], f"{prefix}{key}") for key, value in values.items()})
 
 
-def _convert(value: Any, wanted: Any, key: str) -> Any:
+def convert(value: Any, wanted: Any, key: str) -> Any:
     """`value` as the annotated type `wanted`, or ValueError. Nothing is guessed but "1e-4", a string to YAML."""
     origin = typing.get_origin(wanted)
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
         wanted = next(t for t in typing.get_args(wanted) if t is not type(None))
-        return _convert(value, wanted, key)
+        return convert(value, wanted, key)
     if wanted is Any:
         return value
     if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
         return _build(wanted, value, key + ".")
     if origin is list and isinstance(value, (list, tuple)):
         item_type = typing.get_args(wanted)[0]
-        return [_convert(item, item_type, f"{key}[{i}]") for i, item in enumerate(value)]
+        return [convert(item, item_type, f"{key}[{i}]") for i, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
         return value
     if wanted is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
@@ -343,7 +343,8 @@ def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{key}: got {value!r}, want one of {', '.join(choices)}")
 
 
-def _check_range(key: str, value: float, low: float, high: float = float("inf")) -> None:
+def check_range(key: str, value: float, low: float, high: float = float("inf")) -> None:
+    """Raises ValueError naming the key, if the value isn't in the range."""
     if not low <= value <= high:
         wanted = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
         raise ValueError(f"{key}: got {value}, want {wanted}")

@@ -63,6 +63,8 @@ def follow(model: AusmForUniversalSegmentation, frames: Tensor, prompts: Tensor)
         (N, T, H, W) bool, on the CPU.
     """
     count, size = len(prompts), frames.shape[-2:]
+    if count == 0:
+        return torch.zeros(0, frames.shape[1], *size, dtype=torch.bool)
     slots = torch.arange(count, device=frames.device)[None]
     taken = torch.ones_like(slots, dtype=torch.bool)
     # The history takes masks as small as the network gives them.
