@@ -42,6 +42,16 @@ def test_the_mean_of_runs_is_stored_with_the_last_ones_recipe(runs, tmp_path):
     AusmForUniversalSegmentation.from_pretrained(folder)
 
 
+def test_no_folder_of_the_sources_stays_in_the_recipe(runs, tmp_path):
+    source = {"dataset": "video_folder", "arguments": {"root": str(tmp_path / "mine"), "exhaustive": True}}
+    data = {"root": None, "sources": [source, {"dataset": "coco"}]}
+    recipe = {"output_dir": str(runs[1]), "model": {"preset": "nano", "path": None}, "data": data}
+    (runs[1] / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    made = yaml.safe_load((make_checkpoint(runs, tmp_path / "made") / "recipe.yaml").read_text())
+    assert made["data"]["sources"][0]["arguments"] == {"root": "mine", "exhaustive": True}
+    assert str(tmp_path) not in str(made)
+
+
 def test_a_part_that_the_last_run_added_is_its_own(runs, tmp_path, tiny_config):
     config = copy.deepcopy(tiny_config)
     config.remember_appearance = False

@@ -81,6 +81,17 @@ def test_labels_are_matched_by_name():
     torch.testing.assert_close(output[..., [1, 2]], expected[..., [1, 3]], atol=1e-4, rtol=1e-4)
 
 
+def test_coco_labels_in_voc_spelling_get_coco_names():
+    ours = from_mask2former(mask2former(id2label={0: "cat", 1: "sofa", 2: "tvmonitor"}), num_compressor_layers=1)
+    assert ours.config.label_sets["coco"] == ["cat", "couch", "tv"]
+    theirs = mask2former(id2label={0: "wall", 1: "sofa", 2: "tv"})  # not COCO's
+    assert from_mask2former(theirs, num_compressor_layers=1).config.label_sets["coco"] == ["wall", "sofa", "tv"]
+    theirs = mask2former(id2label={0: "cat", 1: "sofa", 2: "tvmonitor"})
+    ours = from_mask2former(theirs, label_sets={"coco": ["tv", "couch"]}, num_compressor_layers=1)
+    weight = theirs.class_predictor.weight
+    assert torch.equal(ours.class_heads["coco"].weight[:2, : weight.shape[1]], weight[[2, 1]])
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`pre_norm`"):
         from_mask2former(mask2former(pre_norm=True))

@@ -10,8 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
-from .model.configuration_ausm import PRESETS, AusmConfig
+from .model.configuration_ausm import COCO_LABELS, PRESETS, AusmConfig
 from .model.modeling_ausm import AusmForUniversalSegmentation
+
+# Mask2Former's checkpoints for COCO instances on the Hub spell six labels as Pascal VOC does.
+VOC_SPELLING = {
+    "motorbike": "motorcycle",
+    "aeroplane": "airplane",
+    "sofa": "couch",
+    "pottedplant": "potted plant",
+    "diningtable": "dining table",
+    "tvmonitor": "tv",
+}
 
 
 def from_mask2former(
@@ -29,7 +39,8 @@ def from_mask2former(
         source: Folder, Hub id or loaded model.
         preset: Where the sizes of the history come from, `"tiny"` or `"base"`.
         overrides: Fields of [`AusmConfig`]. With `label_sets` of one's own the class head of the default set is
-            filled label by label, by name; labels that Mask2Former does not have start at random.
+            filled label by label, by name; labels that Mask2Former does not have start at random. A Mask2Former for
+            COCO has COCO's names here, however its checkpoint spells them.
 
     Raises:
         ValueError: If the checkpoint is not a Mask2Former, has a layout that AUSM does not (pre-norm, input
@@ -66,6 +77,9 @@ def from_mask2former(
         if name in overrides and overrides[name] != value:
             raise ValueError(f"`{name}` comes from the Mask2Former, {value!r}; it can't be {overrides[name]!r}.")
     their_labels = {int(index): label for index, label in (theirs.id2label or {}).items()}
+    in_coco = {index: VOC_SPELLING.get(label, label) for index, label in their_labels.items()}
+    if set(in_coco.values()) <= set(COCO_LABELS):  # not of another data set
+        their_labels = in_coco
     label_sets = {"coco": [their_labels[index] for index in range(len(their_labels))]}
     if preset not in PRESETS:
         raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")

@@ -81,7 +81,11 @@ def make_checkpoint(runs: list[Path], folder: Path) -> Path:
         recipe = yaml.safe_load((runs[-1] / "recipe.yaml").read_text())
         # Where things lay on the machine of the run is nobody's business.
         recipe["output_dir"] = Path(recipe["output_dir"]).name
-        recipe["data"]["root"] = Path(recipe["data"]["root"]).name
+        if recipe["data"].get("root"):
+            recipe["data"]["root"] = Path(recipe["data"]["root"]).name
+        for source in recipe["data"].get("sources") or []:
+            arguments = source.get("arguments", {})
+            arguments.update({key: Path(value).name for key, value in arguments.items() if isinstance(value, str)})
         if recipe["model"].get("path"):
             recipe["model"]["path"] = Path(recipe["model"]["path"]).name
         (partial / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
