@@ -1,6 +1,7 @@
 """Segment videos from end to end: frames in, masks with ids out, files written. Constant memory."""
 
 import hashlib
+import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -118,9 +119,11 @@ def load_model(
     return loaded.eval(), processor
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """What tells one set of weights from another: 16 letters."""
-    digest = hashlib.sha256()
+def fingerprint(model: AusmForUniversalSegmentation, processor: AusmProcessor) -> str:
+    """What tells one model from another, wherever it lies: 16 letters of its weights and its settings."""
+    config = {name: value for name, value in model.config.to_dict().items() if name not in ("_name_or_path", "dtype")}
+    settings = json.dumps([config, processor.image_processor.to_dict()], sort_keys=True, default=str)
+    digest = hashlib.sha256(settings.encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
@@ -370,8 +373,7 @@ def segment_videos(
         return {"frames": num_frames, "skipped": source.num_skipped}
 
     settings = {
-        "model": model.name_or_path,
-        "weights": fingerprint(model),
+        "model": fingerprint(model, processor),
         "dtype": str(model.dtype),
         "formats": formats,
         "threshold": threshold,

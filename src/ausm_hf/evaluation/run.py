@@ -87,7 +87,7 @@ def evaluate(
             "benchmark": benchmark,
             "split": split,
             "model": str(model or "ausm-nano"),
-            "weights": fingerprint(network),
+            "weights": fingerprint(network, processor),
             "dtype": str(network.dtype).removeprefix("torch."),
             "size": dict(processor.image_processor.size),
             "videos": len(found.rows),
