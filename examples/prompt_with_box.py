@@ -27,7 +27,9 @@ def main(video: str, *rest: str):
                 print(f"the object covers {mask.float().mean():.1%} of the first frame")
             outputs = model(inference_session=session, frame=pixel_values)
             (result,) = processor.post_process_instance_segmentation(outputs, target_sizes=[source.size])
-            writer.write(draw_overlay(frame, result["segmentation"].numpy(), object_labels(result["segments_info"])))
+            writer.write(
+                draw_overlay(frame, result["segmentation"].cpu().numpy(), object_labels(result["segments_info"]))
+            )
     print(f"{session.next_frame_idx} frames in {output}")
 
 

@@ -34,10 +34,11 @@ def push_space(repo_id: str, model: str | None = None) -> str:
                 text = text.replace(REQUIREMENT, f"{REQUIREMENT} @ {address}")
             text = re.sub(r'Client\("user/name"\)', f'Client("{repo_id}")', text)
             (Path(folder) / name).write_text(text, encoding="utf-8")
-        variables = [{"key": "AUSM_MODEL", "value": model}] if model else None
-        url = api.create_repo(
-            repo_id, repo_type="space", space_sdk="gradio", space_variables=variables, exist_ok=True, private=False
-        )
+        url = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", exist_ok=True, private=False)
+        if model:
+            api.add_space_variable(repo_id, "AUSM_MODEL", model)
+        elif "AUSM_MODEL" in api.get_space_variables(repo_id):
+            api.delete_space_variable(repo_id, "AUSM_MODEL")
         api.upload_folder(
             repo_id=repo_id, repo_type="space", folder_path=folder, commit_message="Upload the AUSM demo",
             delete_patterns="*.whl",

@@ -36,7 +36,7 @@ for column in [] if marked is None else np.unique(marked[marked > 0]) - 1:
     taken[column], masks[column] = True, np.array(cover) >= 0.5
 
 for index, frame in enumerate(av.open(sys.argv[2]).decode(video=0)):
-    image = frame.to_image()
+    image = frame.to_image().rotate(frame.rotation, expand=True)  # as the phone was held
     pixels = np.float32(image.resize((width, height), BILINEAR)) / 255
     pixels = (pixels - np.float32(about["image_mean"])) / np.float32(about["image_std"])
     inputs["pixel_values"] = pixels.transpose(2, 0, 1)[None]

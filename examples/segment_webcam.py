@@ -25,7 +25,9 @@ def main(source: str = "camera:0", output: str = "webcam.mp4", seconds: str = "i
                     if info["id"] not in seen:
                         seen.add(info["id"])
                         print(f"{time.monotonic() - start:6.1f} s: object {info['id']}, {info['label']}", flush=True)
-                overlay = draw_overlay(frame, result["segmentation"].numpy(), object_labels(result["segments_info"]))
+                overlay = draw_overlay(
+                    frame, result["segmentation"].cpu().numpy(), object_labels(result["segments_info"])
+                )
                 writer.write(overlay, frame_time)
                 if time.monotonic() - start > float(seconds):
                     break

@@ -31,6 +31,7 @@ class HubDouble(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repos: dict[str, dict[str, bytes]] = {}
         self.uploads: dict[str, bytes] = {}  # LFS objects by their SHA-256
+        self.variables: dict[str, dict[str, str]] = {}  # of Spaces
         self.requests: list[str] = []
 
     def __enter__(self) -> "HubDouble":
@@ -97,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return function(self, body, **match.groupdict())
         self.answer({"error": f"the double does not know {self.command} {path}"}, 404)
 
-    do_GET = do_HEAD = do_POST = do_PUT = handle_request
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request
 
     def create(self, body: bytes):
         wanted = json.loads(body)
@@ -109,6 +110,15 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer({"error": "it exists", "url": url}, 409)
         self.server.repos[repo] = self.server.repos[f"{repo}@{head_of({})}"] = {}
         self.answer({"url": url, "name": name})
+
+    def variables(self, body: bytes, repo: str):
+        of_space = self.server.variables.setdefault(repo, {})
+        if self.command == "POST":
+            entry = json.loads(body)
+            of_space[entry["key"]] = entry["value"]
+        elif self.command == "DELETE":
+            del of_space[json.loads(body)["key"]]
+        self.answer({key: {"key": key, "value": value} for key, value in of_space.items()})
 
     def validate_card(self, body: bytes):
         self.answer({"errors": [], "warnings": []})
@@ -203,6 +213,7 @@ _REPO = r"(?P<repo>(models|datasets|spaces)/[^/]+/[^/]+)"
 ROUTES = [
     (("POST",), "/api/repos/create", _Handler.create),
     (("POST",), "/api/validate-yaml", _Handler.validate_card),
+    (("GET", "POST", "DELETE"), f"/api/{_REPO}/variables", _Handler.variables),
     (("POST",), f"/api/{_REPO}/preupload/(?P<revision>[^/]+)", _Handler.preupload),
     (("POST",), f"/api/{_REPO}/commit/(?P<revision>[^/]+)", _Handler.commit),
     (("POST",), r"/(?P<repo>.+)\.git/info/lfs/objects/batch", _Handler.lfs_batch),

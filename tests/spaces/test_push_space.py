@@ -33,10 +33,12 @@ def test_push_and_start_from_what_was_pushed(hub, tmp_path, moving_square):
     pytest.importorskip("gradio", reason="pip install 'ausm-hf[demo]'")
     environment = hub.environment(tmp_path / "hub-home")
     command = [sys.executable, ROOT / "examples" / "push_space.py", "user/ausm"]
-    for _ in range(2):  # the second push replaces the first
-        pushed = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    for model, variables in ([], {}), (["--model", "user/mine"], {"AUSM_MODEL": "user/mine"}), ([], {}):
+        # Each push replaces the one before.
+        pushed = subprocess.run([*command, *model], capture_output=True, text=True, env=environment, cwd=tmp_path)
         assert pushed.returncode == 0, pushed.stderr
         assert pushed.stdout.strip() == f"{hub.url}/spaces/user/ausm"
+        assert hub.variables.get("spaces/user/ausm", {}) == variables
     files = hub.repos["spaces/user/ausm"]
     (wheel,) = [name for name in files if name.endswith(".whl")]
     assert set(files) == {"app.py", "README.md", "requirements.txt", wheel}
