@@ -87,20 +87,45 @@ BAD = {
 }
 
 
+def rooms_now() -> set[Path]:
+    return set(Path(os.environ["GRADIO_TEMP_DIR"], "rooms").iterdir())
+
+
+@pytest.mark.parametrize("name", ["track", "find"])
+def test_only_results_stay_on_the_server(client, clip_file, first_masks, name):
+    before = rooms_now()
+    arguments = {"track": ([], handle_file(first_masks)), "find": (0.5, 2, "pets")}[name]
+    client.predict(handle_file(clip_file), *arguments, api_name=f"/{name}")
+    (room,) = rooms_now() - before
+    assert [path.name for path in room.iterdir()] == ["run"] and (room / "run" / "masks.zip").exists()
+
+
+def test_a_preview_leaves_nothing_on_the_server(client, clip_file):
+    before = rooms_now()
+    prompts = [{"frame": 0, "object": 1, "box": [8, 8, 30, 30]}]
+    with Image.open(client.predict(handle_file(clip_file), prompts, 0, api_name="/preview")) as picture:
+        assert picture.size == (64, 48)
+    assert rooms_now() == before
+
+
 @pytest.mark.parametrize("kind", BAD)
 def test_what_does_not_fit_is_a_sentence(client, clip_file, kind):
     arguments, message = BAD[kind]
     *arguments, name = arguments(clip_file)
+    before = rooms_now()
     with pytest.raises(AppError, match=message) as caught:
         client.predict(handle_file(clip_file), *arguments, api_name=name)
     assert os.environ["GRADIO_TEMP_DIR"] not in str(caught.value)
+    assert rooms_now() == before
 
 
 def test_hostile_uploads_are_sentences(client, tmp_path, monkeypatch):
+    before = rooms_now()
     (tmp_path / "holiday.mp4").write_text("#EXTM3U\n#EXTINF:9,\nfile:///etc/passwd\n")
     with pytest.raises(AppError, match="no video that can be read here") as caught:
         client.predict(handle_file(tmp_path / "holiday.mp4"), 0.5, 10, "pets", api_name="/find")
     assert os.environ["GRADIO_TEMP_DIR"] not in str(caught.value) and "passwd" not in str(caught.value)
+    assert rooms_now() == before
 
 
 def test_too_large_an_upload_is_not_even_taken(client, page, tmp_path):

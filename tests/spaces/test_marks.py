@@ -87,10 +87,15 @@ def test_an_unknown_object_and_no_mark_at_all_are_refused():
 
 
 @pytest.fixture
-def visit(tmp_path):
+def rooms(tmp_path):
+    return Rooms(tmp_path)
+
+
+@pytest.fixture
+def visit(rooms):
     from PIL import Image
 
-    visit = Visits(Rooms(tmp_path)).of("somebody")
+    visit = Visits(rooms).of("somebody")
     folder = visit.new_folder("clip")
     folder.mkdir()
     for index in range(3):
@@ -154,13 +159,13 @@ def test_visitors_have_nothing_in_common_and_leave_nothing(tmp_path):
             visits.of(nameless)
 
 
-def test_a_new_upload_forgets_the_old_one(visit, clip_file, signals_are_masks):
+def test_a_new_upload_forgets_the_old_one(visit, rooms, clip_file, signals_are_masks):
     visit.mark(Mark(0, 1, "box", ((10, 10), (30, 30))), signals_are_masks)
-    list(visit.take(str(clip_file), Limits()))
+    list(visit.take(str(clip_file), Limits(), rooms))
     assert visit.marks == [] and (visit.clip.size, visit.clip.num_frames) == ((48, 64), 6)
 
 
-def test_a_run_that_was_overtaken_by_an_upload_changes_nothing(visit, clip_file, signals_are_masks):
+def test_a_run_that_was_overtaken_by_an_upload_changes_nothing(visit, rooms, clip_file, signals_are_masks):
     def run(clip, folder, **how):
         yield News(3, 3, 1.0, [])
         (folder / "masks").mkdir(parents=True)
@@ -177,7 +182,66 @@ def test_a_run_that_was_overtaken_by_an_upload_changes_nothing(visit, clip_file,
 
     running = visit.follow(signals_are_masks)
     next(running)
-    list(visit.take(str(clip_file), Limits()))
+    list(visit.take(str(clip_file), Limits(), rooms))
     with pytest.raises(Stopped):
         next(running)
     assert visit.result is None and visit.followed is None
+    assert [path.name for path in visit.room.iterdir()] == [visit.clip.folder.name]
+
+
+def test_a_run_whose_clip_has_been_removed_is_stopped_and_the_visit_goes_on(
+    visit, rooms, clip_file, signals_are_masks
+):
+    def run(clip, folder, **how):
+        for index in range(clip.num_frames):
+            clip.frame(index)
+            yield News(index + 1, clip.num_frames, 1.0, [])
+
+    signals_are_masks.run = run
+    visit.mark(Mark(0, 1, "box", ((10, 10), (30, 30))), signals_are_masks)
+    running = visit.follow(signals_are_masks)
+    next(running)
+    list(visit.take(str(clip_file), Limits(), rooms))
+    with pytest.raises(Stopped):
+        next(running)
+    assert visit.picture(5, signals_are_masks).shape == (48, 64, 3)
+
+
+def test_a_stopped_run_leaves_no_files(visit, signals_are_masks):
+    def run(clip, folder, **how):
+        (folder / "key").mkdir()
+        yield News(1, 3, 1.0, [])
+        raise Stopped
+
+    signals_are_masks.run = run
+    visit.mark(Mark(0, 1, "box", ((10, 10), (30, 30))), signals_are_masks)
+    with pytest.raises(Stopped):
+        list(visit.follow(signals_are_masks))
+    assert [path.name for path in visit.room.iterdir()] == [visit.clip.folder.name]
+
+
+def test_one_visit_has_the_files_of_one_clip_and_respects_a_full_disk(visit, rooms, clip_file, monkeypatch):
+    result = visit.new_folder("run")
+    result.mkdir()
+    visit.result = Result(result)
+    for _ in range(3):
+        list(visit.take(str(clip_file), Limits(), rooms))
+        assert [path.name for path in visit.room.iterdir()] == [visit.clip.folder.name]
+
+    (rooms.root / "others").write_bytes(bytes(2000))
+    monkeypatch.setattr("ausm_hf.demo.clips.MOST_GIGABYTES", 1e-6)
+    with pytest.raises(Refused, match="no room for more"):
+        next(visit.take(str(clip_file), Limits(), rooms))
+    assert visit.clip is None and not list(visit.room.iterdir())
+
+
+def test_a_visitor_who_leaves_during_a_sweep_does_no_harm(rooms):
+    visits = Visits(rooms)
+
+    class Leaving(type(rooms.root)):
+        def exists(self):
+            visits.end("leaving")
+            return False
+
+    visits.of("leaving").room = Leaving(rooms.root / "rooms" / "gone")
+    visits.sweep()

@@ -1,6 +1,8 @@
 """The same for programs: named functions for `gradio_client`. Each call brings its video and gets its results."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -30,13 +32,20 @@ RETURNS = (
 def add_api(network: Network, rooms: Rooms, limits: Limits, told: Callable) -> None:
     """Adds the functions `track`, `find` and `preview` to the page that is being made."""
 
-    def unpacked(video: str | None):
+    @contextmanager
+    def unpacked(video: str | None) -> Iterator[tuple[Clip, Path]]:
+        """A clip, and a folder for its results. These stay, to be fetched, unless something goes wrong."""
         if video is None:
             raise Refused("There is no video.")
         room = rooms.new()
-        *_, clip = unpack_clip(rooms.uploaded(video), room / "clip", limits)
-        (room / "run").mkdir()
-        return clip, room / "run"
+        try:
+            *_, clip = unpack_clip(rooms.uploaded(video), room / "clip", limits)
+            (room / "run").mkdir()
+            yield clip, room / "run"
+        except BaseException:
+            rooms.remove(room)
+            raise
+        rooms.remove(room / "clip")
 
     def outcome(run) -> tuple:
         *_, result = run
@@ -45,28 +54,30 @@ def add_api(network: Network, rooms: Rooms, limits: Limits, told: Callable) -> N
     @told
     def track(video: str, prompts: list, masks: str | None):
         marks, names = read_prompts(prompts or [])
-        clip, folder = unpacked(video)
-        of_frames = prompt_masks(clip, marks, network)
-        if masks is not None:
-            of_frames[0] = {**read_masks(rooms.uploaded(masks), clip.size), **of_frames.get(0, {})}
-        if not of_frames:
-            raise Refused(f"Nothing is marked. prompts: {PROMPTS} {MASKS}")
-        return outcome(network.run(clip, folder, masks=of_frames, names=names))
+        with unpacked(video) as (clip, folder):
+            of_frames = prompt_masks(clip, marks, network)
+            if masks is not None:
+                of_frames[0] = {**read_masks(rooms.uploaded(masks), clip.size), **of_frames.get(0, {})}
+            if not of_frames:
+                raise Refused(f"Nothing is marked. prompts: {PROMPTS} {MASKS}")
+            return outcome(network.run(clip, folder, masks=of_frames, names=names))
 
     @told
     def find(video: str, threshold: float, top_k: int, label_set: str):
         check_find(network, threshold, top_k, label_set)
-        clip, folder = unpacked(video)
-        return outcome(network.run(clip, folder, threshold=threshold, max_objects=int(top_k), label_set=label_set))
+        with unpacked(video) as (clip, folder):
+            return outcome(network.run(clip, folder, threshold=threshold, max_objects=int(top_k), label_set=label_set))
 
     @told
     def preview(video: str, prompts: list, frame: int):
         marks, names = read_prompts(prompts)
-        clip, _ = unpacked(video)
-        ids = np.zeros(clip.size, dtype=np.int32)
-        for object_id, mask in prompt_masks(clip, marks, network).get(int(frame), {}).items():
-            ids[mask] = object_id
-        return draw_overlay(clip.frame(int(frame)), ids, names)
+        with unpacked(video) as (clip, folder):
+            ids = np.zeros(clip.size, dtype=np.int32)
+            for object_id, mask in prompt_masks(clip, marks, network).get(int(frame), {}).items():
+                ids[mask] = object_id
+            picture = draw_overlay(clip.frame(int(frame)), ids, names)
+        rooms.remove(folder.parent)  # there are no files to fetch
+        return picture
 
     model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
     with gr.Row(visible=False):  # what the functions take and give, and nothing to see

@@ -128,8 +128,7 @@ class Rooms:
 
     def new(self) -> Path:
         """Raises Refused when the visitors' files fill the disk, or are gone because the demo ends."""
-        if self.is_full():
-            raise Refused("There is no room for more videos at the moment. Please try again in an hour.")
+        self.check_space()
         room = self.root / "rooms" / secrets.token_urlsafe(24)
         try:
             room.mkdir()
@@ -143,8 +142,18 @@ class Rooms:
             raise Refused("Please upload the file itself.")
         return file
 
-    def remove(self, room: Path):
-        shutil.rmtree(room, ignore_errors=True)
+    def remove(self, path: Path):
+        """A folder, or the file that Gradio leaves of an upload that was broken off."""
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):  # removed meanwhile
+                path.unlink()
+
+    def check_space(self):
+        """Raises Refused when the visitors' files fill the disk."""
+        if self.is_full():
+            raise Refused("There is no room for more videos at the moment. Please try again in an hour.")
 
     def is_full(self) -> bool:
         size = 0

@@ -1,6 +1,7 @@
 """Starts the demo."""
 
 import atexit
+import logging
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ from pathlib import Path
 from PIL import Image
 
 from .unpack import Limits
+
+logger = logging.getLogger(__name__)
 
 
 def launch(
@@ -123,5 +126,7 @@ async def _fetch_nothing(*args, **kwargs):
 
 def _sweep(page, stopped: threading.Event):
     while not stopped.wait(60):
-        with suppress(OSError):  # visitors' files come and go while it looks; the next round is soon
+        try:
             page.sweep()
+        except Exception:  # visitors' files come and go while it looks; the next round is soon
+            logger.exception("in a sweep")

@@ -198,7 +198,7 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
             yield nothing
             if file is None:
                 return
-            for item in visit.take(visits.rooms.uploaded(file), limits):
+            for item in visit.take(visits.rooms.uploaded(file), limits, visits.rooms):
                 if isinstance(item, Clip):
                     height, width = item.size
                     seconds = item.time(item.num_frames - 1) + 1 / (item.fps or 24)

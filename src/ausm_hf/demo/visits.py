@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,19 +47,23 @@ class Visit:
         self.num_folders += 1
         return self.room / f"{kind}-{self.num_folders}"
 
-    def take(self, file: str, limits: Limits) -> Iterator[np.ndarray | Clip]:
-        """A new clip in place of the old one; see `unpack_clip`."""
+    def take(self, file: str, limits: Limits, rooms: Rooms) -> Iterator[np.ndarray | Clip]:
+        """A new clip in place of the old one; see `unpack_clip`. Raises Refused when the disk is full, too."""
         self.stop()
         self.forget()
+        rooms.check_space()
         for item in unpack_clip(file, self.new_folder("clip"), limits):
             if isinstance(item, Clip):
                 self.clip = item
             yield item
 
     def forget(self):
-        """As if nothing had been uploaded yet."""
+        """As if nothing had been uploaded yet: the files go, too."""
         self.clip, self.marks, self.names, self.num_objects = None, [], {}, 1
         self.result = self.followed = None
+        for folder in self.room.glob("*"):
+            if folder != self.running:  # a run that still writes removes its own at its end
+                shutil.rmtree(folder, ignore_errors=True)
 
     def the_clip(self) -> Clip:
         """Raises Refused if there is none yet."""
@@ -162,12 +167,14 @@ class Visit:
                     result = item
                 else:
                     yield item
-        except OSError as error:  # the visitor's folder is gone, and the visitor too
-            if folder.exists():
+        except (OSError, Refused) as error:
+            if folder.exists() and self.clip is clip:
                 raise
-            raise Stopped from error
+            raise Stopped from error  # the files are gone: the visitor has left, or uploaded another clip
         finally:
             self.running = None if self.running == folder else self.running
+            if result is None or self.clip is not clip:
+                shutil.rmtree(folder, ignore_errors=True)
         if self.clip is not clip:  # another one has been uploaded meanwhile
             raise Stopped
         if self.result is not None:
@@ -177,8 +184,9 @@ class Visit:
     def stop(self):
         """Stops the run that is under way, if any: it ends before its next frame."""
         running = self.running
-        if running is not None and running.exists():
-            (running / "stop").touch()
+        if running is not None:
+            with suppress(OSError):  # its folder is gone already
+                (running / "stop").touch()
 
 
 def check_find(network: Network, threshold: float, max_objects: int, label_set: str):
@@ -220,4 +228,4 @@ class Visits:
         for session_hash, visit in list(self._visits.items()):
             if not visit.room.exists():
                 visit.stop()
-                del self._visits[session_hash]
+                self._visits.pop(session_hash, None)  # the visitor may have left meanwhile
