@@ -218,6 +218,62 @@ def test_marker_paints_ids_normalised_by_coverage():
     torch.testing.assert_close(marks[0], expected, atol=1e-5, rtol=0)
 
 
+def test_soft_masks_mark_as_surely_as_they_are():
+    ids = torch.ones(1, 2, 3)
+    masks = torch.tensor([[0.01, 0.6], [0.0, 0.8]]).view(1, 2, 1, 2)
+    marks = mark_history(ids, masks, (1, 2))
+    torch.testing.assert_close(marks, torch.tensor([0.01, 1.0]).expand(1, 3, 1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_places_are_sampled_in_float32_where_weights_are_half(tmp_path, dtype):
+    """torch's sampling in half precision gives NaN on a CPU, and rounds places by up to a cell everywhere."""
+    model = tiny_model(pixel_encoder="msdeform", pixel_encoder_layers=2)
+    model.save_pretrained(tmp_path)
+    half = AusmForUniversalSegmentation.from_pretrained(tmp_path, dtype=dtype).eval()
+    assert half.dtype == dtype
+    pixels = torch.randn(1, 3, 192, 320, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = model.encode_frames(pixels)
+        of_half = half.encode_frames(pixels.to(dtype))
+    for wanted, got in zip(features.levels, of_half.levels):
+        assert got.dtype == dtype and (got.float() - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_pixel_encoder_keeps_nothing_of_its_layers_where_it_is_asked_not_to():
+    def bytes_kept(model):
+        model.train()
+        kept = 0
+
+        def keep(tensor):
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        maps = [torch.randn(1, *m.weight.shape[1:2], 24 // 2**i, 24 // 2**i) for i, m in enumerate(projections(model))]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outputs = model.model.pixel_encoder(maps)
+        sum(output.sum() for output in outputs).backward()
+        gradients = {n: p.grad for n, p in model.model.pixel_encoder.named_parameters() if p.grad is not None}
+        return kept, gradients
+
+    def projections(model):
+        return [projection[0] for projection in model.model.pixel_encoder.input_projections][::-1]
+
+    plain = tiny_model(pixel_encoder="msdeform", pixel_encoder_layers=3)
+    torch.manual_seed(3)
+    all_kept, wanted = bytes_kept(plain)
+    checkpointed = tiny_model(pixel_encoder="msdeform", pixel_encoder_layers=3)
+    enable = getattr(checkpointed, "activation_checkpointing_enable", None)
+    (enable or checkpointed.gradient_checkpointing_enable)()
+    torch.manual_seed(3)
+    few_kept, gradients = bytes_kept(checkpointed)
+    assert few_kept < 0.5 * all_kept
+    assert wanted.keys() == gradients.keys() and wanted
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(gradients[name], gradient)
+
+
 def test_gate_zero_switches_the_history_off():
     model = tiny_model(history_gate_init=0.0)
     pixels, masks, switch, slots = clips()
@@ -296,6 +352,8 @@ def test_attention_back_ends_agree():
 
 def test_every_parameter_is_trained():
     model = tiny_model(pixel_encoder="msdeform").train()
+    for layer in model.model.pixel_encoder.encoder.layers:  # at the start no token heeds of which level it is
+        torch.nn.init.normal_(layer.self_attn.attention_weights.weight, std=0.1)
     pixels, masks, switch, slots = clips()
     labels = [torch.tensor([0, 1, -100]), torch.tensor([0])]
     model(
@@ -369,6 +427,12 @@ def test_bad_input_is_refused(change, message):
         ({"history_local_kernel": 4}, "`history_local_kernel` must be 0 or odd, got 4"),
         ({"history_stride": 4}, "history_stride"),
         ({"mask_refinement_layers": -1}, "`mask_refinement_layers` must be at least 0, got -1"),
+        ({"pixel_encoder": "msdeform", "pixel_encoder_layers": 0}, "`pixel_encoder_layers` must be at least 1, got 0"),
+        ({"train_num_points": 0}, "`train_num_points` must be at least 1 or None, got 0"),
+        ({"oversample_ratio": 0.5}, "`oversample_ratio` must be at least 1, got 0.5"),
+        ({"importance_sample_ratio": 1.5}, r"`importance_sample_ratio` must lie in 0 .. 1, got 1.5"),
+        ({"label_sets": {"values": ["cat"]}}, "an identifier that torch doesn't use, got 'values'"),
+        ({"label_sets": {"training": ["cat"]}}, "an identifier that torch doesn't use, got 'training'"),
         ({"history_local_kernel": -1}, "`history_local_kernel` must be 0 or odd, got -1"),
         ({"mask_propagation_radius": -1}, "`mask_propagation_radius` must lie in 0 .. 32, got -1"),
         ({"backbone_config": {"model_type": "nothing"}}, "`backbone_config`"),
@@ -411,6 +475,15 @@ def test_how_a_network_starts():
     assert gain >= 1
     torch.testing.assert_close(read, gain * maps)
     assert tiny_model().model.history_encoder.local_read is None
+    # Deformable attention looks in as many directions as it has heads, a step farther with each point.
+    attention = (
+        tiny_model(pixel_encoder="msdeform", pixel_encoder_layers=1).model.pixel_encoder.encoder.layers[0].self_attn
+    )
+    offsets = attention.sampling_offsets.bias.view(attention.n_heads, attention.n_levels, attention.n_points, 2)
+    torch.testing.assert_close(
+        offsets[0, :, :, 0], torch.arange(1.0, attention.n_points + 1).expand(attention.n_levels, -1)
+    )
+    assert not attention.sampling_offsets.weight.any() and not attention.attention_weights.weight.any()
 
 
 def test_how_selected_queries_start():

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .backbone_efficientnet_lite import EfficientNetLiteConfig
@@ -369,13 +370,23 @@ class AusmConfig(PreTrainedConfig):
             )
         if self.history_local_kernel < 0 or (self.history_local_kernel and self.history_local_kernel % 2 == 0):
             raise ValueError(f"`history_local_kernel` must be 0 or odd, got {self.history_local_kernel}.")
+        if self.pixel_encoder == "msdeform" and self.pixel_encoder_layers < 1:
+            raise ValueError(f"`pixel_encoder_layers` must be at least 1, got {self.pixel_encoder_layers}.")
+        if self.train_num_points is not None and self.train_num_points < 1:
+            raise ValueError(f"`train_num_points` must be at least 1 or None, got {self.train_num_points}.")
+        if self.oversample_ratio < 1:
+            raise ValueError(f"`oversample_ratio` must be at least 1, got {self.oversample_ratio}.")
+        if not 0 <= self.importance_sample_ratio <= 1:
+            raise ValueError(f"`importance_sample_ratio` must lie in 0 .. 1, got {self.importance_sample_ratio}.")
         if not self.label_sets:
             raise ValueError("`label_sets` must name at least one label set.")
         for name, labels in self.label_sets.items():
             if not labels:
                 raise ValueError(f"`label_sets[{name!r}]` has no labels.")
-            if not name.isidentifier():
-                raise ValueError(f"The name of a label set must be an identifier, got {name!r}.")
+            if not name.isidentifier() or hasattr(nn.ModuleDict, name) or name == "training":  # heads are attributes
+                raise ValueError(
+                    f"The name of a label set must be an identifier that torch doesn't use, got {name!r}."
+                )
         if self.default_label_set not in self.label_sets:
             raise ValueError(
                 f"`default_label_set` must be one of {sorted(self.label_sets)}, got {self.default_label_set!r}."

@@ -247,7 +247,8 @@ def mark_history(id_vectors: Tensor, masks: Tensor, size: tuple[int, int], eps: 
     `S[h, w] = sum_i M_i[h, w] A_i / (eps + sum_i M_i[h, w])`.
 
     It is evaluated at the resolution of the masks and then averaged over the area of each cell, so a thin object marks
-    a cell by the fraction that it covers.
+    a cell by the fraction that it covers. The sum counts as 1 at least: for binary masks that changes nothing, without
+    it the least trace of another mask, far from its object, would be as loud as the object.
 
     Args:
         id_vectors (`torch.Tensor` of shape `(N, n, D)`): `A_{t-1}`.
@@ -259,7 +260,7 @@ def mark_history(id_vectors: Tensor, masks: Tensor, size: tuple[int, int], eps: 
     """
     if masks.shape[1] == 0:
         return id_vectors.new_zeros(masks.shape[0], id_vectors.shape[-1], *size)
-    shares = masks / (eps + masks.sum(dim=1, keepdim=True))
+    shares = masks / (eps + masks.sum(dim=1, keepdim=True)).clamp(min=1)
     shares = average_maps(shares, size).to(id_vectors.dtype)
     return to_maps(torch.bmm(shares.flatten(2).mT, id_vectors), size)
 

@@ -25,7 +25,6 @@ from transformers import AutoBackbone, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoder,
-    Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
 )
 from transformers.utils import logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -71,6 +70,7 @@ class AusmPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values_videos"
     input_modalities = ["video"]
     supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = ["pixel_encoder.encoder", "pixel_encoder.level_embed"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -142,17 +142,18 @@ class AusmPreTrainedModel(PreTrainedModel):
             init.constant_(module.scale, 4.0)
         elif isinstance(module, Mask2FormerPixelDecoder):
             init.normal_(module.level_embed)
-        elif isinstance(module, Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention):
-            # Deformable attention starts by looking in n_heads directions, n_points steps far.
-            angles = torch.arange(module.n_heads, dtype=torch.float32) * (2.0 * math.pi / module.n_heads)
-            directions = torch.stack([angles.cos(), angles.sin()], -1)
-            directions = directions / directions.abs().amax(-1, keepdim=True)
-            steps = torch.arange(1, module.n_points + 1, dtype=torch.float32)
-            offsets = directions[:, None, None, :] * steps[None, None, :, None]
-            init.zeros_(module.sampling_offsets.weight)
-            init.copy_(module.sampling_offsets.bias, offsets.expand(-1, module.n_levels, -1, -1).reshape(-1))
-            init.zeros_(module.attention_weights.weight)
-            init.zeros_(module.attention_weights.bias)
+            # Deformable attention looks in n_heads directions, n_points far. (Transformers passes over its own class.)
+            for layer in module.encoder.layers:
+                attention: Any = layer.self_attn
+                angles = torch.arange(attention.n_heads, dtype=torch.float32) * (2.0 * math.pi / attention.n_heads)
+                directions = torch.stack([angles.cos(), angles.sin()], -1)
+                directions = directions / directions.abs().amax(-1, keepdim=True)
+                steps = torch.arange(1, attention.n_points + 1, dtype=torch.float32)
+                offsets = directions[:, None, None, :] * steps[None, None, :, None]
+                init.zeros_(attention.sampling_offsets.weight)
+                init.copy_(attention.sampling_offsets.bias, offsets.expand(-1, attention.n_levels, -1, -1).flatten())
+                init.zeros_(attention.attention_weights.weight)
+                init.zeros_(attention.attention_weights.bias)
 
 
 def _make_backbone(config: Any) -> Any:
@@ -521,8 +522,8 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         All frames of a clip at once with teacher forcing (the parallel form, for training), or, with
         `inference_session` and `frame`, the next frame of a stream.
 
-        Without `mask_labels` there are no objects in the history: every frame is searched with the detection queries
-        alone. To follow objects through a video use an inference session.
+        Without `mask_labels` every frame is searched with the detection queries alone, unless a `history` is given
+        that holds objects. To follow objects through a video use an inference session.
 
         Args:
             pixel_values_videos (`torch.Tensor` of shape `(B, T, 3, H, W)`):

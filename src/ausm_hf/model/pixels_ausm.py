@@ -18,7 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Mask2FormerConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixelDecoder
+from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerPixelDecoder,
+    Mask2FormerPixelDecoderEncoderLayer,
+)
 
 from .configuration_ausm import AusmConfig
 from .history_ausm import AusmAttention, AusmFeedForward, average_maps, to_tokens
@@ -86,6 +89,10 @@ class AusmFrameFeatures:
         return cls(levels, torch.cat([frame.stride_4 for frame in frames]))
 
 
+class AusmDeformableEncoderLayer(GradientCheckpointingLayer, Mask2FormerPixelDecoderEncoderLayer):
+    """Mask2Former's, of which nothing need be kept for the backward pass."""
+
+
 class AusmDeformablePixelEncoder(Mask2FormerPixelDecoder):
     """
     Mask2Former's pixel decoder in two halves, so that the history can enter between them: `forward` gives the maps at
@@ -96,17 +103,18 @@ class AusmDeformablePixelEncoder(Mask2FormerPixelDecoder):
     layer_1: nn.Module
 
     def __init__(self, config: AusmConfig, feature_channels: list[int]):
-        super().__init__(
-            Mask2FormerConfig(
-                feature_size=config.hidden_size,
-                mask_feature_size=config.mask_feature_size,
-                hidden_dim=config.hidden_size,
-                encoder_feedforward_dim=config.pixel_encoder_feedforward_size,
-                encoder_layers=config.pixel_encoder_layers,
-                num_attention_heads=config.num_attention_heads,
-                dropout=0.0,
-            ),
-            feature_channels,
+        theirs = Mask2FormerConfig(
+            feature_size=config.hidden_size,
+            mask_feature_size=config.mask_feature_size,
+            hidden_dim=config.hidden_size,
+            encoder_feedforward_dim=config.pixel_encoder_feedforward_size,
+            encoder_layers=config.pixel_encoder_layers,
+            num_attention_heads=config.num_attention_heads,
+            dropout=0.0,
+        )
+        super().__init__(theirs, feature_channels)
+        self.encoder.layers = nn.ModuleList(
+            AusmDeformableEncoderLayer(theirs) for _ in range(config.pixel_encoder_layers)
         )
         self.num_fpn_levels = 0  # leaves the stride-4 level to `mask_features`
 
@@ -114,7 +122,8 @@ class AusmDeformablePixelEncoder(Mask2FormerPixelDecoder):
         """Its own forward copies the maps' sizes to the device in each layer, which no CUDA graph may hold."""
         maps = [project(x) for project, x in zip(self.input_projections, feature_maps[::-1])]
         sizes = [(x.shape[2], x.shape[3]) for x in maps]
-        tokens = torch.cat([to_tokens(x) for x in maps], dim=1)
+        # Half precision rounds the places to sample by up to a cell, and on a CPU torch's sampling is wrong in it.
+        tokens = torch.cat([to_tokens(x) for x in maps], dim=1).to(self.level_embed.dtype)
         codes = [sine_positions(size, tokens.shape[2], tokens.device, tokens.dtype) for size in sizes]
         positions = torch.cat([code + level for code, level in zip(codes, self.level_embed)])[None]
         boxes = self.reference_boxes(sizes, tokens)
@@ -123,7 +132,7 @@ class AusmDeformablePixelEncoder(Mask2FormerPixelDecoder):
                 tokens, None, position_embeddings=positions, reference_points=boxes, spatial_shapes_list=sizes
             )[0]
         parts = tokens.split([height * width for height, width in sizes], dim=1)
-        return [part.mT.unflatten(2, size) for part, size in zip(parts, sizes)][::-1]
+        return [part.mT.unflatten(2, size).to(maps[0].dtype) for part, size in zip(parts, sizes)][::-1]
 
     def reference_boxes(self, sizes: list[tuple[int, int]], tokens: Tensor) -> Tensor:
         """
