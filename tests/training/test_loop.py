@@ -307,6 +307,14 @@ def test_arguments_that_can_not_work_are_refused_before_anything_is_loaded(tiny,
     assert not (tmp_path / "run").exists()
 
 
+def test_weights_are_trained_in_float32_whatever_they_are_stored_in(tiny, tiny_model, tmp_path):
+    """In bfloat16 most steps would be too small to change a weight."""
+    copy.deepcopy(tiny_model).bfloat16().save_pretrained(tmp_path / "half")
+    recipe = tiny.make_recipe(tmp_path / "run", "model.preset=null", f"model.path={tmp_path / 'half'}")
+    network = build_model(recipe, build_config(recipe))
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+
+
 def test_parts_of_a_checkpoint_start_anew(tmp_path):
     config = AusmConfig.from_preset("nano")
     trained = AusmForUniversalSegmentation(config)

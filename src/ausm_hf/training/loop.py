@@ -297,7 +297,7 @@ def build_model(recipe: Recipe, config: AusmConfig) -> AusmForUniversalSegmentat
 
 
 def _load_model(path: str, config: AusmConfig, reinitialize: list[str]) -> AusmForUniversalSegmentation:
-    model = AusmForUniversalSegmentation.from_pretrained(path, config=config)
+    model = AusmForUniversalSegmentation.from_pretrained(path, config=config, dtype=torch.float32)
     if reinitialize:
         fresh = AusmForUniversalSegmentation(config).state_dict()
         for prefix in reinitialize:
