@@ -70,7 +70,6 @@ class AusmPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values_videos"
     input_modalities = ["video"]
     supports_gradient_checkpointing = True
-    _keep_in_fp32_modules_strict = ["pixel_encoder.encoder", "pixel_encoder.level_embed"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True

@@ -99,6 +99,9 @@ class AusmDeformablePixelEncoder(Mask2FormerPixelDecoder):
     strides 8, 16, 32; `mask_features` the stride-4 map from the stride-8 one.
     """
 
+    # Half precision rounds the places to sample by up to a cell, and on a CPU torch's sampling is wrong in it.
+    _keep_in_fp32_modules_strict = ("pixel_encoder.encoder", "pixel_encoder.level_embed")
+
     adapter_1: nn.Module
     layer_1: nn.Module
 
@@ -122,7 +125,6 @@ class AusmDeformablePixelEncoder(Mask2FormerPixelDecoder):
         """Its own forward copies the maps' sizes to the device in each layer, which no CUDA graph may hold."""
         maps = [project(x) for project, x in zip(self.input_projections, feature_maps[::-1])]
         sizes = [(x.shape[2], x.shape[3]) for x in maps]
-        # Half precision rounds the places to sample by up to a cell, and on a CPU torch's sampling is wrong in it.
         tokens = torch.cat([to_tokens(x) for x in maps], dim=1).to(self.level_embed.dtype)
         codes = [sine_positions(size, tokens.shape[2], tokens.device, tokens.dtype) for size in sizes]
         positions = torch.cat([code + level for code, level in zip(codes, self.level_embed)])[None]
