@@ -518,6 +518,20 @@ def test_killed_at_any_moment_leaves_only_whole_files(clip, tiny_checkpoint, tmp
     assert 0 in found  # some were killed midway
 
 
+def test_terminated_while_a_library_makes_another_error_of_it(monkeypatch, capsys):
+    def init(args):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except SystemExit:
+            raise ValueError("trying to pop from empty mode stack") from None
+
+    monkeypatch.setattr("ausm_hf.cli.init", init)
+    with pytest.raises(SystemExit) as caught:
+        main(["init", "folder"])
+    assert caught.value.code == 143 and not capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_terminated_leaves_nothing(clip, tiny_checkpoint, tmp_path):
     command = ["segment", clip[0], "--model", tiny_checkpoint, "--threshold", 0, "--output"]

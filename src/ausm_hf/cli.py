@@ -282,12 +282,23 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None):
     """Runs the command line. What the user can mend becomes one line on stderr and exit code 2."""
     warnings.formatwarning = lambda message, *_, **__: f"ausm: warning: {' '.join(str(message).split())}\n"
+    terminated = False
+
+    def terminate(*_):
+        nonlocal terminated
+        terminated = True
+        sys.exit(143)  # an exception, so that nothing unfinished is left
+
     with suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that nothing unfinished is left
+        signal.signal(signal.SIGTERM, terminate)
     try:
         args = build_parser().parse_args(arguments)
         args.function(args)
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if terminated:  # a library has made another error of the exit
+            sys.exit(143)
+        if not isinstance(error, (ValueError, OSError)):
+            raise
         print(f"ausm: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
