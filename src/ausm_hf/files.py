@@ -1,10 +1,16 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders: in which order they are read; written whole or not at all."""
 
 import os
+import re
 import shutil
 import uuid
 from contextlib import suppress
 from pathlib import Path
+
+
+def natural_order(path: Path) -> list:
+    """Sort key of a path under which numbers count as numbers: `2.png` before `10.png`."""
+    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", str(path))]
 
 
 class WholeOrNothing:

@@ -6,7 +6,6 @@ than the frame at hand and what the decoder looks ahead; only [`VideoSource.back
 
 import glob
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -22,7 +21,7 @@ import av
 import numpy as np
 from PIL import Image, ImageOps
 
-from .files import WholeOrNothing
+from .files import WholeOrNothing, natural_order
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 STREAM_SCHEMES = tuple(f"{x}://" for x in ("http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "srt", "tcp", "udp"))
@@ -315,7 +314,7 @@ def _read_file(path: Path, strict: bool) -> VideoSource:
 
 
 def _read_images(name: str, paths: list[Path], strict: bool) -> VideoSource:
-    paths = sorted(paths, key=_natural)
+    paths = sorted(paths, key=natural_order)
 
     def frames(first):
         for path in paths[first:]:
@@ -329,11 +328,6 @@ def _read_images(name: str, paths: list[Path], strict: bool) -> VideoSource:
                 yield None, picture
 
     return VideoSource(name, frames, num_frames=len(paths), strict=strict)
-
-
-def _natural(path: Path) -> list:
-    """Sort key of a path under which numbers count as numbers."""
-    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", str(path))]
 
 
 class _Stdin:
@@ -412,7 +406,7 @@ def _read_container(
                     if index >= first:
                         if not isinstance(frame, _BadFrame):
                             turned.add(round(frame.rotation / 90) % 2 == 1)
-                            frame = _as_array(frame)
+                            frame = frame_array(frame)
                         yield time, frame
                     index += 1
         if index < num_frames:
@@ -430,7 +424,7 @@ def _read_container(
     return source
 
 
-def _as_array(frame: av.VideoFrame) -> np.ndarray:
+def frame_array(frame: av.VideoFrame) -> np.ndarray:
     # Frames are too small for more threads of the colour conversion to pay.
     array = frame.to_ndarray(format="rgb24", threads=1)
     return np.rot90(array, round(frame.rotation / 90)) if frame.rotation % 360 else array

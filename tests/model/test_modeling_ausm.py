@@ -225,8 +225,8 @@ def test_soft_masks_mark_as_surely_as_they_are():
     torch.testing.assert_close(marks, torch.tensor([0.01, 1.0]).expand(1, 3, 1, 2))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_places_are_sampled_in_float32_where_weights_are_half(tmp_path, dtype):
+@pytest.mark.parametrize("dtype, most", [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+def test_places_are_sampled_in_float32_where_weights_are_half(tmp_path, dtype, most):
     """torch's sampling in half precision gives NaN on a CPU, and rounds places by up to a cell everywhere."""
     model = tiny_model(pixel_encoder="msdeform", pixel_encoder_layers=2)
     model.save_pretrained(tmp_path)
@@ -237,7 +237,7 @@ def test_places_are_sampled_in_float32_where_weights_are_half(tmp_path, dtype):
         features = model.encode_frames(pixels)
         of_half = half.encode_frames(pixels.to(dtype))
     for wanted, got in zip(features.levels, of_half.levels):
-        assert got.dtype == dtype and (got.float() - wanted).norm() < 0.02 * wanted.norm()
+        assert got.dtype == dtype and (got.float() - wanted).norm() < most * wanted.norm()
 
 
 def test_pixel_encoder_keeps_nothing_of_its_layers_where_it_is_asked_not_to():

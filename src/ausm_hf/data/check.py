@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from datasets import Dataset
 from PIL import Image
 
-from .clips import mask_problem, open_video, resolve_row
+from .clips import mask_problem, open_mask, open_video, resolve_row
 
 
 def find_problems(clips: Dataset, open_files: bool = False) -> dict[str, list[str]]:
@@ -36,7 +36,9 @@ def find_problems(clips: Dataset, open_files: bool = False) -> dict[str, list[st
         if sound and open_files and row.get("own_masks"):
             ids = [obj["id"] for obj in row["objects"]]
             for stored in filter(None, row["annotations"]):
-                if problem := mask_problem(stored, ids):
+                with open_mask(stored) as image:
+                    problem = mask_problem(image, ids)
+                if problem:
                     problems.setdefault(f"masks {problem}", []).append(stored["path"])
                     sound = False
         if not sound:

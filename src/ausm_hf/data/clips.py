@@ -262,10 +262,11 @@ def load_masks(row: dict, t: int, height: int, width: int) -> tuple[dict[int, np
     if not row["annotated"][t]:
         return masks, ignore
     if row["annotations"] and row["annotations"][t] is not None:
-        index = _read_mask(row["annotations"][t])
         ids = [obj["id"] for obj in row["objects"]]
-        if row.get("own_masks") and (problem := mask_problem(row["annotations"][t], ids)):
-            raise ValueError(f"{row['annotations'][t]['path']} is a mask {problem}")
+        with open_mask(row["annotations"][t]) as image:
+            if row.get("own_masks") and (problem := mask_problem(image, ids)):
+                raise ValueError(f"{row['annotations'][t]['path']} is a mask {problem}")
+            index = _as_index(image)
         if row["binary_masks"]:
             index = (index > 0).astype(np.uint8) * ids[0]
         elif IGNORE_VALUE not in ids:
@@ -281,7 +282,8 @@ def load_masks(row: dict, t: int, height: int, width: int) -> tuple[dict[int, np
                 )
             masks[obj["id"]] = decode_rle(obj["segmentations"][t])
         elif obj["masks"] and obj["masks"][t] is not None:
-            masks[obj["id"]] = _read_mask(obj["masks"][t]) > 0
+            with open_mask(obj["masks"][t]) as image:
+                masks[obj["id"]] = _as_index(image) > 0
 
     crowds = [masks.pop(obj["id"]) for obj in row["objects"] if obj["crowd"] and obj["id"] in masks]
     if crowds:
@@ -388,22 +390,25 @@ def _source(stored: dict):
     return stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
 
 
-def _read_mask(stored: dict) -> np.ndarray:
-    with PILImage.open(_source(stored)) as image:
-        # "P" keeps the palette's indices, which are the object ids.
-        return np.array(image if image.mode in ("P", "L", "1") else image.convert("L")).astype(np.uint8)
+def open_mask(stored: dict) -> PILImage.Image:
+    """The image of a mask, not decoded yet; to be closed."""
+    return PILImage.open(_source(stored))
 
 
-def mask_problem(stored: dict, ids: Sequence[int] = ()) -> str | None:
+def _as_index(image: PILImage.Image) -> np.ndarray:
+    # "P" keeps the palette's indices, which are the object ids.
+    return np.array(image if image.mode in ("P", "L", "1") else image.convert("L")).astype(np.uint8)
+
+
+def mask_problem(image: PILImage.Image, ids: Sequence[int] = ()) -> str | None:
     """What keeps the pixels of a PNG from being the numbers of objects, as the end of "a mask ...", or None.
 
     Args:
         ids: The objects that are listed.
     """
-    with PILImage.open(_source(stored)) as image:
-        mode, index = image.mode, np.array(image)
+    index = np.array(image)
     if index.ndim > 2:
-        return f"of mode {mode}; each pixel must be the number of its object, as in an indexed PNG"
+        return f"of mode {image.mode}; each pixel must be the number of its object, as in an indexed PNG"
     if index.max() > IGNORE_VALUE:
         return "with a value above 255; number objects from 1 to 254"
     if IGNORE_VALUE not in ids and index.max() == IGNORE_VALUE and not np.any((index > 0) & (index < IGNORE_VALUE)):
@@ -427,6 +432,8 @@ def open_video(stored: dict):
 
 def _read_video(stored: dict, wanted: list[int]) -> list[np.ndarray]:
     """Decode frames of a video file by number, in any order; they are counted as `ausm_hf.read_video` shows them."""
+    from ..video import frame_array  # imports av: where all clips are images it may be missing
+
     found = {}
     with open_video(stored) as (container, stream):
         stream.thread_type = "NONE"  # loader workers are the parallelism
@@ -441,7 +448,7 @@ def _read_video(stored: dict, wanted: list[int]) -> list[np.ndarray]:
             container.seek(min(missing), stream=stream)
             for frame in container.decode(stream):
                 if frame.pts in missing:
-                    found[missing.pop(frame.pts)] = _as_array(frame)
+                    found[missing.pop(frame.pts)] = np.ascontiguousarray(frame_array(frame))
                 if not missing:
                     break
     if not found.keys() >= set(wanted):
@@ -452,6 +459,8 @@ def _read_video(stored: dict, wanted: list[int]) -> list[np.ndarray]:
 def _count_frames(stored: dict, wanted: list[int]) -> dict[int, np.ndarray]:
     """Decode frames of a video file by number, all those before them too: slow, but right whatever times it tells."""
     import av
+
+    from ..video import frame_array
 
     found: dict[int, np.ndarray] = {}
     number = 0
@@ -464,16 +473,10 @@ def _count_frames(stored: dict, wanted: list[int]) -> dict[int, np.ndarray]:
                 decoded = [None]  # it counts, though it can't be shown
             for frame in decoded:
                 if frame is not None and number in wanted:
-                    found[number] = _as_array(frame)
+                    found[number] = np.ascontiguousarray(frame_array(frame))
                 number += 1
             if found.keys() >= set(wanted):
                 return found
     if max(wanted) >= number:
         raise ValueError(f"frame {max(wanted)} is wanted of {stored['path']}, which has {number} frames")
     raise ValueError(f"{stored['path']}: frames {sorted(set(wanted) - found.keys())} can't be decoded")
-
-
-def _as_array(frame) -> np.ndarray:
-    array = frame.to_ndarray(format="rgb24")
-    # How a phone was held. A turned view would have strides that torch doesn't take.
-    return np.ascontiguousarray(np.rot90(array, round(frame.rotation / 90)))

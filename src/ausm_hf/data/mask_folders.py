@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import natural_order
 from .clips import clip_object, clip_row, file
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -14,12 +14,7 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 
 def image_files(folder: Path) -> list[Path]:
     """The images of a folder, numbers in their names counting as numbers; none if the folder isn't there."""
-    return sorted((p for p in visible(folder) if p.suffix.lower() in IMAGE_SUFFIXES), key=natural)
-
-
-def natural(path: Path) -> list:
-    """The order of frames, the same as in `ausm_hf.read_video`: `2.png` before `10.png`."""
-    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
+    return sorted((p for p in visible(folder) if p.suffix.lower() in IMAGE_SUFFIXES), key=natural_order)
 
 
 def visible(folder: Path, pattern: str = "*") -> list[Path]:
