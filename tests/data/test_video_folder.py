@@ -8,10 +8,10 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from trees import HEIGHT, WIDTH, draw_frame, index_mask, write_mask
+from trees import HEIGHT, WIDTH, draw_frame, index_mask, write_frames, write_mask
 
 from ausm_hf import read_video
-from ausm_hf.data.check import check_clips
+from ausm_hf.data.check import check_clips, find_problems
 from ausm_hf.data.clips import load_clip
 from ausm_hf.data.mask_folders import image_files
 from ausm_hf.data.video_folder import video_folder
@@ -153,3 +153,25 @@ def test_what_is_no_number_of_an_object_is_refused(tmp_path):
     # Whoever lists it means it.
     (tmp_path / "labels.json").write_text(json.dumps({"dive": {"255": "fish"}}))
     assert load_clip(video_folder(str(tmp_path))[0], [1]).masks.sum() == 100
+
+
+@pytest.mark.parametrize("what", ["number", "size"])
+def test_masks_that_do_not_fit_their_video_are_found(tmp_path, what):
+    write_video(tmp_path / "videos" / "a.mp4", greys(6))
+    size = (24, 32) if what == "size" else (HEIGHT, WIDTH)
+    for t in (0, 6 if what == "number" else 5):
+        write_mask(tmp_path / "masks" / "a" / f"{t}.png", np.ones(size, np.uint8))
+    clips = video_folder(str(tmp_path))
+    assert find_problems(clips) == {}
+    (problem,) = find_problems(clips, open_files=True)["not to be loaded"]
+    assert problem.startswith("a: ") and ("has 6 frames" if what == "number" else "(24, 32)") in problem
+
+
+def test_the_check_loads_every_frame(tmp_path):
+    write_frames(tmp_path / "videos" / "a", [f"{t:02d}" for t in range(20)])
+    for t in range(20):
+        write_mask(tmp_path / "masks" / "a" / f"{t:02d}.png", index_mask(t, [1]))
+    check_clips(video_folder(str(tmp_path)), open_files=True)
+    write_mask(tmp_path / "masks" / "a" / "19.png", np.ones((8, 8), np.uint8))
+    with pytest.raises(ValueError, match="frame 19 of a, or a mask of it, is \\(8, 8\\)"):
+        check_clips(video_folder(str(tmp_path)), open_files=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 
 from datasets import Dataset
-from PIL import Image
 
-from .clips import mask_problem, open_mask, open_video, resolve_row
+from .clips import file, load_clip, mask_problem, open_image, open_video, resolve_row
+
+FRAMES_AT_ONCE = 8
+EXAMPLES = 5  # of each problem, in a report
 
 
 def find_problems(clips: Dataset, open_files: bool = False) -> dict[str, list[str]]:
@@ -17,46 +18,40 @@ def find_problems(clips: Dataset, open_files: bool = False) -> dict[str, list[st
 
     Args:
         clips: Rows in the clip format.
-        open_files: Also decode every image and open every video and JSON. Slow, and finds all that is broken; without
-            it only missing and empty files are found.
+        open_files: Also decode all frames and masks, as training would. Slow, and finds all that is broken; without it
+            only missing and empty files are found.
 
     Returns:
         What is wrong, by kind: `"missing"`, `"empty"` and `"broken"` files, masks of one's own that hold no numbers of
-            objects (see `mask_problem`), and `"no frames"`, `"no masks"`, `"no objects"` for videos.
+            objects (see `mask_problem`), videos with `"no frames"`, `"no masks"`, `"no objects"`, and why a video
+            doesn't load although its files are sound (a mask of another size, a number beyond the last frame).
         Kinds without problems are left out.
     """
     problems: dict[str, list[str]] = {}
     for row in clips:
-        sound = True
-        for stored, kind in _files(row):
-            problem = _problem(stored, kind, open_files)
-            if problem:
-                problems.setdefault(problem, []).append(stored["path"])
-                sound = False
-        if sound and open_files and row.get("own_masks"):
-            ids = [obj["id"] for obj in row["objects"]]
-            for stored in filter(None, row["annotations"]):
-                with open_mask(stored) as image:
-                    problem = mask_problem(image, ids)
-                if problem:
-                    problems.setdefault(f"masks {problem}", []).append(stored["path"])
-                    sound = False
-        if not sound:
-            continue
-        if row["annotation_file"] is not None:
-            if not open_files:
-                continue
-            row = resolve_row(row)
-        if not row["annotated"]:
-            problems.setdefault("no frames", []).append(row["video_id"])
-        elif not any(row["annotated"]):
-            problems.setdefault("no masks", []).append(row["video_id"])
-        elif not row["annotations"] and not row["objects"]:
-            problems.setdefault("no objects", []).append(row["video_id"])
+        found = _problems_of_files(row, opened=False)
+        if found and open_files:
+            found = _problems_of_files(row, opened=True)
+        elif open_files:
+            try:
+                row = resolve_row(row)
+                for start in range(0, len(row["annotated"]), FRAMES_AT_ONCE):
+                    load_clip(row, list(range(len(row["annotated"])))[start : start + FRAMES_AT_ONCE])
+            except (OSError, SyntaxError, ValueError) as error:
+                found = _problems_of_files(row, opened=True) or [("not to be loaded", f"{row['video_id']}: {error}")]
+        if not found and row["annotation_file"] is None:
+            if not row["annotated"]:
+                found = [("no frames", row["video_id"])]
+            elif not any(row["annotated"]):
+                found = [("no masks", row["video_id"])]
+            elif not row["annotations"] and not row["objects"]:
+                found = [("no objects", row["video_id"])]
+        for kind, where in found:
+            problems.setdefault(kind, []).append(where)
     return problems
 
 
-def check_clips(clips: Dataset, open_files: bool = False, name: str = "data set", examples: int = 5) -> None:
+def check_clips(clips: Dataset, open_files: bool = False, name: str = "data set") -> None:
     """Raise one ValueError that reports all problems of a data set together, with counts and some examples of each.
 
     Videos without any object are no error: they are nothing to learn from, but nothing is broken.
@@ -67,50 +62,48 @@ def check_clips(clips: Dataset, open_files: bool = False, name: str = "data set"
         lines = [f"{name}: problems in {len(clips)} videos"]
         for kind, where in problems.items():
             lines.append(f"  {len(where)} {kind}:")
-            lines += [f"    {place}" for place in where[:examples]]
-            if len(where) > examples:
-                lines.append(f"    and {len(where) - examples} more")
+            lines += [f"    {place}" for place in where[:EXAMPLES]]
+            if len(where) > EXAMPLES:
+                lines.append(f"    and {len(where) - EXAMPLES} more")
         raise ValueError("\n".join(lines))
 
 
-def _files(row: dict) -> Iterator[tuple[dict, str]]:
-    images = [*row["frames"], *row["annotations"], *(mask for obj in row["objects"] for mask in obj["masks"])]
-    yield from ((image, "image") for image in images if image is not None)
+def _problems_of_files(row: dict, opened: bool) -> list[tuple[str, str]]:
+    """The kind of problem and the path of each file of the row that has one."""
+    masks = [mask for mask in row["annotations"] if mask is not None]
+    images = [*row["frames"], *(mask for obj in row["objects"] for mask in obj["masks"])]
+    files = [(image, "image") for image in images if image is not None]
+    files += [(mask, "own mask" if row.get("own_masks") else "image") for mask in masks]
     if row["video"] is not None:
-        yield row["video"], "video"
+        files.append((row["video"], "video"))
     if row["annotation_file"] is not None:
-        yield {"path": row["annotation_file"], "bytes": None}, "json"
+        files.append((file(row["annotation_file"]), "json"))
+    ids = [obj["id"] for obj in row["objects"]]
+    found = ((_problem(stored, kind, ids, opened), stored["path"]) for stored, kind in files)
+    return [(problem, path) for problem, path in found if problem]
 
 
-def _problem(stored: dict, kind: str, open_file: bool) -> str | None:
-    if stored["bytes"] is not None:
-        return None  # it came with the data set
-    try:
-        if os.path.getsize(stored["path"]) == 0:
-            return "empty"
-    except OSError:
-        return "missing"
-    if open_file:
+def _problem(stored: dict, kind: str, ids: list[int], opened: bool) -> str | None:
+    if stored["bytes"] is None:  # otherwise it came with the data set
         try:
-            if kind == "image":
-                with Image.open(stored["path"]) as image:
-                    image.load()
-            elif kind == "video":
-                _decode_frame(stored)
-            else:
+            if os.path.getsize(stored["path"]) == 0:
+                return "empty"
+        except OSError:
+            return "missing"
+    if opened:
+        try:
+            if kind == "video":
+                with open_video(stored) as (container, stream):
+                    if next(container.decode(stream), None) is None:
+                        return "broken"
+            elif kind == "json":
                 with open(stored["path"]) as text:
                     json.load(text)
+            else:
+                with open_image(stored) as image:
+                    image.load()
+                    problem = mask_problem(image, ids) if kind == "own mask" else None
+                return f"masks {problem}" if problem else None
         except (OSError, SyntaxError, ValueError):
             return "broken"
     return None
-
-
-def _decode_frame(stored: dict) -> None:
-    """Raises ValueError if the first frame can't be decoded."""
-    import av  # where all clips are images it may be missing
-
-    try:
-        with open_video(stored) as (container, stream):
-            next(container.decode(stream))
-    except (StopIteration, av.FFmpegError) as error:
-        raise ValueError(f"{stored['path']}: {error!r}") from error

@@ -245,7 +245,7 @@ def load_frames(row: dict, indices: list[int]) -> list[np.ndarray]:
         return _read_video(row["video"], [row["video_frames"][t] for t in indices])
     frames = []
     for t in indices:
-        with PILImage.open(_source(row["frames"][t])) as image:
+        with open_image(row["frames"][t]) as image:
             frames.append(np.array(ImageOps.exif_transpose(image).convert("RGB")))
     return frames
 
@@ -263,7 +263,7 @@ def load_masks(row: dict, t: int, height: int, width: int) -> tuple[dict[int, np
         return masks, ignore
     if row["annotations"] and row["annotations"][t] is not None:
         ids = [obj["id"] for obj in row["objects"]]
-        with open_mask(row["annotations"][t]) as image:
+        with open_image(row["annotations"][t]) as image:
             if row.get("own_masks") and (problem := mask_problem(image, ids)):
                 raise ValueError(f"{row['annotations'][t]['path']} is a mask {problem}")
             index = _as_index(image)
@@ -282,7 +282,7 @@ def load_masks(row: dict, t: int, height: int, width: int) -> tuple[dict[int, np
                 )
             masks[obj["id"]] = decode_rle(obj["segmentations"][t])
         elif obj["masks"] and obj["masks"][t] is not None:
-            with open_mask(obj["masks"][t]) as image:
+            with open_image(obj["masks"][t]) as image:
                 masks[obj["id"]] = _as_index(image) > 0
 
     crowds = [masks.pop(obj["id"]) for obj in row["objects"] if obj["crowd"] and obj["id"] in masks]
@@ -390,8 +390,8 @@ def _source(stored: dict):
     return stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
 
 
-def open_mask(stored: dict) -> PILImage.Image:
-    """The image of a mask, not decoded yet; to be closed."""
+def open_image(stored: dict) -> PILImage.Image:
+    """The image of a frame or a mask, not decoded yet; to be closed."""
     return PILImage.open(_source(stored))
 
 
@@ -421,13 +421,16 @@ def open_video(stored: dict):
     """The container of a video file and its stream of pictures. Raises ValueError if there is none to be decoded."""
     import av  # where all clips are images it may be missing
 
-    with av.open(_source(stored)) as container:
-        if not container.streams.video:
-            raise ValueError(f"{stored['path']} can't be decoded: there are no pictures in it")
-        stream = container.streams.video[0]
-        if stream.codec_context is None:  # PyAV before version 18 would crash
-            raise ValueError(f"{stored['path']} can't be decoded: its codec is unknown")
-        yield container, stream
+    try:
+        with av.open(_source(stored)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{stored['path']} can't be decoded: there are no pictures in it")
+            stream = container.streams.video[0]
+            if stream.codec_context is None:  # PyAV before version 18 would crash
+                raise ValueError(f"{stored['path']} can't be decoded: its codec is unknown")
+            yield container, stream
+    except av.FFmpegError as error:
+        raise ValueError(f"{stored['path']} can't be decoded: {error}") from error
 
 
 def _read_video(stored: dict, wanted: list[int]) -> list[np.ndarray]:
