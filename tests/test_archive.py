@@ -131,6 +131,46 @@ def test_again_only_what_is_new_or_mended(tmp_path):
     assert [json.loads(line)["name"] for line in lines] == ["a", "b", "broken"]  # what was done stays on record
 
 
+def test_a_folder_of_frames_is_done_again_when_a_frame_has_changed(tmp_path):
+    make(tmp_path / "in", "x/0.png", "x/1.png", "y/0.png")
+    worked = []
+
+    def work(path, folder):
+        worked.append(Path(path).name)
+        folder.mkdir(parents=True)
+        return {}
+
+    for expected in (["x", "y"], [], ["x"]):
+        worked.clear()
+        list(work_through(find_videos([tmp_path / "in" / "*"]), tmp_path / "out", work, {}))
+        assert worked == expected
+        make(tmp_path / "in", "x/1.png") if expected == [] else None
+
+
+def test_a_manifest_lost_to_another_run_is_gathered_anew(tmp_path):
+    videos = find_videos([make(tmp_path / "in", "a.mp4", "broken.mp4", "b.mp4") / "*.mp4"])
+    some, other = {name: videos[name] for name in ("a", "broken")}, {"b": videos["b"]}
+    lines = list(work_through(some, tmp_path / "out", copy, {}))
+    (tmp_path / "out" / "manifest.jsonl").unlink()  # another run had read it before, and wrote its own now
+    make(tmp_path / "out", "a/deeper/video.json")  # of this name, but no result
+    lines += work_through(other, tmp_path / "out", copy, {})
+    written = map(json.loads, (tmp_path / "out/manifest.jsonl").read_text().splitlines())
+    assert list(written) == sorted(lines, key=lambda line: line["name"])
+
+
+def test_a_name_like_that_of_a_claim(tmp_path):
+    videos = find_videos([make(tmp_path / "in", "take.mp4", "take.0/b.mp4") / "**/*.mp4"])
+
+    def work(path, folder):
+        if path == videos["take"]:  # meanwhile another process is at the other one
+            list(work_through({"take.0/b": videos["take.0/b"]}, tmp_path / "out", copy, {}))
+        return copy(path, folder)
+
+    list(work_through(videos, tmp_path / "out", work, {}))
+    for name in videos:
+        assert (tmp_path / "out" / name / "deeper" / "copy.txt").exists()
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_video_that_changes_while_it_is_worked_on_is_done_again_by_the_next_run(tmp_path, broken):
     videos = find_videos([make(tmp_path / "in", "a.mp4") / "*"])
@@ -176,7 +216,7 @@ def test_what_is_not_the_videos_fault_leaves_it_to_others(tmp_path, error):
 
 
 def claim_of_another(out, name, number=0, **owner):
-    path = out / ".ausm/claims" / f"{name}.{number}"
+    path = out / ".ausm/claims" / f"{name}.{number}.claim"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": "elsewhere", "place": "elsewhere", "process": 1, **owner}))
     return path
@@ -187,7 +227,7 @@ def test_claims_of_others_are_waited_for_until_they_die(tmp_path, monkeypatch):
     out = tmp_path / "out"
     videos = find_videos([make(tmp_path / "in", "a.mp4", "b.mp4") / "*"])
     theirs = claim_of_another(out, "a")
-    make(out, ".ausm/work/a.0/half")
+    make(out, ".ausm/work/a.0.work/half")
     started = time.monotonic()
     names = []
     for line in work_through(videos, out, copy, {}):
@@ -244,7 +284,7 @@ def test_who_was_taken_for_dead_drops_its_work(tmp_path, notices):
     def slow(path, folder):
         """While it sleeps, another process takes over and finishes."""
         folder.mkdir(parents=True)
-        os.utime(out / ".ausm/claims/a.0", (0, 0))
+        os.utime(out / ".ausm/claims/a.0.claim", (0, 0))
         others.extend(work_through(videos, out, copy, {}))
         assert not folder.exists()  # the other one cleaned up
         if not notices:
@@ -266,7 +306,7 @@ def test_a_claim_is_kept_alive(tmp_path, monkeypatch):
     def slow(path, folder):
         deadline = time.monotonic() + 1.5
         while time.monotonic() < deadline:
-            assert not archive._Archive(out, videos)._is_dead(out / ".ausm/claims/a.0")
+            assert not archive._Archive(out, videos)._is_dead(out / ".ausm/claims/a.0.claim")
             time.sleep(0.05)
         return copy(path, folder)
 

@@ -7,8 +7,8 @@ The processes need not know of each other, nor start or end together. They agree
     OUT/manifest.jsonl                a line for each video that is done or failed
     OUT/.ausm/settings.json           what the results are made with
     OUT/.ausm/failed/<video>.json     a failed video's line of the manifest
-    OUT/.ausm/claims/<video>.<n>      who works on it; n counts how often it was taken over
-    OUT/.ausm/work/<video>.<n>/       results that are being written
+    OUT/.ausm/claims/<video>.<n>.claim    who works on it; n counts how often it was taken over
+    OUT/.ausm/work/<video>.<n>.work/      results that are being written
 
 **Once.** A process claims a video by making its claim file, which only one can do (`O_EXCL`), and then touches it
 every few seconds. A claim is dead when it has not been touched for `LEASE` seconds (by the file server's clock, so
@@ -18,7 +18,8 @@ there is a newer claim, and drops its work.
 
 **Whole.** Results are written under `.ausm/work` and renamed into place with all that belongs to them. That the folder
 is there *is* what says that the video is done, so no crash can leave the two apart. The manifest is only gathered from
-these folders and from `.ausm/failed`. A video whose file has changed since (by its size or time) is done again.
+these folders and from `.ausm/failed`. A video whose file, or a file in whose folder, has changed since (by its size or
+time) is done again.
 
 **The same.** A video's results don't depend on which process made them, in which order, or how often the work was
 interrupted. To the byte they are the same where the processes are alike: the same kind of processor or GPU, the same
@@ -184,7 +185,7 @@ def work_through(
                 time.sleep(min(1.0, LEASE / 4))
             waiting = still_waiting
     finally:
-        archive.write_manifest(lines)
+        archive.write_manifest(archive.lines_there() | lines)
 
 
 @dataclass
@@ -235,8 +236,10 @@ class _Archive:
     def _version(self, name: str) -> list:
         """Tells whether a video has changed."""
         with suppress(OSError):
-            stat = os.stat(self.videos[name])
-            return [stat.st_size, stat.st_mtime_ns]
+            path = self.videos[name]
+            files = [entry.path for entry in os.scandir(path)] if os.path.isdir(path) else [path]
+            stats = [os.stat(file) for file in files]
+            return [sum(stat.st_size for stat in stats), sum(stat.st_mtime_ns for stat in stats)]
         return []
 
     def try_to_work(self, name: str, work: Callable[[str, Path], dict]) -> dict | None:
@@ -248,7 +251,7 @@ class _Archive:
         if line is not None:
             self.forget(name)
             return line
-        *dead_places, place = (self.hidden / "work" / f"{name}.{number}" for number in range(claim.number + 1))
+        *dead_places, place = (self.hidden / "work" / f"{name}.{number}.work" for number in range(claim.number + 1))
         for dead in dead_places:
             shutil.rmtree(dead, ignore_errors=True)
         line = {"name": name, "video": self.videos[name], "status": "done", "error": None}
@@ -301,7 +304,7 @@ class _Archive:
         return _Claim(name, newest + 1, path)
 
     def _claim_path(self, name: str, number: int) -> Path:
-        return self.hidden / "claims" / f"{name}.{number}"
+        return self.hidden / "claims" / f"{name}.{number}.claim"
 
     def _newest_claim(self, name: str) -> int:
         """Its number; -1 if there is none."""
@@ -343,6 +346,17 @@ class _Archive:
                     partial.unlink()
         for old in self.hidden.glob("*.old"):
             shutil.rmtree(old, ignore_errors=True)
+
+    def lines_there(self) -> dict[str, dict]:
+        """The lines of all that is in the output folder: two runs may write the manifest in the same moment."""
+        lines = {}
+        for path in [*self.output.rglob("video.json"), *(self.hidden / "failed").rglob("*.json")]:
+            with suppress(OSError, ValueError, KeyError, TypeError):  # some other file of this name
+                line = json.loads(path.read_text(encoding="utf-8"))
+                line = line.get("line", line)
+                if path in (self.folder(line["name"]) / "video.json", self._failure(line["name"])):
+                    lines[line["name"]] = {key: value for key, value in line.items() if key != "version"}
+        return lines
 
     def write_manifest(self, lines: dict[str, dict]):
         """Adds `lines` to the manifest. Those of videos that are no longer there stay."""
