@@ -240,6 +240,26 @@ def test_glob_pattern_of_one_video_and_of_several(tmp_path):
         read_video(str(tmp_path / "*.avi"))
 
 
+@pytest.mark.parametrize("suffix", ["webp", "png"])
+def test_an_animated_image_is_a_video(tmp_path, suffix):
+    greys = [0, 80, 160, 240]
+    pictures = [Image.new("RGB", (16, 12), (grey,) * 3) for grey in greys]
+    path = tmp_path / f"a.{suffix}"
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=[40, 60, 40, 40], lossless=True)
+    video = read_video(path)
+    assert (video.name, video.num_frames, video.size) == ("a", 4, (12, 16))
+    for _ in range(2):
+        read = list(video.read())
+        assert [(index, round(time, 3), frame.mean()) for index, time, frame in read] == list(
+            zip(range(4), [0, 0.04, 0.1, 0.14], greys)
+        )
+    assert [(index, round(time, 3)) for index, time, _ in video.read(2)] == [(2, 0.1), (3, 0.14)]
+    if suffix == "png":  # of a WebP that is cut off nothing can be read
+        path.write_bytes(path.read_bytes()[:-40])
+        with pytest.warns(UserWarning, match="'a.png', frame 3: "):
+            assert len(list(read_video(path))) == 3
+
+
 def test_single_images(tmp_path):
     Image.new("L", (6, 4), 7).save(tmp_path / "grey.png")
     for source in (tmp_path / "grey.png", Image.new("L", (6, 4), 7), np.full((4, 6), 7, np.uint8)):

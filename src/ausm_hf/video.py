@@ -221,8 +221,8 @@ def read_video(source, strict: bool = False, raw_size: tuple[int, int] | None = 
 
     Args:
         source: one of
-            - a path: a video file, an image file (a video of one frame), or a folder of frames (jpg, png, webp, bmp,
-              in natural order of their names: `2.png` before `10.png`);
+            - a path: a video file, an image file (a video of one frame, or of those of an animated WebP or PNG), or a
+              folder of frames (jpg, png, webp, bmp, in natural order of their names: `2.png` before `10.png`);
             - a glob pattern of images, or of one video, as `"shots/*_left.png"`;
             - `"camera:0"`: the camera at `/dev/video0` (Linux);
             - the URL of a network stream: `http`, `https`, `rtsp`, `rtmp`, `srt`, `tcp` or `udp`;
@@ -308,9 +308,30 @@ def is_pattern(location: str) -> bool:
 
 def _read_file(path: Path, strict: bool) -> VideoSource:
     if path.suffix.lower() in IMAGE_SUFFIXES:
+        with suppress(OSError, SyntaxError, Image.DecompressionBombError), Image.open(path) as image:
+            if getattr(image, "is_animated", False):
+                return _read_animation(path, image.n_frames, strict)
         return _read_images(path.stem, [path], strict)
     # An absolute path is never taken for a protocol by FFmpeg, whatever the file is called.
     return _read_container(os.path.abspath(path), path.stem, strict)
+
+
+def _read_animation(path: Path, num_frames: int, strict: bool) -> VideoSource:
+    def frames(first):
+        time = 0.0
+        with Image.open(path) as image:
+            for index in range(num_frames):
+                try:
+                    image.seek(index)
+                    image.load()
+                except (OSError, SyntaxError, EOFError) as error:
+                    yield None, _BadFrame(f"{path.name!r}, frame {index}: {error}")
+                    return
+                if index >= first:
+                    yield time, image.convert("RGB")
+                time += image.info.get("duration", 100) / 1000
+
+    return VideoSource(path.stem, frames, num_frames=num_frames, strict=strict)
 
 
 def _read_images(name: str, paths: list[Path], strict: bool) -> VideoSource:
