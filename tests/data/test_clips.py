@@ -160,8 +160,8 @@ def test_round_trip_holds_all_that_the_files_held(tmp_path, frames, way):
     clips = clips_from_rows(
         [
             clip_row("indexed", frames, [clip_object(1, "cat"), clip_object(2)], annotations=indexed),
-            clip_row("each", frames[:2], [clip_object(4, masks=[None, file(separate)])], label_set="coco", fps=6.0),
-            clip_row("rle", frames[:1], [clip_object(5, segmentations=[run_lengths])], size=(HEIGHT, WIDTH)),
+            clip_row("each", frames[:2], [clip_object(4, masks=[None, file(separate)])], label_set="coco"),
+            clip_row("rle", frames[:1], [clip_object(5, segmentations=[run_lengths])]),
         ]
     )
     before = [load_clip(row, list(range(len(row["annotated"])))) for row in clips]
@@ -184,6 +184,6 @@ def test_round_trip_holds_all_that_the_files_held(tmp_path, frames, way):
         assert torch.equal(old.frames, new.frames) and torch.equal(old.masks, new.masks)
         assert torch.equal(old.ignore, new.ignore) and torch.equal(old.annotated, new.annotated)
         assert old.labels == new.labels
-        assert {k: row[k] for k in ("video_id", "label_set", "fps", "height")} == {
-            k: original[k] for k in ("video_id", "label_set", "fps", "height")
+        assert {k: row[k] for k in ("video_id", "label_set", "annotated")} == {
+            k: original[k] for k in ("video_id", "label_set", "annotated")
         }

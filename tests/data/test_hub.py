@@ -44,7 +44,7 @@ def clips(tmp_path):
             clip_row(
                 "indexed", frames, [clip_object(1, "cat"), clip_object(2)], annotations=index, first_frame_given=True
             ),
-            clip_row("lengths", frames, [clip_object(7, "dog", segmentations=rles)], fps=12.0, size=(HEIGHT, WIDTH)),
+            clip_row("lengths", frames, [clip_object(7, "dog", segmentations=rles)]),
             clip_row("folders", frames, [clip_object(0, masks=binary)], label_set="pets", exhaustive=False),
             clip_row(
                 "video", [], [clip_object(3, masks=binary)], video=file(raw / "video.mp4"), video_frames=[0, 2, 3]

@@ -30,9 +30,9 @@ def find_problems(clips: Dataset, open_files: bool = False) -> dict[str, list[st
     problems: dict[str, list[str]] = {}
     for row in clips:
         found = _problems_of_files(row, opened=False)
-        if found and open_files:
+        if open_files and (found or not row["annotated"]):
             found = _problems_of_files(row, opened=True)
-        elif open_files:
+        if open_files and not found:
             try:
                 row = resolve_row(row)
                 for start in range(0, len(row["annotated"]), FRAMES_AT_ONCE):

@@ -53,9 +53,6 @@ FEATURES = Features(
         "first_frame_given": Value("bool"),  # masks are prompts only: detection is not trained on this video
         "binary_masks": Value("bool"),  # any non-zero pixel of an annotation is the first object (DAVIS 2016)
         "own_masks": Value("bool"),  # one's own: ids need not be listed; a `mask_problem` is an error
-        "fps": Value("float32"),
-        "height": Value("int32"),
-        "width": Value("int32"),
     }
 )
 
@@ -120,8 +117,6 @@ def clip_row(
     first_frame_given: bool = False,
     binary_masks: bool = False,
     own_masks: bool = False,
-    fps: float | None = None,
-    size: tuple[int, int] | None = None,
 ) -> dict:
     """One row of the format. `annotated` defaults to the frames that have an annotation file (run lengths: all)."""
     if annotated is None:
@@ -140,9 +135,6 @@ def clip_row(
         "first_frame_given": first_frame_given,
         "binary_masks": binary_masks,
         "own_masks": own_masks,
-        "fps": fps,
-        "height": size[0] if size else None,
-        "width": size[1] if size else None,
     }
 
 
@@ -196,8 +188,6 @@ def _read_annotation_file(row: dict) -> dict:
         "annotated": [True] * len(masklets),
         "objects": objects,
         "annotation_file": None,
-        "height": size[0],
-        "width": size[1],
     }
 
 

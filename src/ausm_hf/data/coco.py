@@ -47,7 +47,6 @@ def coco(root: str, split: str = "train2017", annotations: str | None = None, la
                         [file(Path(root) / split / image["file_name"])],
                         objects,
                         label_set=label_set,
-                        size=(image["height"], image["width"]),
                     )
 
         return clips_from_rows(rows())

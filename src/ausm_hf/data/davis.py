@@ -47,7 +47,6 @@ def davis(
             binary_masks=year == 2016,
             exhaustive=year == 2016,
             first_frame_given=year == 2017,
-            fps=24.0,
         )
         for name in listing.read_text().split()
     )
@@ -72,5 +71,4 @@ def _rows_of_pairs(root: Path, listing: Path) -> Iterator[dict]:
             binary_masks=True,
             exhaustive=True,
             first_frame_given=False,
-            fps=24.0,
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from .clips import ANNOTATED_EVERY, clip_row, clips_from_rows, file
+from .clips import clip_row, clips_from_rows, file
 from .mask_folders import folder_row, need
 
 
@@ -40,7 +40,6 @@ def sa_v(root: str, split: str = "train", annotations: str = "manual") -> Datase
                 folder / "Annotations_6fps" / name,
                 exhaustive=False,
                 first_frame_given=True,
-                fps=24.0,
             )
             for name in names
         )
@@ -59,7 +58,6 @@ def sa_v(root: str, split: str = "train", annotations: str = "manual") -> Datase
                 annotation_file=str(annotation),
                 exhaustive=False,
                 first_frame_given=True,
-                fps=24.0 / ANNOTATED_EVERY,
             )
         )
     return clips_from_rows(rows)

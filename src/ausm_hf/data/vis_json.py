@@ -75,7 +75,6 @@ def vis_json(
                 label_set=label_set,
                 exhaustive=exhaustive,
                 first_frame_given=first_frame_given,
-                size=(video["height"], video["width"]),
             )
             for video in content["videos"]
         )

@@ -36,7 +36,6 @@ def youtube_vos(root: str, split: str = "train") -> Dataset:
                 [clip_object(i, obj.get("category")) for i, obj in video["objects"].items()],
                 exhaustive=False,
                 first_frame_given=True,
-                fps=30.0 if split.endswith("all_frames") else 6.0,
             )
             for name, video in json.loads(source.read_text())["videos"].items()
         )
