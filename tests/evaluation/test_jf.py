@@ -157,6 +157,23 @@ def test_best_track_pairs_one_to_one():
     assert sorted([scores[1].predicted_id is None, scores[2].predicted_id is None]) == [False, True]
 
 
+def test_best_track_is_paired_by_region_and_outline():
+    """As the DAVIS 2017 toolkit pairs in its unsupervised task: by the mean of J and F over the frames."""
+    gt = np.zeros((120, 160), np.uint8)
+    gt[20:100, 40:120] = 1
+    striped, smaller = gt.copy(), np.zeros_like(gt)
+    striped[24:96:8, 44:116] = 0  # the higher J, the lower F
+    smaller[23:98, 42:118] = 2
+    pred = [striped] * 4 + [smaller] * 4
+    j, f = (
+        [np.mean([measure(mask == i, gt == 1) for mask in pred]) for i in (1, 2)]
+        for measure in (region_similarity, boundary_accuracy)
+    )
+    assert j[0] > j[1] and j[0] + f[0] < j[1] + f[1]
+    score = score_sequence(pred, [gt] * 8, False, False, mode="best-track")[1]
+    assert score.predicted_id == 2 and score.j.mean() == pytest.approx(j[1]) and score.f.mean() == pytest.approx(f[1])
+
+
 def test_black_and_white_ground_truth():
     white = SQUARE * 255
     assert score_sequence([SQUARE] * 3, [white] * 3, mode="best-track", binary=True)[1].j.tolist() == [1]
@@ -364,6 +381,7 @@ def test_equals_trackeval(tmp_path):
         }
     )
     metric = trackeval.metrics.JAndF()
+    metric.optim_type = "J&F"  # pairs as the DAVIS 2017 toolkit does
     official, scores = {}, {}
     for name, (pred, gt) in sequences.items():
         raw = dataset.get_raw_seq_data("ours", name)

@@ -5,7 +5,8 @@ outlines, where an outline pixel counts as found when the other outline passes w
 Perazzi et al., "A Benchmark Dataset and Evaluation Methodology for Video Object Segmentation", CVPR 2016, section 5.
 
 The numbers are those of the DAVIS 2017 toolkit, TrackEval and vos-benchmark. Where these differ from one another (from
-which frame on does an object count?), `SequenceScorer.result` names the conventions and who uses them.
+which frame on does an object count?), `SequenceScorer.result` names the conventions and who uses them. Objects that
+come later than the first frame count here, as in TrackEval; the DAVIS 2017 toolkit leaves them out.
 
 This file needs numpy and scipy only: it travels with the `evaluate` modules that use it.
 """
@@ -92,8 +93,9 @@ class SequenceScorer:
         name (`str`): Name of the sequence, for messages.
         mode (`str`, *optional*, defaults to `"prompted"`): Which prediction belongs to which object.
             - `"prompted"`: the one with the same id, as where the ids were given with a prompt.
-            - `"best-track"`: objects and predicted ids are paired one to one so that the sum of mean J is highest
-              (DAVIS 2017 unsupervised); with one object, it gets the predicted id with the highest mean J.
+            - `"best-track"`: objects and predicted ids are paired one to one so that the sum of mean J&F is highest
+              (DAVIS 2017 unsupervised; TrackEval pairs by J alone); with one object, it gets the predicted id with the
+              highest J&F.
             - `"union"`: all predicted ids together, against all non-zero ground truth (DAVIS 2016 unsupervised).
         binary (`bool`, *optional*, defaults to `False`): The ground truth is black and white, as that of DAVIS 2016:
             each non-zero pixel belongs to object 1, and nothing is void. `"union"` always reads it so.
@@ -218,12 +220,12 @@ class SequenceScorer:
         return (1.0, 1.0) if here == (None, None) else self._pairs[t].get(here, (0.0, 0.0))
 
     def _best_tracks(self, objects: list[int], frames: range) -> dict[int, int | None]:
-        """One-to-one pairing of objects and predicted ids with the highest sum of mean J over `frames`."""
+        """One-to-one pairing of objects and predicted ids with the highest sum of mean J&F over `frames`."""
         tracks: list[int | None] = [*sorted({p for t in frames for p in self._pred_ids[t]})]
         # an object may also be left without a prediction, which is worth 1 in each frame where it is absent
         tracks += [None] * (len(objects) - len(tracks))
-        mean_j = np.array([[np.mean([self._pair(t, p, g)[0] for t in frames]) for g in objects] for p in tracks])
-        rows, columns = linear_sum_assignment(-mean_j)
+        mean_jf = np.array([[np.mean([self._pair(t, p, g) for t in frames]) for g in objects] for p in tracks])
+        rows, columns = linear_sum_assignment(-mean_jf)
         return {objects[column]: tracks[row] for row, column in zip(rows, columns)}
 
 
@@ -350,7 +352,8 @@ def _score_frame(
     pred_names, pred = _small_numbers(pred[box])
     gt_names, gt = _small_numbers(gt[box])
 
-    counts = np.bincount((pred * np.intp(len(gt_names)) + gt).ravel(), minlength=len(pred_names) * len(gt_names))
+    numbers = pred.astype(np.intp) * len(gt_names) + gt
+    counts = np.bincount(numbers.ravel(), minlength=len(pred_names) * len(gt_names))
     counts = counts.reshape(len(pred_names), len(gt_names))
     pred_areas, gt_areas = counts.sum(1), counts.sum(0)
     pred_numbers, gt_numbers = np.flatnonzero(pred_areas[1:]) + 1, np.flatnonzero(gt_areas[1:]) + 1
@@ -456,7 +459,7 @@ class _Outlines:
     def count_near(self, other: "_Outlines") -> tuple[np.ndarray, np.ndarray]:
         """How many pixels each outline has, `(n,)`; and how many of them are near to each of `other`, `(n, m)`."""
         mine, theirs = 1 << self.bits_used, 1 << other.bits_used
-        pairs = self.outline * np.intp(theirs) + other.near.ravel()[self.at]
+        pairs = self.outline.astype(np.intp) * theirs + other.near.ravel()[self.at]
         histogram = np.bincount(pairs, minlength=mine * theirs).reshape(mine, theirs)
         own_bits, other_bits = _BITS[:mine, : self.bits_used], _BITS[:theirs, : other.bits_used]
         return histogram.sum(1) @ own_bits, own_bits.T @ (histogram @ other_bits)

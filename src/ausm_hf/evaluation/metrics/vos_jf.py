@@ -11,7 +11,7 @@ is a mean over the frames of an object, then over all objects of all sequences. 
 DAVIS 2017 toolkit, TrackEval and vos-benchmark. Frames are reduced to numbers as they come: no video is kept.
 
 Configurations: "prompted" (default), where predictions carry the ids of ground truth, and "best-track", where
-predicted ids and true ones are paired one to one so that the sum of mean J is highest (DAVIS 2017 unsupervised).
+predicted ids and true ones are paired one to one so that the sum of mean J&F is highest (DAVIS 2017 unsupervised).
 """
 
 _INPUTS = """
