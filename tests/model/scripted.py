@@ -51,6 +51,7 @@ class FakeHistory:
     masks: torch.Tensor
     steps: int = 0
     states: None = None
+    forgotten: tuple[int, ...] = ()  # columns whose looks were
 
     def replace_objects(self, slots, taken, masks):
         assert slots.shape == taken.shape == masks.shape[:2]
@@ -58,7 +59,7 @@ class FakeHistory:
         return replace(self, slots=slots, taken=taken, masks=masks)
 
     def forget_appearance(self, columns):
-        return self
+        return replace(self, forgotten=(*self.forgotten, *columns))
 
     def split(self, numbers):
         assert numbers == [self.slots.shape[1]]  # the script is one stream's

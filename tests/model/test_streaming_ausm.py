@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from scripted import FRAME, NOTHING, SIZE, A, B, C, ScriptedModel, Seen
+from scripted import FRAME, NOTHING, SIZE, A, B, C, ScriptedModel, Seen, frame_mask, play
 
 from ausm_hf import AusmImageProcessor, AusmProcessor, read_video
 from ausm_hf.model import session_ausm, streaming_ausm
@@ -234,6 +234,16 @@ def test_what_is_marked_again_is_looked_at_anew(tiny_model, clips, monkeypatch):
     processor.add_inputs_to_inference_session(session, None, [2], input_masks=masks[:1], original_size=size)
     tiny_model(inference_session=session, frame=frames[3])
     assert session.history.appearance[0, rows].any(dim=-1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("seen_again", [True, False])
+def test_a_correction_keeps_what_an_object_looks_like(seen_again):
+    """Marked again where it was followed, it looks as it did; not so where something else was, or nothing."""
+    marks = {0: {1: frame_mask(A), 2: frame_mask(B)}, 2: {1: frame_mask(A), 2: frame_mask(C)}}
+    last = {1: Seen((0, 2, 0, 3)), 2: B} if seen_again else {2: NOTHING}
+    _, session, _ = play([({1: A, 2: B}, []), ({1: A, 2: B}, []), (last, [])], prompts=marks)
+    assert [x.object_id for x in session.objects] == [1, 2]
+    assert session.history.forgotten == ((1,) if seen_again else (0, 1))
 
 
 def test_who_gives_way_leaves_no_trace(tiny_model, clips, monkeypatch):

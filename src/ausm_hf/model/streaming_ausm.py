@@ -565,7 +565,13 @@ def _finish(
 
     followed_on = {x.object_id for x in objects}
     history = without_trace(answer.history, [i for i, x in enumerate(before) if x.object_id not in followed_on])
-    history = history.forget_appearance([i for i, x in enumerate(before) if x.object_id in prompts])
+    # Where a mark says that something else was followed, what that looked like is forgotten.
+    mistaken = [
+        column
+        for column, x in enumerate(before)
+        if x.object_id in prompts and not _agree(seen.get(x.object_id), small[x.object_id], config.duplicate_overlap)
+    ]
+    history = history.forget_appearance(mistaken)
     session.history = _put_objects(history, objects, masks, size, frame.stride_4)
     session.objects = objects
     session.slots_held_until |= {x.slot: session.next_frame_idx for x in objects}
@@ -584,6 +590,11 @@ def _finish(
     if session.results is not None:
         session.results[result.frame_idx] = result
     return result
+
+
+def _agree(seen: torch.Tensor | None, mark: torch.Tensor, overlap: float) -> bool:
+    """Whether the mask logits (h, w) of an object, None where it is away, and its mark (h, w) overlap (by IoU)."""
+    return seen is not None and bool(overlapping(torch.stack([seen, mark.to(seen) - 0.5]), overlap)[0, 1])
 
 
 def _adopt_bystanders(
