@@ -111,7 +111,8 @@ def test_roll_out_is_the_stream_on_its_own_masks(network, inputs):
         torch.testing.assert_close(output["foreground_queries_logits"][0, t, :2], foreground, atol=1e-4, rtol=1e-4)
         logits = logits.masked_fill((foreground <= 0)[:, None, None], -100.0)
         masks = torch.stack([(logits[0] > 0) & (logits[0] >= logits[1]), (logits[1] > 0) & (logits[1] >= logits[0])])
-        history = step.history.replace_objects(slots, taken, masks[None].float())
+        masks = (given >= 0.5) if t == 0 else masks[None]  # of the frame in which it was marked its mask is the mark
+        history = step.history.replace_objects(slots, taken, masks.float())
     assert not output["masks_queries_logits"].requires_grad
 
 

@@ -31,12 +31,12 @@ def sample_indices(length: int, num_frames: int, stride: int, reverse: bool, rng
 def sample_clip(row: dict, num_frames: int, stride: int, reverse: bool, rng: np.random.Generator) -> Clip:
     """Draw and decode a clip of a video.
 
-    Where enough frames have ground truth, only those are drawn and the stride counts them (of SA-V, one frame in
-    four). Otherwise frames without it come too, but of ten draws the first is taken that begins with ground truth:
-    training starts from masks.
+    Where more than one frame has ground truth, only such are drawn and the stride counts them (of SA-V, one frame in
+    four): in the history of a clip an object without a mask is one that is away. Otherwise frames without it come too,
+    but of ten draws the first is taken that begins with ground truth: training starts from masks.
     """
     annotated = [t for t, known in enumerate(row["annotated"]) if known]
-    if len(annotated) >= num_frames:
+    if len(annotated) >= min(num_frames, 2):
         return load_clip(row, [annotated[t] for t in sample_indices(len(annotated), num_frames, stride, reverse, rng)])
     for _ in range(10):
         indices = sample_indices(len(row["annotated"]), num_frames, stride, reverse, rng)

@@ -144,12 +144,12 @@ class IterativeForm(nn.Module):
         """
         network = self.network
         history = network.init_history(frames.shape[0])
-        own_masks = None
+        own_masks = plan.history_masks[:, 0].to(network.dtype)
         steps = []
         for t in range(frames.shape[1]):
             masks = plan.history_masks[:, t].to(network.dtype)
-            if own_masks is not None:
-                # The mask of frame t - 1 is its own once it has been tracked there.
+            if t > 1:
+                # The mask of frame t - 1 is its own once it has been tracked there; that of the first was marked.
                 masks = torch.where((plan.taken[:, t - 1] & plan.taken[:, t])[..., None, None], own_masks, masks)
             output = network.model(
                 frames[:, t : t + 1],
