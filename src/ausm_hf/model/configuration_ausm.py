@@ -195,7 +195,8 @@ class AusmConfig(PreTrainedConfig):
             Frames after which an unprompted object that has not been seen gives its ID vector back. `None`: never.
         class_weight, mask_weight, dice_weight, foreground_weight (`float`, *optional*):
             Weights of the losses, and of the costs of the matching. The paper does not print them; these are
-            Mask2Former's, and the class weight for the foreground.
+            Mask2Former's, and the class weight for the foreground. The sums of all losses are divided by the number of
+            objects; Mask2Former divides that of the classes by the sum of its weights, so it weighs less there.
         selection_weight (`float`, *optional*, defaults to 2.0):
             Weight of the loss of `query_selection`.
         reach_weight (`float`, *optional*, defaults to 1.0):
