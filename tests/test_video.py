@@ -177,6 +177,18 @@ def test_times_start_at_zero_and_go_on(tmp_path):
     assert all(later > earlier for earlier, later in zip(times, times[1:]))
 
 
+def test_times_of_an_avi_whose_frames_are_coded_in_another_order(tmp_path):
+    with av.open(str(tmp_path / "a.avi"), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"bf": "3", "b_strategy": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for grey in range(40):
+            picture = np.full((48, 64, 3), 6 * grey, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    times, frames = zip(*read_video(tmp_path / "a.avi").with_times())
+    assert np.allclose(times, np.arange(40) / 25) and np.all(np.diff([frame.mean() for frame in frames]) > 0)
+
+
 def test_times_go_on_where_recordings_are_joined(tmp_path):
     with av.open(str(tmp_path / "one.ts"), "w") as container:
         stream = container.add_stream("libx264", rate=25)

@@ -403,6 +403,8 @@ def _read_container(
         container, stream = opened.pop() if opened else open_stream()
         index, start, last = 0, None, None
         step = float(1 / (fps or FPS_WHEN_UNKNOWN))
+        # AVI doesn't say when frames are shown. What FFmpeg guesses is wrong where they are coded in another order.
+        guessed = container.format.name == "avi" and stream.codec_context.has_b_frames
         with container:
             packets = container.demux(stream)
             while True:
@@ -420,10 +422,11 @@ def _read_container(
                 for frame in decoded:
                     time = None
                     if has_clock and not isinstance(frame, _BadFrame) and frame.time is not None:
-                        start = frame.time if start is None else start
-                        if last is not None and frame.time - start <= last:  # recordings joined: the clock restarts
-                            start = frame.time - last - step
-                        time = last = frame.time - start
+                        shown = index * step if guessed else frame.time
+                        start = shown if start is None else start
+                        if last is not None and shown - start <= last:  # recordings joined: the clock restarts
+                            start = shown - last - step
+                        time = last = shown - start
                     if index >= first:
                         if not isinstance(frame, _BadFrame):
                             turned.add(round(frame.rotation / 90) % 2 == 1)
