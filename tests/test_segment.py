@@ -285,6 +285,15 @@ def test_many_videos(tiny_model, processor, moving_square, tmp_path, run):
         assert np.array_equal(np.array(Image.open(tmp_path / f"out/a/masks/{r.index:05d}.png")), r.masks)
 
 
+@pytest.mark.parametrize("wrong", [{"threshold": 30}, {"max_objects": 0}])
+def test_wrong_numbers_blame_no_video(tiny_model, processor, tmp_path, wrong):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.mp4").write_bytes(b"")
+    with pytest.raises(ValueError, match="threshold must be|at least 1"):
+        segment_videos([tmp_path / "in/*"], tmp_path / "out", tiny_model, processor, ["png"], **wrong)
+    assert not (tmp_path / "out").exists()
+
+
 def test_many_videos_with_other_weights(tiny_model, processor, moving_square, tmp_path):
     """A checkpoint may be trained on under its name: its results are not mixed with the earlier ones."""
     for i, frame in enumerate(moving_square[0][:2]):

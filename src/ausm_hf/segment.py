@@ -174,8 +174,7 @@ def segment_video(
         ValueError: at once if the video can't be read, prompts don't fit it or arguments don't fit together; later,
             if a frame changes its size, or the prompted one is not there.
     """
-    if max_objects is not None and max_objects < 1:
-        raise ValueError(f"max_objects is {max_objects}; wanted is at least 1")
+    _check_max_objects(max_objects)
     if unknown := set(prompts or {}) - {"boxes", "points", "labels", "scribbles"}:
         raise ValueError(f"prompts has {sorted(unknown)}; wanted are boxes, points, labels or scribbles")
     prompted = masks is not None or any((prompts or {}).values())
@@ -357,6 +356,8 @@ def segment_videos(
         ValueError: if there are no such videos or formats, or `output` holds results made with other settings.
     """
     formats = check_formats(formats)
+    _check_max_objects(max_objects)
+    processor.init_video_session(foreground_threshold=threshold)  # refuses a wrong one, before a video is blamed
     videos = find_videos(inputs, output)
 
     def work(path: str, folder: Path) -> dict:
@@ -381,6 +382,11 @@ def segment_videos(
         "strict": strict,
     }
     return work_through(videos, output, work, settings)
+
+
+def _check_max_objects(max_objects: int | None):
+    if max_objects is not None and max_objects < 1:
+        raise ValueError(f"max_objects is {max_objects}; wanted is at least 1")
 
 
 def read_mask(path: str | os.PathLike) -> Image.Image:
