@@ -19,6 +19,7 @@ from .stills import stills
 
 PASTED = (0.5, 0.3, 0.2)  # of the clips with pasted objects, how many have one, two and three
 UNMARKED = 0.4  # of the clips with pasted objects, how many have one that nobody marks
+MOST_DRAWS = 1000  # of a clip with an object in view: videos may be empty for the most part
 
 
 @dataclass
@@ -111,11 +112,13 @@ class ClipMixture(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict:
         rng = np.random.default_rng((self.seed, index))
-        for _ in range(20):
+        for _ in range(MOST_DRAWS):
             clip = self._draw(self.sources[rng.choice(len(self.sources), p=self.weights)], rng)
             if len(clip.masks):
                 return self._sample(clip)
-        raise RuntimeError(f"20 clips in a row had no object in view (item {index}); are the annotations empty?")
+        raise RuntimeError(
+            f"{MOST_DRAWS} clips in a row had no object in view (item {index}); are the annotations empty?"
+        )
 
     def _draw(self, source: ClipSource, rng: np.random.Generator) -> Clip:
         stride = int(rng.choice(source.strides))
