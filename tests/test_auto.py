@@ -129,6 +129,36 @@ def test_model_saved_by_itself_loads_with_remote_code(tiny_model, tmp_path):
     assert (tmp_path / "temporal_mamba.py").is_file()
 
 
+IN_THREADS = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from transformers import AutoModelForUniversalSegmentation, AutoProcessor, pipeline
+import ausm_hf
+tasks = {
+    "model": lambda _: AutoModelForUniversalSegmentation.from_pretrained(sys.argv[2]),
+    "processor": lambda _: AutoProcessor.from_pretrained(sys.argv[2]),
+    "pipeline": lambda _: pipeline("video-segmentation", sys.argv[2]),
+}
+with ThreadPoolExecutor(3) as threads:
+    print(*{type(made).__name__ for made in threads.map(tasks[sys.argv[1]], range(3))})
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [
+        ("model", "AusmForUniversalSegmentation"),
+        ("processor", "AusmProcessor"),
+        ("pipeline", "VideoSegmentationPipeline"),
+    ],
+)
+def test_threads_that_load_at_once(tiny_checkpoint, what, name):
+    command = [sys.executable, "-c", IN_THREADS, what, str(tiny_checkpoint)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [name]
+
+
 def test_backbone():
     from transformers import AutoBackbone, AutoConfig
 

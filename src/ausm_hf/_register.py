@@ -7,6 +7,7 @@ the model in the middle of transformers' own imports: Mask2Former, which the mod
 """
 
 import sys
+import threading
 from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -17,16 +18,25 @@ BUNDLED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "ausm-nano"
 
 
 class _FilledWhenAsked(dict):
-    """A dictionary that calls `fill` once, before it is first asked for something of ours or listed."""
+    """A dictionary that calls `fill` before it is first asked for something of ours or listed.
+
+    Who asks meanwhile in another thread fills it too, which does no harm: waiting could be for ever, as both import.
+    """
 
     def __init__(self, content: dict, fill: Callable[[], None]):
         super().__init__(content)
         self._fill: Callable[[], None] | None = fill
+        self._thread = threading.local()  # `filling`: filling asks too
 
     def _ask(self):
-        if self._fill is not None:
-            fill, self._fill = self._fill, None
-            fill()
+        fill = self._fill
+        if fill is not None and not getattr(self._thread, "filling", False):
+            self._thread.filling = True
+            try:
+                fill()
+            finally:
+                self._thread.filling = False
+            self._fill = None
 
     def __contains__(self, key) -> bool:
         if key in MODEL_TYPES or key == TASK or getattr(key, "__module__", "").startswith("ausm_hf."):
@@ -68,8 +78,8 @@ def _register_configs():
     from .model.backbone_efficientnet_lite import EfficientNetLiteConfig
     from .model.configuration_ausm import AusmConfig
 
-    AutoConfig.register("ausm", AusmConfig)
-    AutoConfig.register("efficientnet_lite", EfficientNetLiteConfig)
+    AutoConfig.register("ausm", AusmConfig, exist_ok=True)
+    AutoConfig.register("efficientnet_lite", EfficientNetLiteConfig, exist_ok=True)
 
 
 def _register_models():
@@ -78,9 +88,9 @@ def _register_models():
     from .model.backbone_efficientnet_lite import EfficientNetLiteBackbone, EfficientNetLiteConfig
     from .model.modeling_ausm import AusmConfig, AusmForUniversalSegmentation, AusmModel
 
-    AutoModel.register(AusmConfig, AusmModel)
-    AutoModelForUniversalSegmentation.register(AusmConfig, AusmForUniversalSegmentation)
-    AutoBackbone.register(EfficientNetLiteConfig, EfficientNetLiteBackbone)
+    AutoModel.register(AusmConfig, AusmModel, exist_ok=True)
+    AutoModelForUniversalSegmentation.register(AusmConfig, AusmForUniversalSegmentation, exist_ok=True)
+    AutoBackbone.register(EfficientNetLiteConfig, EfficientNetLiteBackbone, exist_ok=True)
 
 
 def _register_image_processor():
@@ -89,7 +99,7 @@ def _register_image_processor():
     from .model.configuration_ausm import AusmConfig
     from .model.image_processing_ausm import AusmImageProcessor
 
-    AutoImageProcessor.register(AusmConfig, image_processor_classes={"pil": AusmImageProcessor})
+    AutoImageProcessor.register(AusmConfig, image_processor_classes={"pil": AusmImageProcessor}, exist_ok=True)
 
 
 def _register_processor():
@@ -98,7 +108,7 @@ def _register_processor():
     from .model.configuration_ausm import AusmConfig
     from .model.processing_ausm import AusmProcessor
 
-    AutoProcessor.register(AusmConfig, AusmProcessor)
+    AutoProcessor.register(AusmConfig, AusmProcessor, exist_ok=True)
 
 
 def _register_pipeline():
