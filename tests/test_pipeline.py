@@ -140,7 +140,17 @@ def test_own_reader_without_the_package(moving_square, clip, tmp_path):
     assert all((a == b).all() for a, b in zip(frames, ausm_hf.read_video(clip), strict=True))
     Image.fromarray(frames[1]).save(tmp_path / "b.png")
     Image.fromarray(frames[0]).save(tmp_path / "a.png")
-    assert all((np.asarray(a) == b).all() for a, b in zip(read_frames(tmp_path), frames))
+    assert all((np.asarray(a) == b).all() for a, b in zip(read_frames(tmp_path), frames[:2], strict=True))
+    shots = tmp_path / "shots"
+    shots.mkdir()
+    for number in (1, 2, 10):
+        Image.new("L", (8, 4), number).save(shots / f"{number}.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the phone upright
+    Image.new("RGB", (16, 8)).save(shots / "a.jpg", exif=exif)
+    (shots / "._a.jpg").write_bytes(b"of another system")
+    *numbered, photograph = read_frames(shots)
+    assert [frame.getpixel((0, 0)) for frame in numbered] == [1, 2, 10] and photograph.size == (8, 16)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has no images"):
         read_frames(tmp_path / "empty")

@@ -1,5 +1,6 @@
 """`pipeline("video-segmentation")`."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoModelForUniversalSegmentation, Pipeline
 
 from .processing_ausm import AusmProcessor
@@ -99,8 +100,8 @@ def _split_masks(masks: np.ndarray | Image.Image, size: tuple[int, int]) -> dict
 
 def read_frames(source: Any) -> Iterable:
     """
-    The frames of a video file or of a folder of images (in order of their names), decoded one at a time; anything else
-    is taken for an iterable of frames.
+    The frames of a video file or of a folder of images (in natural order of their names), upright, decoded one at a
+    time; anything else is taken for an iterable of frames.
 
     With the package `ausm_hf` installed its `read_video` stands in for this: it reads more, and checks more.
 
@@ -114,10 +115,11 @@ def read_frames(source: Any) -> Iterable:
         return [source] if isinstance(source, Image.Image) else source
     path = Path(source)
     if path.is_dir():
-        paths = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        paths = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
+        paths.sort(key=lambda p: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", p.name)])
         if not paths:
             raise ValueError(f"folder {str(path)!r} has no images ({', '.join(IMAGE_SUFFIXES)})")
-        return (Image.open(p) for p in paths)
+        return (ImageOps.exif_transpose(Image.open(p)) for p in paths)
     if not path.is_file():
         raise ValueError(f"inputs {str(path)!r}: no such file or folder")
     try:
@@ -131,7 +133,8 @@ def read_frames(source: Any) -> Iterable:
                 if container.streams.video[0].codec_context is None:  # PyAV before version 18 would crash
                     raise ValueError(f"video {str(path)!r} can't be decoded: its codec is unknown")
                 for frame in container.decode(video=0):
-                    yield frame.to_ndarray(format="rgb24")
+                    picture = frame.to_ndarray(format="rgb24")
+                    yield np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90)))
         except (av.FFmpegError, IndexError) as error:  # IndexError: there is no picture in it
             raise ValueError(f"video {str(path)!r} can't be decoded: {error}") from error
 
