@@ -246,6 +246,25 @@ def test_a_correction_keeps_what_an_object_looks_like(seen_again):
     assert session.history.forgotten == ((1,) if seen_again else (0, 1))
 
 
+def test_a_bystander_leaves_no_trace_to_the_next(monkeypatch):
+    """Though the next one, found in the frame in which it has gone, has its number."""
+    gone = []
+    monkeypatch.setattr(streaming_ausm, "without_trace", lambda history, columns: gone.append(columns) or history)
+    script = [({1: A}, [B]), ({1: A}, [C])]
+    _, session, _ = play(script, prompts={0: {1: frame_mask(A)}})
+    assert [x.object_id for x in session.objects] == [1, -1] and gone[1] == [1]
+
+
+def test_a_session_goes_on_with_other_labels():
+    """As one that was saved, with a network that was trained on them since."""
+    model, session, outputs = play([({}, [A])] + [({1: A}, [])] * 3)
+    for label_set in ("pet", "birds", None):
+        session.label_set = label_set
+        model.script[session.history.steps :] = [({1: A}, [])]
+        outputs.append(streaming_ausm.step_session(model, session, FRAME))
+    assert [output.labels for output in outputs[-3:]] == [["pet"], ["cat"], ["cat"]]
+
+
 def test_who_gives_way_leaves_no_trace(tiny_model, clips, monkeypatch):
     processor, videos = clips
     cleared = []

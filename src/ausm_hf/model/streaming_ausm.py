@@ -495,6 +495,9 @@ def _finish(
         find_new_objects = not session.prompts
     size = answer.masks.shape[-2], answer.masks.shape[-1]
     labels = config.label_sets[session.label_set or config.default_label_set]
+    for followed in objects:  # resumed with a network of other labels, names are voted on anew
+        if followed.class_votes is not None and len(followed.class_votes) != len(labels):
+            followed.class_votes = None
     if find_new_objects:
         seen = _adopt_bystanders(session, objects, seen)
 
@@ -563,8 +566,8 @@ def _finish(
         scores[new.object_id] = answer.foreground[row]
         masks[new.object_id] = mask
 
-    followed_on = {x.object_id for x in objects}
-    history = without_trace(answer.history, [i for i, x in enumerate(before) if x.object_id not in followed_on])
+    followed_on = set(map(id, objects))  # a bystander that comes may have the number of one that has just gone
+    history = without_trace(answer.history, [i for i, x in enumerate(before) if id(x) not in followed_on])
     # Where a mark says that something else was followed, what that looked like is forgotten.
     mistaken = [
         column
