@@ -1,4 +1,6 @@
+import numpy as np
 import pytest
+from PIL import Image
 from trees import index_mask, write_frames, write_mask
 
 from ausm_hf.data.check import check_clips, find_problems
@@ -42,3 +44,11 @@ def test_all_problems_are_reported_together(tmp_path):
     assert "mine: problems in 5 videos" in message and "7 missing" in message and "and 2 more" in message
     assert "1 empty" in message and missing[4] in message and missing[5] not in message
     assert "objectless" not in message
+
+
+def test_frames_of_16_bits_are_found(tmp_path):
+    Image.fromarray(np.full((48, 64), 3000, np.uint16)).save(tmp_path / "0.png")
+    write_mask(tmp_path / "m.png", index_mask(0, [1]))
+    row = clip_row("v", [file(tmp_path / "0.png")], [], annotations=[file(tmp_path / "m.png")])
+    (problem,) = find_problems(clips_from_rows([row]), open_files=True)["not to be loaded"]
+    assert "0.png is of mode I;16; want 8 bits per channel" in problem

@@ -195,6 +195,18 @@ def vis_content(categories: list[str], video: str, segmentations: list[dict | No
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("twice", ["videos", "annotations"])
+def test_ids_that_come_twice_are_refused(tmp_path, twice):
+    content = vis_content(["fish"], "dive", [index_mask(0, [1]) > 0], counts)
+    content[twice].append(content[twice][0])
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="several videos of one id|annotation 11 of .* comes twice in video 7"):
+        vis_json(str(tmp_path), str(tmp_path / "a.json"))
+    (tmp_path / "a.json").write_text(json.dumps(content) + ",")
+    with pytest.raises(ValueError, match="a.json can't be read: Extra data"):
+        vis_json(str(tmp_path), str(tmp_path / "a.json"))
+
+
 @pytest.mark.parametrize("name", ["2019", "2021", "ovis"])
 def test_youtube_vis_and_ovis(tmp_path, no_reading, name):
     masks = [None, index_mask(1, [1]) > 0, None]

@@ -166,6 +166,8 @@ def reading(source: Path) -> Iterator[None]:
     """Whatever is wrong with the content of an annotation file is a ValueError too, that names the file."""
     try:
         yield
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source} can't be read: {error}") from error
     except KeyError as error:
         raise ValueError(f"{source} can't be read: it lacks {error}, or what it refers to isn't there") from error
     except (TypeError, IndexError, AttributeError, OverflowError) as error:
@@ -236,6 +238,8 @@ def load_frames(row: dict, indices: list[int]) -> list[np.ndarray]:
     frames = []
     for t in indices:
         with open_image(row["frames"][t]) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"{row['frames'][t]['path']} is of mode {image.mode}; want 8 bits per channel")
             frames.append(np.array(ImageOps.exif_transpose(image).convert("RGB")))
     return frames
 

@@ -45,12 +45,19 @@ def vis_json(
                 raise ValueError(f"annotations: {source} has no key {key!r}, want the JSON of YouTube-VIS")
         labels = category_names(content["categories"], label_set, source)
         videos = {video["id"]: video for video in content["videos"]}
+        if len(videos) < len(content["videos"]):
+            raise ValueError(f"annotations: {source} has several videos of one id; want an id for each")
         objects = defaultdict(list)
         for annotation in content.get("annotations") or []:  # the JSONs of validation splits have none
             video = videos.get(annotation["video_id"])
             if video is None:
                 raise ValueError(
                     f"annotation {annotation['id']} of {source} is of unknown video {annotation['video_id']}"
+                )
+            if any(obj["id"] == annotation["id"] for obj in objects[video["id"]]):
+                raise ValueError(
+                    f"annotation {annotation['id']} of {source} comes twice in video {video['id']}; want an id for "
+                    "each object, and all its frames in one annotation"
                 )
             segmentations = annotation["segmentations"]
             if len(segmentations) != len(video["file_names"]):
