@@ -47,7 +47,7 @@ def vis_json(
         videos = {video["id"]: video for video in content["videos"]}
         if len(videos) < len(content["videos"]):
             raise ValueError(f"annotations: {source} has several videos of one id; want an id for each")
-        objects = defaultdict(list)
+        objects: defaultdict[int, list[dict]] = defaultdict(list)
         for annotation in content.get("annotations") or []:  # the JSONs of validation splits have none
             video = videos.get(annotation["video_id"])
             if video is None:
