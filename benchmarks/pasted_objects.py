@@ -125,7 +125,7 @@ def follow(clip: Clip, model, processor, given: int) -> Iterator[np.ndarray]:
     size = tuple(clip.frames.shape[-2:])
     for n, t in enumerate(first_frames(clip.masks)[:given]):
         mask = clip.masks[n, t].numpy()
-        processor.add_inputs_to_inference_session(session, t, [n + 1], [mask], original_size=size)
+        processor.add_inputs_to_inference_session(session, t, [n + 1], input_masks=[mask], original_size=size)
     frames = list(clip.frames.permute(0, 2, 3, 1).numpy())
     for result in segment_video(frames, model, processor, session=session):
         yield result.masks

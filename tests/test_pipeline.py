@@ -38,7 +38,7 @@ def test_same_as_the_session_by_hand(segment, moving_square):
     frames, masks = moving_square
     model, processor = segment.model, segment.processor
     session = processor.init_video_session(video=list(frames), seed=0)
-    processor.add_inputs_to_inference_session(session, 0, [1], [masks[0] == 1])
+    processor.add_inputs_to_inference_session(session, 0, [1], input_masks=[masks[0] == 1])
     expected = [
         processor.post_process_instance_segmentation(output, target_sizes=[(48, 64)])[0]
         for output in model.propagate_in_video_iterator(session)
@@ -66,7 +66,7 @@ def test_prompts_of_every_kind(segment, moving_square):
         "labels": {3: [1, 0]},
     }
     session = processor.init_video_session(video=list(frames), seed=0)
-    processor.add_inputs_to_inference_session(session, 0, 2, masks[0])
+    processor.add_inputs_to_inference_session(session, 0, 2, input_masks=masks[0])
     boxes = {"input_boxes": [prompts["boxes"][7]]}
     processor.add_inputs_to_inference_session(session, 0, 7, **boxes, input_points=[prompts["points"][7]])
     inputs = {"input_points": [prompts["points"][3]], "input_labels": [[1, 0]]}

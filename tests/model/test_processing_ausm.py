@@ -1,13 +1,17 @@
+import inspect
 import json
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import Sam2VideoProcessor
 
 from ausm_hf import AusmImageProcessor, AusmProcessor
+from ausm_hf.model.prompts_ausm import ObjectPrompt
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +117,12 @@ def test_wrong_videos_for_a_session(processor):
 
 def test_several_ids_of_any_kind(processor):
     session = processor.init_video_session(video=VIDEO)
-    processor.add_inputs_to_inference_session(session, 0, range(4, 6), np.stack([MASK, MASK])[:, None])
+    processor.add_inputs_to_inference_session(session, 0, range(4, 6), input_masks=np.stack([MASK, MASK])[:, None])
     assert list(session.prompts[0]) == [4, 5]
     session.remove_object(torch.tensor(4))
     assert list(session.prompts[0]) == [5]
     with pytest.raises(ValueError, match=r"below 2\*\*30, got 1073741824"):
-        processor.add_inputs_to_inference_session(session, 0, 2**30, MASK)
+        processor.add_inputs_to_inference_session(session, 0, 2**30, input_masks=MASK)
     assert processor.init_video_session(find_new_objects=np.bool_(True)).find_new_objects is True
 
 
@@ -136,23 +140,52 @@ def test_several_ids_of_any_kind(processor):
 )
 def test_every_kind_of_mask(processor, mask):
     session = processor.init_video_session(video=VIDEO)
-    assert processor.add_inputs_to_inference_session(session, np.int64(0), np.int64(4), mask) is session
+    assert processor.add_inputs_to_inference_session(session, np.int64(0), np.int64(4), input_masks=mask) is session
     assert torch.equal(session.prompts[0][4].mask, torch.from_numpy(MASK).bool())
-    processor.add_inputs_to_inference_session(session, 1, [4, 5], [mask, mask])
+    processor.add_inputs_to_inference_session(session, 1, [4, 5], input_masks=[mask, mask])
     assert list(session.prompts[1]) == [4, 5]
+
+
+def test_arguments_come_in_the_order_of_sam_2(processor):
+    theirs = inspect.signature(Sam2VideoProcessor.add_inputs_to_inference_session).parameters
+    ours = inspect.signature(AusmProcessor.add_inputs_to_inference_session).parameters
+    assert list(ours)[: len(theirs)] == list(theirs) and ours["clear_old_inputs"].default is True
+
+
+def test_points_are_added_to_what_was_said_before(processor):
+    session = processor.init_video_session(video=VIDEO)
+    say = partial(processor.add_inputs_to_inference_session, session)
+    say(obj_ids=[1, 2], input_boxes=[[[1, 2, 9, 9], [3, 3, 8, 8]]])
+    say(obj_ids=1, input_points=[4, 5], input_labels=[0], clear_old_inputs=False)
+    say(obj_ids=[1, 3], input_points=[[[[6, 7], [8, 8]], [[2, 2]]]], clear_old_inputs=False)
+    assert session.prompts == {
+        0: {
+            1: ObjectPrompt(box=(1, 2, 9, 9), points=((4, 5), (6, 7), (8, 8)), labels=(0, 1, 1)),
+            2: ObjectPrompt(box=(3, 3, 8, 8)),
+            3: ObjectPrompt(points=((2, 2),), labels=(1,)),
+        }
+    }
+    say(1, 1, input_points=[4, 5], clear_old_inputs=False)  # another frame: nothing was said of it
+    assert session.prompts[1][1].points == ((4, 5),)
+    with pytest.raises(ValueError, match="input_masks and input_scribbles come first, and replace it"):
+        say(obj_ids=1, input_boxes=[1, 2, 9, 9], clear_old_inputs=False)
+    say(obj_ids=1, input_masks=MASK)
+    with pytest.raises(ValueError, match="exact and stand alone"):
+        say(obj_ids=1, input_points=[4, 5], clear_old_inputs=False)
+    assert session.prompts[0][1].points == () and session.prompts[0][1].mask is not None
 
 
 def test_size_of_a_stream_without_a_video(processor):
     session = processor.init_video_session()
     with pytest.raises(ValueError, match="original_size must be given"):
-        processor.add_inputs_to_inference_session(session, 0, 1, MASK)
+        processor.add_inputs_to_inference_session(session, 0, 1, input_masks=MASK)
     with pytest.raises(ValueError, match="size of the video"):
-        processor.add_inputs_to_inference_session(session, 0, 1, MASK, original_size=(30, 20))
-    processor.add_inputs_to_inference_session(session, 0, 1, MASK, original_size=torch.tensor([20, 30]))
+        processor.add_inputs_to_inference_session(session, 0, 1, input_masks=MASK, original_size=(30, 20))
+    processor.add_inputs_to_inference_session(session, 0, 1, input_masks=MASK, original_size=torch.tensor([20, 30]))
     assert (session.video_height, session.video_width) == (20, 30)
-    processor.add_inputs_to_inference_session(session, 1, 1, MASK)
+    processor.add_inputs_to_inference_session(session, 1, 1, input_masks=MASK)
     with pytest.raises(ValueError, match="original_size must be that of the video"):
-        processor.add_inputs_to_inference_session(session, 1, 1, MASK, original_size=(40, 60))
+        processor.add_inputs_to_inference_session(session, 1, 1, input_masks=MASK, original_size=(40, 60))
 
 
 @pytest.mark.parametrize(
@@ -173,7 +206,7 @@ def test_size_of_a_stream_without_a_video(processor):
 def test_wrong_masks(processor, obj_ids, masks, message):
     session = processor.init_video_session(video=VIDEO)
     with pytest.raises(ValueError, match=message):
-        processor.add_inputs_to_inference_session(session, 0, obj_ids, masks)
+        processor.add_inputs_to_inference_session(session, 0, obj_ids, input_masks=masks)
     assert not session.prompts
 
 
@@ -190,7 +223,7 @@ processor = AutoProcessor.from_pretrained({folder!r}, **options)
 image_processor = AutoImageProcessor.from_pretrained({folder!r}, **options)
 frames = np.arange(2 * 20 * 30 * 3, dtype=np.uint8).reshape(2, 20, 30, 3)
 session = processor.init_video_session(video=frames)
-processor.add_inputs_to_inference_session(session, 0, 1, frames[0, ..., 0] > 100)
+processor.add_inputs_to_inference_session(session, 0, 1, input_masks=frames[0, ..., 0] > 100)
 print(json.dumps([
     type(processor).__module__.split(".")[0], type(processor).__name__, type(image_processor).__name__,
     float(processor(videos=frames)["pixel_values_videos"].double().sum()),

@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from scripted import FRAME, NOTHING, SIZE, A, B, C, ScriptedModel, Seen, frame_mask, play
 
 from ausm_hf import AusmImageProcessor, AusmProcessor
@@ -491,8 +492,8 @@ def test_streaming_a_real_network(tiny_model, moving_square):
     frames, masks = moving_square
     processor = AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64}))
     session = processor.init_video_session(video=frames, find_new_objects=True, foreground_threshold=0.01, seed=0)
-    processor.add_inputs_to_inference_session(session, 0, 9, masks[0])
-    processor.add_inputs_to_inference_session(session, 3, [9, 7], [masks[3], masks[0]])
+    processor.add_inputs_to_inference_session(session, 0, 9, input_masks=masks[0])
+    processor.add_inputs_to_inference_session(session, 3, [9, 7], input_masks=[masks[3], masks[0]])
     outputs = list(tiny_model.propagate_in_video_iterator(session))
     assert [output.frame_idx for output in outputs] == list(range(6))
     assert all(9 in output.object_ids for output in outputs) and all(7 in output.object_ids for output in outputs[3:])
@@ -510,7 +511,7 @@ def test_frames_one_by_one_equal_a_video(tiny_model, moving_square):
     processor = AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64}))
     streamed, whole = (processor.init_video_session(video=video, seed=1) for video in (None, frames))
     for session in (streamed, whole):
-        processor.add_inputs_to_inference_session(session, 0, 1, masks[0], original_size=(48, 64))
+        processor.add_inputs_to_inference_session(session, 0, 1, input_masks=masks[0], original_size=(48, 64))
     for frame, expected in zip(frames, tiny_model.propagate_in_video_iterator(whole), strict=True):
         output = tiny_model(inference_session=streamed, frame=processor(images=frame)["pixel_values"][0])
         assert torch.equal(output.pred_masks, expected.pred_masks) and output.object_ids == expected.object_ids == [1]
@@ -541,7 +542,7 @@ def test_what_fails_at_a_frame_of_the_video_goes_on_with_that_frame(tiny_model, 
     def outputs(video, session=None):
         if session is None:
             session = processor.init_video_session(video=video, seed=1)
-            processor.add_inputs_to_inference_session(session, 0, 1, masks[0])
+            processor.add_inputs_to_inference_session(session, 0, 1, input_masks=masks[0])
         return session, tiny_model.propagate_in_video_iterator(session)
 
     wanted = list(outputs(list(frames))[1])
@@ -579,13 +580,53 @@ def test_a_failed_step_draws_nothing(tiny_model, moving_square):
     slots = []
     for fails in (False, True):
         session = processor.init_video_session(seed=1)
-        processor.add_inputs_to_inference_session(session, 0, 1, masks[0], original_size=(48, 64))
+        processor.add_inputs_to_inference_session(session, 0, 1, input_masks=masks[0], original_size=(48, 64))
         if fails:
             with pytest.raises(ValueError, match="label_set"):
                 tiny_model.step_sessions([session, processor.init_video_session(label_set="none")], [frame] * 2)
         tiny_model(inference_session=session, frame=frame)
         slots.append(session.objects[0].slot)
     assert slots[0] == slots[1]
+
+
+def test_what_is_interrupted_in_one_of_several_streams_moves_none(tiny_model, moving_square, monkeypatch, tmp_path):
+    frames, masks = moving_square
+    processor = AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64}))
+    pixels = [processor(images=frame)["pixel_values"] for frame in frames]
+
+    def streams():
+        made = [processor.init_video_session(seed=n, find_new_objects=True, keep_results=True) for n in (1, 2)]
+        for session in made:
+            session.foreground_threshold = 0.01
+            processor.add_inputs_to_inference_session(session, 0, 1, input_masks=masks[0], original_size=(48, 64))
+            processor.add_inputs_to_inference_session(session, 2, [1, 9], input_masks=[masks[2]] * 2)
+        return made
+
+    def saved(sessions):
+        for session in sessions:
+            session.save(tmp_path / "stream.safetensors")
+            with safe_open(tmp_path / "stream.safetensors", "pt") as file:
+                tensors = {name: file.get_tensor(name).tolist() for name in file.keys()}
+                yield file.metadata(), tensors, list(session.results)
+
+    describe, interrupted = streaming_ausm._describe, streams()
+
+    def interrupt(session, *others):
+        if session is interrupted[1]:
+            raise KeyboardInterrupt
+        return describe(session, *others)
+
+    wanted = streams()
+    for frame in pixels[:4]:
+        before = list(saved(interrupted))
+        monkeypatch.setattr(streaming_ausm, "_describe", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_model.step_sessions(interrupted, [frame] * 2)
+        assert list(saved(interrupted)) == before
+        monkeypatch.setattr(streaming_ausm, "_describe", describe)
+        tiny_model.step_sessions(interrupted, [frame] * 2)
+        tiny_model.step_sessions(wanted, [frame] * 2)
+    assert list(saved(interrupted)) == list(saved(wanted))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -616,7 +657,7 @@ def test_history_has_a_constant_size(tiny_model, moving_square, monkeypatch):
     frames, masks = moving_square
     processor = AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64}))
     session = processor.init_video_session(video=np.concatenate([frames] * 3))
-    processor.add_inputs_to_inference_session(session, 0, 1, masks[0])
+    processor.add_inputs_to_inference_session(session, 0, 1, input_masks=masks[0])
     session.foreground_threshold = 1.0
     monkeypatch.setattr(streaming_ausm, "BYSTANDER_THRESHOLD", 1.0)  # or there may be as many as ID vectors
     sizes = {session.history.num_bytes for _ in tiny_model.propagate_in_video_iterator(session)}

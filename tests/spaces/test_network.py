@@ -38,7 +38,7 @@ def test_files_of_a_followed_object(network, clip, moving_square, tmp_path):
 
     # The library, asked the same
     session = network.processor.init_video_session(find_new_objects=False, seed=0)
-    network.processor.add_inputs_to_inference_session(session, 0, [3], [mask], original_size=(48, 64))
+    network.processor.add_inputs_to_inference_session(session, 0, [3], input_masks=[mask], original_size=(48, 64))
     wanted = [r.masks for r in segment_video(list(clip.frames()), network.model, network.processor, session=session)]
     for index, ids in enumerate(wanted):
         np.testing.assert_array_equal(result.mask(index), ids)
@@ -83,7 +83,7 @@ def test_scores_are_of_labels_only_where_labels_are_read(
 
     session = network.processor.init_video_session(find_new_objects=False, label_set=label_set, seed=0)
     network.processor.add_inputs_to_inference_session(
-        session, 0, [3, 4], list(marked.values()), original_size=(48, 64)
+        session, 0, [3, 4], input_masks=list(marked.values()), original_size=(48, 64)
     )
     frames = list(segment_video(list(clip.frames()), network.model, network.processor, session=session))
     for row in result.objects:

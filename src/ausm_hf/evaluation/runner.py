@@ -130,7 +130,9 @@ def predict_video(
             ids = [object_id + id_offset(row) for object_id in masks]
             first_frame |= dict.fromkeys(ids, t)
             size = next(iter(masks.values())).shape
-            processor.add_inputs_to_inference_session(session, t, ids, list(masks.values()), original_size=size)
+            processor.add_inputs_to_inference_session(
+                session, t, ids, input_masks=list(masks.values()), original_size=size
+            )
         if not first_frame:
             raise ValueError("there is no object to follow: its masks are empty")
     frames = _Frames(row, order, inference.traversal)

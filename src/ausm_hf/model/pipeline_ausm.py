@@ -74,7 +74,7 @@ def start_session(
             for name, of_objects in given.items()
         }
         processor.add_inputs_to_inference_session(
-            session, frame_idx, object_id, split.get(object_id), original_size=(size[0], size[1]), **inputs
+            session, frame_idx, object_id, input_masks=split.get(object_id), original_size=(size[0], size[1]), **inputs
         )
     return session
 

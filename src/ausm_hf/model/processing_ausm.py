@@ -159,16 +159,17 @@ class AusmProcessor(ProcessorMixin):
         inference_session: AusmInferenceSession,
         frame_idx: int | None = None,
         obj_ids: int | list[int] | None = None,
-        input_masks: Any = None,
-        input_boxes: Any = None,
         input_points: Any = None,
         input_labels: Any = None,
-        input_scribbles: Any = None,
+        input_boxes: Any = None,
+        input_masks: Any = None,
         original_size: tuple[int, int] | None = None,
+        clear_old_inputs: bool = True,
+        input_scribbles: Any = None,
     ) -> AusmInferenceSession:
         """
         Say what objects to follow: by their masks, or by boxes, points or scribbles, from which the network makes
-        masks when it comes to that frame. What was said before of the same object in the same frame is replaced.
+        masks when it comes to that frame.
 
         An id that is followed already gets its mask replaced in that frame. Points and scribbles without a box then
         correct the mask that the network sees in it: they add to it and take from it. Otherwise a box is filled, a
@@ -192,20 +193,23 @@ class AusmProcessor(ProcessorMixin):
                 The frame that the prompts belong to: the next one of the stream, which is the default, or a later one.
             obj_ids (`int` or `list[int]`):
                 What to call the objects: positive integers below 2**30, each once.
-            input_masks (array, tensor, PIL image or a list of them, one per object, *optional*):
-                Masks of shape `(height, width)`, also with leading axes of 1, at the video's own size. Zero outside
-                the object and one other value inside it. They stand alone.
-            input_boxes (`[image][object][4]`, *optional*):
-                Boxes `(x0, y0, x1, y1)`. What lies beyond the frame is cut off.
             input_points (`[image][object][point][2]`, *optional*):
                 Points.
             input_labels (`[image][object][point]`, *optional*):
                 1 for each point on the object, 0 for one that is not on it; without them all are on it.
-            input_scribbles (`[image][object][point][2]`, *optional*):
-                Points of a line on the object.
+            input_boxes (`[image][object][4]`, *optional*):
+                Boxes `(x0, y0, x1, y1)`. What lies beyond the frame is cut off.
+            input_masks (array, tensor, PIL image or a list of them, one per object, *optional*):
+                Masks of shape `(height, width)`, also with leading axes of 1, at the video's own size. Zero outside
+                the object and one other value inside it. They stand alone.
             original_size (`tuple[int, int]`, *optional*):
                 Height and width of the video before preprocessing. Needed once, if the session was made without a
                 video.
+            clear_old_inputs (`bool`, *optional*, defaults to `True`):
+                Whether what was said before of the same object in the same frame is replaced. If `False`, points are
+                added to it.
+            input_scribbles (`[image][object][point][2]`, *optional*):
+                Points of a line on the object.
 
         Returns:
             [`AusmInferenceSession`]: the same session.
@@ -213,8 +217,8 @@ class AusmProcessor(ProcessorMixin):
         Raises:
             ValueError: if the frame is past, an id is no positive integer or comes twice, a mask is empty, has
                 several values or another size than the video, a box has no area in the frame, a point lies outside
-                it, labels don't fit the points or are neither 0 nor 1, an object has no prompt, or an object that is
-                not followed yet has negative points alone.
+                it, labels don't fit the points or are neither 0 nor 1, an object has no prompt, an object that is not
+                followed yet has negative points alone, or anything but points is to be added.
         """
         session = inference_session
         known_size = session.video_size
@@ -234,6 +238,7 @@ class AusmProcessor(ProcessorMixin):
         scribbles = _per_object("input_scribbles", input_scribbles, len(obj_ids), 2)
         if input_labels is None:
             labels = [[1] * len(of_object) for of_object in points]
+        frame_idx = session.next_frame_idx if frame_idx is None else _as_int(frame_idx)
         prompts = [
             ObjectPrompt(
                 mask=mask,
@@ -244,7 +249,15 @@ class AusmProcessor(ProcessorMixin):
             )
             for mask, box, of_points, of_labels, scribble in zip(masks, boxes, points, labels, scribbles)
         ]
-        session.add_prompts(None if frame_idx is None else _as_int(frame_idx), obj_ids, prompts, size)
+        if not clear_old_inputs:
+            if any(x is not None for x in (input_boxes, input_masks, input_scribbles)):
+                raise ValueError(
+                    "clear_old_inputs=False adds points to what was said before; input_boxes, input_masks and "
+                    "input_scribbles come first, and replace it"
+                )
+            before = session.prompts.get(frame_idx, {})
+            prompts = [before[x].with_points(more) if x in before else more for x, more in zip(obj_ids, prompts)]
+        session.add_prompts(frame_idx, obj_ids, prompts, size)
         return session
 
     def post_process_masks(self, masks, original_sizes, mask_threshold: float = 0.0, binarize: bool = True):

@@ -80,6 +80,10 @@ class ObjectPrompt:
         """Whether it says where the object is not, and nothing else."""
         return self.mask is None and self.box is None and not self.scribble and not any(self.labels)
 
+    def with_points(self, more: ObjectPrompt) -> ObjectPrompt:
+        """The same, with the points of another after its own."""
+        return replace(self, points=self.points + more.points, labels=self.labels + more.labels)
+
     def agrees(self, mask: Tensor) -> bool:
         """Whether a mask (height, width) has any pixels, and if there are positive points any of theirs."""
         points = self.positive_points

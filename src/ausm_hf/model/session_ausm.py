@@ -8,7 +8,8 @@ Users see object ids, positive integers that never repeat within a stream. The n
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -109,7 +110,7 @@ class AusmInferenceSession:
     One video as it is being segmented, frame by frame. Make it with [`~AusmProcessor.init_video_session`].
 
     It holds the network's history and, for each followed object, a handful of numbers: its size doesn't grow with the
-    number of frames.
+    number of frames. One thread at a time.
 
     Args:
         video (iterable of `torch.Tensor` of shape `(3, H, W)`, *optional*):
@@ -257,6 +258,23 @@ class AusmInferenceSession:
         for given in self.prompts.values():
             given.pop(obj_id, None)
         self.prompts = {frame_idx: given for frame_idx, given in self.prompts.items() if given}
+
+    @contextmanager
+    def as_it_was_on_error(self) -> Iterator[None]:
+        """What is interrupted in this block changes nothing."""
+        generator = self.generator.get_state()
+        before = vars(self) | {
+            "objects": [replace(followed) for followed in self.objects],
+            "prompts": {frame_idx: dict(given) for frame_idx, given in self.prompts.items()},
+            "slots_held_until": dict(self.slots_held_until),
+            "warnings_given": set(self.warnings_given),
+        }
+        try:
+            yield
+        except BaseException:
+            self.generator.set_state(generator)
+            vars(self).update(before)
+            raise
 
     def new_object_id(self) -> int:
         """An id that nobody has had."""

@@ -5,7 +5,7 @@ The stream moves on: one frame in, the network once, who is who out. All bookkee
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
@@ -108,13 +108,10 @@ def step_sessions(
             "be given its frames is made without"
         )
     inputs = _encoded_frames(model, sessions, frames)
-    generators = [session.generator.get_state() for session in sessions]
-    try:
+    with ExitStack() as unless_done:
+        for session in sessions:
+            unless_done.enter_context(session.as_it_was_on_error())
         return _step_sessions(model, sessions, inputs)
-    except BaseException:
-        for session, state in zip(sessions, generators):
-            session.generator.set_state(state)
-        raise
 
 
 def _step_sessions(
@@ -139,11 +136,14 @@ def _step_sessions(
     for i, session in enumerate(sessions):
         if i not in masks:
             masks[i] = _prompt_masks(model, session, inputs[i], seen[i])
-    # The network has done its part: nothing fails from here on, and the sessions change.
-    return [
+    outputs = [
         _finish(model, session, inputs[i], objects[i], seen[i], masks[i], answers[i])
         for i, session in enumerate(sessions)
     ]
+    for session, output in zip(sessions, outputs):
+        if session.results is not None:
+            session.results[output.frame_idx] = output
+    return outputs
 
 
 @torch.inference_mode()
@@ -171,7 +171,11 @@ def preview_prompts(
     if session.history is not None and session.prompts.get(session.next_frame_idx):  # it may correct what is seen
         (answer,) = _ask(model, encoded, [session.history], [session.objects], session.label_set)
         seen = _seen(model, session, session.objects, answer)
-    return _prompt_masks(model, session, encoded, seen)
+    said = set(session.warnings_given)
+    try:
+        return _prompt_masks(model, session, encoded, seen)
+    finally:
+        session.warnings_given = said  # what is wrong with these prompts is said again should they come to be followed
 
 
 def encode_ahead(
@@ -590,8 +594,6 @@ def _finish(
         }
     result = _describe(session, asked_for, logits, scores, prompts, labels, size)
     session.next_frame_idx += 1
-    if session.results is not None:
-        session.results[result.frame_idx] = result
     return result
 
 
