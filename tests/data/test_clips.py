@@ -108,6 +108,12 @@ def test_every_kind_of_segmentation_becomes_run_lengths(kind):
     assert encode_rle(None, HEIGHT, WIDTH) is None
 
 
+def test_lines_among_polygons_have_no_area():
+    square, line = [10, 5, 30, 5, 30, 15, 10, 15], [1, 1, 20, 20]
+    assert encode_rle([line], HEIGHT, WIDTH) is None
+    assert encode_rle([line, square], HEIGHT, WIDTH) == encode_rle([square], HEIGHT, WIDTH)
+
+
 def test_frames_of_a_video_file_are_found_by_number(tmp_path):
     # Uneven times and B-frames: what defeats seeking by frame rate.
     with av.open(str(tmp_path / "v.mp4"), "w") as container:

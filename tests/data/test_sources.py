@@ -377,5 +377,5 @@ def test_video_folder(tmp_path, no_reading):
         video_folder(str(tmp_path))
     (tmp_path / "labels.json").unlink()
     (tmp_path / "masks" / "dive" / "2.png").rename(tmp_path / "masks" / "dive" / "first.png")
-    with pytest.raises(ValueError, match="must be named by frame number, got first.png"):
+    with pytest.raises(ValueError, match="must be PNGs named by frame number, got first.png"):
         video_folder(str(tmp_path))

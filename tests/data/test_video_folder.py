@@ -175,3 +175,67 @@ def test_the_check_loads_every_frame(tmp_path):
     write_mask(tmp_path / "masks" / "a" / "19.png", np.ones((8, 8), np.uint8))
     with pytest.raises(ValueError, match="frame 19 of a, or a mask of it, is \\(8, 8\\)"):
         check_clips(video_folder(str(tmp_path)), open_files=True)
+
+
+@pytest.mark.parametrize(
+    ("stray", "complaint"),
+    [
+        ("masks/fall/00000.png", "masks names videos that aren't in .*videos: fall; want .*files that end in .mp4"),
+        ("masks/dive/0.png", "dive/0.png is the mask of no frame of"),
+        ("masks/dive/00001.jpg", "dive/00001.jpg is the mask of no frame of"),
+        (
+            "masks/walk/00001.png",
+            "walk/00001.png is the mask of no frame of .* or in a folder per object",
+        ),
+        ("masks/walk/1/1.png", "walk/1/1.png is the mask of no frame of"),
+        ("masks/take/first.png", "take.mp4 must be PNGs named by frame number, got first.png"),
+        ("masks/take/0.jpg", "take.mp4 must be PNGs named by frame number, got 0.jpg"),
+        ("videos/dive.mp4", "has several videos of the name dive"),
+    ],
+)
+def test_nothing_is_passed_over(tmp_path, stray, complaint):
+    frames_folder(tmp_path, [index_mask(t, [1]) for t in range(2)])
+    write_frames(tmp_path / "videos" / "walk", ["00000", "00001"])
+    write_mask(tmp_path / "masks" / "walk" / "1" / "00000.png", index_mask(0, [1]))
+    write_video(tmp_path / "videos" / "take.mp4", greys(2))
+    write_mask(tmp_path / "masks" / "take" / "0.PNG", index_mask(0, [1]))
+    (tmp_path / "masks" / "dive" / "00000.png").rename(tmp_path / "masks" / "dive" / "00000.PNG")
+    clips = video_folder(str(tmp_path))
+    check_clips(clips, open_files=True)
+    assert [sum(row["annotated"]) for row in clips] == [2, 1, 1]
+    (tmp_path / stray).parent.mkdir(exist_ok=True)
+    (tmp_path / stray).touch()
+    with pytest.raises(ValueError, match=complaint):
+        video_folder(str(tmp_path))
+
+
+def test_a_phone_video_is_a_video(tmp_path):
+    write_video(tmp_path / "videos" / "take.m4v", greys(2))
+    write_mask(tmp_path / "masks" / "take" / "1.png", index_mask(1, [1]))
+    assert load_clip(video_folder(str(tmp_path))[0], [0]).masks.sum() == 100
+
+
+def test_a_video_file_without_masks_is_said_to_have_none(tmp_path):
+    write_video(tmp_path / "videos" / "take.mp4", greys(2))
+    (tmp_path / "masks").mkdir()
+    assert find_problems(video_folder(str(tmp_path))) == {"no masks": ["take"]}
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_what_is_transparent_is_no_part_of_an_object(tmp_path, mode):
+    write_frames(tmp_path / "videos" / "dive", ["00000"])
+    mask = index_mask(0, [1]) > 0
+    cut_out = Image.new(mode, (WIDTH, HEIGHT), "white")
+    cut_out.putalpha(Image.fromarray(mask))
+    (tmp_path / "masks" / "dive" / "1").mkdir(parents=True)
+    cut_out.save(tmp_path / "masks" / "dive" / "1" / "00000.png")
+    assert np.array_equal(load_clip(video_folder(str(tmp_path))[0], [0]).masks[0, 0], mask)
+
+
+def test_labels_the_wrong_way_round_are_named(tmp_path):
+    frames_folder(tmp_path, [index_mask(0, [1])])
+    (tmp_path / "labels.json").write_text(json.dumps({"dive": {"1": "fish"}}), encoding="utf-8-sig")
+    assert video_folder(str(tmp_path), "sea")[0]["objects"][0]["label"] == "fish"
+    (tmp_path / "labels.json").write_text(json.dumps({"dive": {"fish": 1}}))
+    with pytest.raises(ValueError, match=r'labels.json has {"fish": 1} in dive; want the number of an object and its'):
+        video_folder(str(tmp_path), "sea")

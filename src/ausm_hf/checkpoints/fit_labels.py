@@ -86,7 +86,7 @@ def class_features(
         yield -1, output.class_features[0, query]
 
 
-def labelled_features(model, processor, root: Path, split: str = "train") -> tuple[Tensor, Tensor]:
+def labelled_features(model, processor, root: Path) -> tuple[Tensor, Tensor]:
     """
     Class features (n, size) of all objects with a label of COCO, and their labels' numbers (n,); 80, "no object", for
     what is found beside them in exhaustively labelled sets.
@@ -94,7 +94,7 @@ def labelled_features(model, processor, root: Path, split: str = "train") -> tup
     features, labels = [], []
     for name, number in SETS.items():
         rng = np.random.default_rng(0)
-        for row in tqdm(stills(str(root / "stills" / name), split), name):
+        for row in tqdm(stills(str(root / "stills" / name), "train"), name):
             numbers = {x["id"]: COCO_LABELS.index(x["label"]) for x in row["objects"] if x["label"] is not None}
             frame = load_frames(row, [0])[0]
             masks, ignored = load_masks(row, 0, *frame.shape[:2])

@@ -13,6 +13,9 @@ from .clips import Clip
 
 # An affine map here is a (2, 3) array that takes a pixel (x, y, 1) of the output to a pixel of the input.
 
+MIN_PIXELS = 16  # of a mask, in a clip as it is trained
+MIN_SHARE = 0.0008  # of the picture, that an object has in some frame
+
 
 def random_view(
     source: tuple[int, int],
@@ -124,14 +127,14 @@ def sampling_grid(matrices: np.ndarray, source: tuple[int, int], size: tuple[int
     return (2 * located / extent - 1).reshape(len(maps), height, width, 2)
 
 
-def jitter_colour(frames: torch.Tensor, rng: np.random.Generator, strength: float = 0.25) -> torch.Tensor:
-    """Change brightness, contrast and saturation of all frames alike; now and then make them grey or blur them.
+def jitter_colour(frames: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Change brightness, contrast and saturation of all frames alike, by up to a quarter; now and then make them grey
+    or blur them.
 
     Args:
         frames: `(T, 3, H, W)` uint8.
-        strength: Largest relative change of each.
     """
-    brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, size=3).tolist()
+    brightness, contrast, saturation = rng.uniform(0.75, 1.25, size=3).tolist()
     if rng.random() < 0.03:
         saturation = 0.0
     blur = rng.random() < 0.08
@@ -151,12 +154,12 @@ def areas(masks: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.count_nonzero(masks.numpy(), axis=(2, 3)))
 
 
-def drop_small(clip: Clip, min_pixels: int = 16) -> Clip:
-    """Empty masks of fewer than `min_pixels`, whose pixels are then ignored, and drop objects that are never seen."""
+def drop_small(clip: Clip) -> Clip:
+    """Empty masks of fewer than `MIN_PIXELS`, whose pixels are then ignored, and drop objects that are never seen."""
     area = areas(clip.masks)
-    seen = (area >= min_pixels).any(dim=1)
+    seen = (area >= MIN_PIXELS).any(dim=1)
     masks, ignore = clip.masks.clone(), clip.ignore.clone()
-    for n, t in torch.nonzero((area > 0) & (area < min_pixels)).tolist():
+    for n, t in torch.nonzero((area > 0) & (area < MIN_PIXELS)).tolist():
         ignore[t] |= masks[n, t]
         masks[n, t] = False
     return replace(
@@ -167,18 +170,15 @@ def drop_small(clip: Clip, min_pixels: int = 16) -> Clip:
     )
 
 
-def select_objects(clip: Clip, max_objects: int, rng: np.random.Generator, min_fraction: float = 0.0008) -> Clip:
-    """Keep at most `max_objects`, drawn at random, and none that is tiny in every frame. What is dropped is ignored.
+def select_objects(clip: Clip, max_objects: int, rng: np.random.Generator) -> Clip:
+    """Keep at most `max_objects`, drawn at random, and none of less than `MIN_SHARE` in every frame; ignore others.
 
     A clip that lost objects for number is no longer exhaustive. Losing tiny ones doesn't count: nobody need find them.
-
-    Args:
-        min_fraction: Smallest area of an object, as a fraction of the picture.
     """
     area = areas(clip.masks)
     pixels = clip.masks.shape[-1] * clip.masks.shape[-2]
     visible = (area > 0).any(dim=1)
-    candidates = torch.nonzero((area >= min_fraction * pixels).any(dim=1)).flatten().tolist()
+    candidates = torch.nonzero((area >= MIN_SHARE * pixels).any(dim=1)).flatten().tolist()
     kept = candidates
     if len(candidates) > max_objects:
         kept = sorted(rng.choice(candidates, size=max_objects, replace=False).tolist())

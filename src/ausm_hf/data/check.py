@@ -41,7 +41,7 @@ def find_problems(clips: Dataset, open_files: bool = False) -> dict[str, list[st
                 found = _problems_of_files(row, opened=True) or [("not to be loaded", f"{row['video_id']}: {error}")]
         if not found and row["annotation_file"] is None:
             if not row["annotated"]:
-                found = [("no frames", row["video_id"])]
+                found = [("no frames" if row["video"] is None else "no masks", row["video_id"])]
             elif not any(row["annotated"]):
                 found = [("no masks", row["video_id"])]
             elif not row["annotations"] and not row["objects"]:

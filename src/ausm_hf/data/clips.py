@@ -346,7 +346,10 @@ def encode_rle(segmentation: dict | list | None, height: int, width: int) -> dic
         return None
     _check_segmentation(segmentation, height, width)
     if isinstance(segmentation, list):
-        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]  # a line has no area
+        if not polygons:
+            return None
+        rle = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
     elif isinstance(segmentation["counts"], list):
         rle = coco_mask.frPyObjects(segmentation, *segmentation["size"])
     else:
@@ -391,6 +394,9 @@ def open_image(stored: dict) -> PILImage.Image:
 
 def _as_index(image: PILImage.Image) -> np.ndarray:
     # "P" keeps the palette's indices, which are the object ids.
+    if image.mode in ("RGBA", "LA"):
+        grey, alpha = np.moveaxis(np.array(image.convert("LA")), -1, 0)
+        return np.where(alpha > 0, grey, 0)
     return np.array(image if image.mode in ("P", "L", "1") else image.convert("L")).astype(np.uint8)
 
 

@@ -9,7 +9,7 @@ from ..files import natural_order
 from .clips import clip_object, clip_row, file
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -17,9 +17,14 @@ def image_files(folder: Path) -> list[Path]:
     return sorted((p for p in visible(folder) if p.suffix.lower() in IMAGE_SUFFIXES), key=natural_order)
 
 
-def visible(folder: Path, pattern: str = "*") -> list[Path]:
+def mask_files(folder: Path) -> list[Path]:
+    """The PNGs of a folder; none if the folder isn't there."""
+    return sorted((p for p in visible(folder) if p.suffix.lower() == ".png"), key=natural_order)
+
+
+def visible(folder: Path) -> list[Path]:
     """What is in a folder, but for the hidden files that systems leave there."""
-    return [p for p in folder.glob(pattern) if not p.name.startswith(".")]
+    return [p for p in folder.glob("*") if not p.name.startswith(".")]
 
 
 def folder_row(video_id: str, frames: Path, masks: Path, known: Sequence[dict] = (), **flags) -> dict:
@@ -33,7 +38,7 @@ def folder_row(video_id: str, frames: Path, masks: Path, known: Sequence[dict] =
     images = image_files(frames)
     parts = sorted(p for p in visible(masks) if p.is_dir())
     if not parts:
-        by_name = {p.stem: file(p) for p in masks.glob("*.png")}
+        by_name = {p.stem: file(p) for p in mask_files(masks)}
         annotations = [by_name.get(image.stem) for image in images]
         return clip_row(video_id, [file(p) for p in images], list(known), annotations=annotations, **flags)
     labels = {obj["id"]: obj["label"] for obj in known}
@@ -41,7 +46,7 @@ def folder_row(video_id: str, frames: Path, masks: Path, known: Sequence[dict] =
     for part in parts:
         if not part.name.isdecimal():
             raise ValueError(f"masks of {video_id}: folder {part} isn't the number of an object")
-        by_name = {p.stem: file(p) for p in part.glob("*.png")}
+        by_name = {p.stem: file(p) for p in mask_files(part)}
         own = [by_name.get(image.stem) for image in images]
         annotated = [before or mask is not None for before, mask in zip(annotated, own)]
         objects.append(clip_object(int(part.name), labels.get(int(part.name)), masks=own))

@@ -10,7 +10,16 @@ import torch
 from datasets import Dataset
 from scipy import ndimage
 
-from .augment import drop_small, jitter_colour, random_anchor, random_view, select_objects, view_matrix, warp_clip
+from .augment import (
+    MIN_SHARE,
+    drop_small,
+    jitter_colour,
+    random_anchor,
+    random_view,
+    select_objects,
+    view_matrix,
+    warp_clip,
+)
 from .clips import Clip, resolve_row
 from .davis import davis
 from .labels import LABEL_SETS
@@ -117,7 +126,8 @@ class ClipMixture(torch.utils.data.Dataset):
             if len(clip.masks):
                 return self._sample(clip)
         raise RuntimeError(
-            f"{MOST_DRAWS} clips in a row had no object in view (item {index}); are the annotations empty?"
+            f"{MOST_DRAWS} clips in a row had no object in view (item {index}); are the annotations empty, or all "
+            f"objects smaller than {MIN_SHARE:.2%} of the picture?"
         )
 
     def _draw(self, source: ClipSource, rng: np.random.Generator) -> Clip:

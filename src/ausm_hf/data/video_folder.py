@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from .clips import clip_object, clip_row, clips_from_rows, file, reading
-from .mask_folders import VIDEO_SUFFIXES, folder_row, need, visible
+from .mask_folders import VIDEO_SUFFIXES, folder_row, image_files, mask_files, need, visible
 
 
 def video_folder(
@@ -26,6 +26,8 @@ def video_folder(
     The pixels of an indexed PNG are the numbers of objects, 1 to 254, the same ones in all frames of the video,
     whether `labels.json` lists them or not. 0 is background, and 255 marks pixels of which nothing is known. Frames
     are counted and turned as `ausm_hf.read_video` does. Not every frame needs a mask: those without are left out.
+    Objects of less than 0.08% of the picture in all frames are not trained, nor are masks of fewer than 16 pixels in a
+    clip: they are ignored.
 
     Args:
         label_set: Name of the label set that `labels.json` draws from.
@@ -34,22 +36,27 @@ def video_folder(
             `exhaustive`.
 
     Raises:
-        ValueError: A folder is missing, a mask of a video file isn't named by its frame, labels name an unknown video.
-            When clips are loaded or checked: a PNG isn't such a mask, see `clips.mask_problem`.
+        ValueError: A folder is missing, masks or labels belong to no video, a mask to none of its frames, two videos
+            have one name, or `labels.json` isn't as above. When clips are loaded or checked: a PNG isn't such a mask,
+            see `clips.mask_problem`.
     """
     folder = need(Path(root), "root")
     videos = need(folder / "videos", "root")
     masks = need(folder / "masks", "root")
-    source = folder / "labels.json"
-    labels = {}
-    if source.is_file():
-        with reading(source):
-            labels = json.loads(source.read_text())
-            labels = {name: {int(i): label for i, label in objects.items()} for name, objects in labels.items()}
+    labels = _read_labels(folder / "labels.json")
     entries = [p for p in sorted(visible(videos)) if p.is_dir() or p.suffix.lower() in VIDEO_SUFFIXES]
-    unknown = sorted(set(labels) - {p.stem if p.is_file() else p.name for p in entries})
-    if unknown:
-        raise ValueError(f"labels.json names videos that aren't in {videos}: {', '.join(unknown[:5])}")
+    names = [p.name if p.is_dir() else p.stem for p in entries]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{videos} has several videos of the name {twice[0]}; want a name for each")
+    masked = [p.name for p in visible(masks) if p.is_dir()] + [p.name for p in mask_files(masks)]
+    for source, named in (("labels.json", labels), (str(masks), masked)):
+        unknown = sorted(set(named) - set(names))
+        if unknown:
+            raise ValueError(
+                f"{source} names videos that aren't in {videos}: {', '.join(unknown[:5])}; want folders of frames or "
+                f"files that end in {', '.join(VIDEO_SUFFIXES)}"
+            )
     flags: dict[str, Any] = {
         "label_set": label_set,
         "exhaustive": exhaustive,
@@ -57,23 +64,53 @@ def video_folder(
         "own_masks": True,
     }
     rows = []
-    for entry in entries:
-        name = entry.name if entry.is_dir() else entry.stem
+    for name, entry in zip(names, entries):
         objects = [clip_object(i, label) for i, label in labels.get(name, {}).items()]
         if entry.is_dir():
+            _check_names(masks / name, entry)
             rows.append(_annotated_frames(folder_row(name, entry, masks / name, objects, **flags)))
             continue
-        pngs = sorted(visible(masks / name, "*.png"))
-        strange = [p.name for p in pngs if not p.stem.isdecimal()]
+        pngs = mask_files(masks / name)
+        strange = sorted({*visible(masks / name)} - {p for p in pngs if p.stem.isdecimal()})
         if strange:
-            raise ValueError(f"masks of the video file {entry.name} must be named by frame number, got {strange[0]}")
-        pngs.sort(key=lambda p: int(p.stem))
+            raise ValueError(
+                f"masks of the video file {entry.name} must be PNGs named by frame number, got {strange[0].name}"
+            )
         numbers = [int(p.stem) for p in pngs]
         annotations = [file(p) for p in pngs]
         rows.append(
             clip_row(name, [], objects, video=file(entry), video_frames=numbers, annotations=annotations, **flags)
         )
     return clips_from_rows(rows)
+
+
+def _read_labels(source: Path) -> dict[str, dict[int, str | None]]:
+    """Video to object to label; empty if there is no such file."""
+    if not source.is_file():
+        return {}
+    with reading(source):
+        labels = json.loads(source.read_text(encoding="utf-8-sig"))
+        for name, objects in labels.items():
+            for number, label in objects.items():
+                if not number.isdecimal() or not isinstance(label, str | None):
+                    raise ValueError(
+                        f"{source} has {json.dumps({number: label})} in {name}; want the number of an object and its "
+                        'label, as {"1": "fish"}'
+                    )
+        return {name: {int(number): label for number, label in objects.items()} for name, objects in labels.items()}
+
+
+def _check_names(masks: Path, frames: Path) -> None:
+    """Raises ValueError if something in a folder of masks would be passed over."""
+    names = {p.stem for p in image_files(frames)}
+    parts = [p for p in visible(masks) if p.is_dir()]
+    wanted = {*parts, *(p for folder in parts or [masks] for p in mask_files(folder) if p.stem in names)}
+    strange = sorted({p for folder in (masks, *parts) for p in visible(folder)} - wanted)
+    if strange:
+        raise ValueError(
+            f"{strange[0]} is the mask of no frame of {frames}; want PNGs with the names of the frames, in one folder "
+            "or in a folder per object"
+        )
 
 
 def _annotated_frames(row: dict) -> dict:

@@ -241,10 +241,10 @@ def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
-def mark_history(id_vectors: Tensor, masks: Tensor, size: tuple[int, int], eps: float = 1e-6) -> Tensor:
+def mark_history(id_vectors: Tensor, masks: Tensor, size: tuple[int, int]) -> Tensor:
     """
     The History Marker: paints each ID vector onto the pixels of its mask,
-    `S[h, w] = sum_i M_i[h, w] A_i / (eps + sum_i M_i[h, w])`.
+    `S[h, w] = sum_i M_i[h, w] A_i / (eps + sum_i M_i[h, w])`, with an `eps` of 1e-6.
 
     It is evaluated at the resolution of the masks and then averaged over the area of each cell, so a thin object marks
     a cell by the fraction that it covers. The sum counts as 1 at least: for binary masks that changes nothing, without
@@ -260,7 +260,7 @@ def mark_history(id_vectors: Tensor, masks: Tensor, size: tuple[int, int], eps: 
     """
     if masks.shape[1] == 0:
         return id_vectors.new_zeros(masks.shape[0], id_vectors.shape[-1], *size)
-    shares = masks / (eps + masks.sum(dim=1, keepdim=True)).clamp(min=1)
+    shares = masks / (1e-6 + masks.sum(dim=1, keepdim=True)).clamp(min=1)
     shares = average_maps(shares, size).to(id_vectors.dtype)
     return to_maps(torch.bmm(shares.flatten(2).mT, id_vectors), size)
 

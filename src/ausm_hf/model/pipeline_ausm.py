@@ -69,7 +69,7 @@ def start_session(
         if twice := split.keys() & given[name].keys():
             raise ValueError(f"{name} has object {min(twice)}, which masks has too; wanted is each object once")
     for object_id in dict.fromkeys(chain(split, *given.values())):
-        inputs = {
+        inputs: dict[str, Any] = {
             f"input_{name}": None if of_objects.get(object_id) is None else [of_objects[object_id]]
             for name, of_objects in given.items()
         }
