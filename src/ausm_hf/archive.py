@@ -19,7 +19,7 @@ there is a newer claim, and drops its work.
 **Whole.** Results are written under `.ausm/work` and renamed into place with all that belongs to them. That the folder
 is there *is* what says that the video is done, so no crash can leave the two apart. The manifest is only gathered from
 these folders and from `.ausm/failed`. A video whose file, or a file in whose folder, has changed since (by its size or
-time) is done again.
+time) is done again; one that has failed is tried again by whatever process starts after that.
 
 **The same.** A video's results don't depend on which process made them, in which order, or how often the work was
 interrupted. To the byte they are the same where the processes are alike: the same kind of processor or GPU, the same
@@ -151,8 +151,8 @@ def work_through(
 
     Yields:
         for each of `videos`, when it is finished by whomever, its line of the manifest: `{"name", "video", "status":
-        "done" or "failed", "error": str or None}` and what `work` returned. What an earlier run finished comes too;
-        if the video has changed since, it is worked on again.
+        "done" or "failed", "error": str or None}` and what `work` returned. What is done from an earlier run comes too;
+        if it failed, or the video has changed since, it is worked on again.
 
     Raises:
         ValueError: if `output` holds results made with other settings, or something else in a video's place.
@@ -162,7 +162,7 @@ def work_through(
         if archive.folder(name).exists() and not (archive.folder(name) / "video.json").exists():
             raise ValueError(f"output {str(archive.folder(name))!r} exists already, but is no result of this command")
     archive.check_settings(settings)
-    archive.tidy()
+    archive.begin()
     lines, waiting, written = {}, list(videos), time.monotonic()
     try:
         while waiting:
@@ -229,7 +229,7 @@ class _Archive:
                 return line
         with suppress(FileNotFoundError):
             failed = json.loads(self._failure(name).read_text(encoding="utf-8"))
-            if failed["version"] == self._version(name):
+            if failed["version"] == self._version(name) and self._failure(name).stat().st_mtime > self.began:
                 return failed["line"]
         return None
 
@@ -337,9 +337,10 @@ class _Archive:
         for number in reversed(range(self._newest_claim(name) + 1)):
             self._claim_path(name, number).unlink(missing_ok=True)
 
-    def tidy(self):
-        """Removes what processes were writing when they were killed; it takes no one a `LEASE` to write a file."""
-        latest = self._now() - LEASE
+    def begin(self):
+        """Notes the time, and removes what processes were writing when they were killed."""
+        self.began = self._now()
+        latest = self.began - LEASE  # it takes no one so long to write a file
         for partial in self.hidden.glob("*.partial"):
             with suppress(FileNotFoundError):
                 if partial.stat().st_mtime < latest:
