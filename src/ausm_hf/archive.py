@@ -151,8 +151,8 @@ def work_through(
 
     Yields:
         for each of `videos`, when it is finished by whomever, its line of the manifest: `{"name", "video", "status":
-        "done" or "failed", "error": str or None}` and what `work` returned. What is done from an earlier run comes too;
-        if it failed, or the video has changed since, it is worked on again.
+        "done" or "failed", "error": str or None}` and what `work` returned. What an earlier run has done comes too; if
+        it failed, or the video has changed since, it is worked on again.
 
     Raises:
         ValueError: if `output` holds results made with other settings, or something else in a video's place.
