@@ -7,7 +7,11 @@ if os.environ.get("SPACES_ZERO_GPU"):
     # GPUs are lent for one call at a time. This import has to come before torch's. A camera's stream outlives a call.
     import spaces
 
-    options = {"on_gpu": spaces.GPU, "webcam": False}
+    def seconds(what, *_, **__):
+        """For how long: a frame or a clip. Short loans are granted sooner, and visitors have few minutes a day."""
+        return min(120, 30 + getattr(what, "num_frames", 1) // 10)
+
+    options = {"on_gpu": spaces.GPU(duration=seconds), "webcam": False}
 
 from ausm_hf.demo.launch import launch  # noqa: E402
 

@@ -18,7 +18,7 @@ from gradio_client import Client, handle_file  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
 from ausm_hf.demo.api import read_prompts  # noqa: E402
-from ausm_hf.demo.unpack import Limits  # noqa: E402
+from ausm_hf.demo.unpack import Limits, Refused  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,24 @@ def test_names_are_one_line_of_a_length_that_can_be_drawn():
     assert len(marks) == 3 and names == {0: "a dog", 1: "x" * 30}
 
 
+@pytest.mark.parametrize("key", ["frame", "object"])
+def test_numbers_are_whole_ones_however_they_are_written(key):
+    entry = {"frame": 1, "object": 1, "box": [1, 1, 9, 9]}
+    (mark,), _ = read_prompts([{**entry, key: 2.0}])
+    assert (mark.frame, mark.object_id) == ((2, 1) if key == "frame" else (1, 2))
+    for number in (1.9, None, True, "1", float("inf"), float("nan"), [1]):
+        with pytest.raises(Refused, match=f"The {key} can't be understood; wanted is a whole number"):
+            read_prompts([{**entry, key: number}])
+
+
+def test_a_gif_from_a_program(client, moving_square, tmp_path):
+    frames = [Image.fromarray(frame) for frame in moving_square[0]]
+    frames[0].save(tmp_path / "square.gif", save_all=True, append_images=frames[1:], duration=100)
+    picture = client.predict(handle_file(tmp_path / "square.gif"), [], 5.0, api_name="/preview")
+    with Image.open(picture) as picture:
+        assert picture.size == (64, 48)
+
+
 BAD = {
     "no prompt": (lambda video: ([], None, "/track"), "Nothing is marked"),
     "an unknown key": (lambda video: ([{"frame": 0, "object": 1, "polygon": [[1, 2]]}], 0, "/preview"), "polygon"),
@@ -83,6 +101,12 @@ BAD = {
     "a place outside": (lambda video: ([{"frame": 0, "object": 1, "box": [0, 0, 99, 9]}], 0, "/preview"), "outside"),
     "masks that are a video": (lambda video: ([], handle_file(video), "/track"), "masks can't be read"),
     "a threshold": (lambda video: (1.5, 10, "pets", "/find"), "between 0 and 1"),
+    "object 1.9": (lambda video: ([{"frame": 0, "object": 1.9, "box": [0, 0, 9, 9]}], 0, "/preview"), "The object"),
+    "half a frame": (lambda video: ([], 1.5, "/preview"), "The frame can't be understood; wanted is a whole number"),
+    "no frame": (lambda video: ([], None, "/preview"), "The frame can't be understood; wanted is a whole number"),
+    "half an object to find": (lambda video: (0.5, 2.5, "pets", "/find"), "number of objects can't be understood"),
+    "no number of objects": (lambda video: (0.5, None, "pets", "/find"), "number of objects can't be understood"),
+    "too many objects": (lambda video: (0.5, 101, "pets", "/find"), "number of objects is 1 to 100"),
     "a label set": (lambda video: (0.5, 10, "cars", "/find"), "there are: pets"),
 }
 

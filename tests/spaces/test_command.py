@@ -41,8 +41,25 @@ def test_a_checkpoint_that_is_none_is_one_line(capsys, tmp_path):
     assert "can't be loaded" in capsys.readouterr().err
 
 
+def test_who_is_deaf_to_a_closed_terminal_stays_so(tmp_path):
+    """As `nohup` starts it."""
+    from ausm_hf.demo.launch import _leave_nothing
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        _leave_nothing(tmp_path)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) != before[signal.SIGTERM]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("with_signal, codes", [(signal.SIGTERM, {143}), (signal.SIGINT, {0, 130})])
+@pytest.mark.parametrize(
+    "with_signal, codes", [(signal.SIGTERM, {143}), (signal.SIGINT, {0, 130}), (signal.SIGHUP, {129})]
+)
 def test_what_ends_it_leaves_no_files(with_signal, codes, tiny_checkpoint, tmp_path):
     pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'ausm-hf[demo]'")
     environment = {**os.environ, "TMPDIR": str(tmp_path)}

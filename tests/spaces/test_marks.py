@@ -1,6 +1,8 @@
 """Clicks, boxes and strokes to masks, and the visit that keeps them."""
 
 import math
+from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -124,6 +126,98 @@ def test_a_later_frame_shows_what_was_followed_and_takes_corrections(visit, sign
     visit.mark(Mark(2, 1, "paint", ((30, 30),), True, 4), signals_are_masks)
     mask = visit.masks(2, signals_are_masks)[1]
     assert mask[5, 5] and mask[30, 30]
+
+
+@pytest.fixture
+def network(signals_are_masks):
+    """What is marked in a frame is there, and in the frames after it; each correction grows an object, too."""
+
+    def run(clip, folder, masks=None, **how):
+        (folder / "masks").mkdir()
+        ids = np.zeros(clip.size, dtype=np.uint8)
+        for index in range(clip.num_frames):
+            for object_id, mask in (masks or {}).get(index, {}).items():
+                ids[ids == object_id] = 0
+                ids[mask] = object_id
+            Image.fromarray(ids).save(folder / "masks" / f"{index:05d}.png")
+        yield Result(folder)
+
+    def grow(frame, prompts, known):
+        return refine(frame, prompts, [mask if mask is None else mask | np.roll(mask, 1, axis=1) for mask in known])
+
+    refine = signals_are_masks.refine
+    signals_are_masks.refine, signals_are_masks.run = grow, run
+    return signals_are_masks
+
+
+def followed(visit, network) -> np.ndarray:
+    assert list(visit.follow(network)) == []
+    return np.stack([visit.result.mask(index) for index in range(3)])
+
+
+def test_following_again_and_undoing_give_what_they_gave(visit, network):
+    visit.mark(Mark(0, 1, "box", ((10, 10), (30, 30))), network)
+    visit.mark(Mark(0, 2, "box", ((40, 10), (50, 30))), network)
+    first = followed(visit, network)
+    assert set(np.unique(first)) == {0, 1, 2}
+    before = visit.picture(2, network)
+    visit.mark(Mark(2, 1, "point", ((5, 5),), False), network)
+    visit.mark(Mark(2, 1, "paint", ((50, 35),), True, 2), network)
+    second = followed(visit, network)
+    assert (second[2] != first[2]).any()
+    np.testing.assert_array_equal(followed(visit, network), second)
+    list(visit.find(network, 0.5, 10, "pets", True))
+    np.testing.assert_array_equal(followed(visit, network), second)
+
+    visit.marks.pop()
+    visit.marks.pop()
+    np.testing.assert_array_equal(visit.picture(2, network), before)  # at once
+    visit.mark(Mark(2, 1, "point", ((5, 5),), False), network)
+    visit.mark(Mark(2, 1, "paint", ((50, 35),), True, 2), network)
+    np.testing.assert_array_equal(followed(visit, network), second)
+    visit.marks.pop()
+    visit.marks.pop()
+    np.testing.assert_array_equal(followed(visit, network), first)
+    np.testing.assert_array_equal(visit.picture(2, network), before)
+
+
+def test_a_mark_undone_while_it_is_followed_is_undone(visit, network):
+    visit.mark(Mark(0, 1, "box", ((10, 10), (30, 30))), network)
+    first = followed(visit, network)
+    before = visit.picture(2, network)
+    visit.mark(Mark(2, 1, "paint", ((50, 35),), True, 2), network)
+    run = network.run
+
+    def undone_meanwhile(*args, **how):
+        visit.marks.pop()
+        yield from run(*args, **how)
+
+    network.run = undone_meanwhile
+    assert (followed(visit, network) != first).any()
+    network.run = run
+    np.testing.assert_array_equal(visit.picture(2, network), before)
+    np.testing.assert_array_equal(followed(visit, network), first)
+
+
+def test_the_picture_to_mark_has_the_pixels_shape(visit):
+    pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'ausm-hf[demo]'")
+    from ausm_hf.demo.page import _canvas_value
+
+    visit.clip = replace(visit.clip, pixel_aspect=Fraction(4, 3))
+    value = _canvas_value(visit, 0, 1, FRAME)
+    assert (value["width"], value["height"], value["aspect"]) == (60, 40, 2)
+    visit.clip = None  # it is still being read
+    assert _canvas_value(visit, 0, 1, FRAME)["aspect"] == 1.5
+
+
+def test_clearing_and_another_clip_forget_what_was_before_the_marks(visit, network):
+    box = Mark(0, 1, "box", ((10, 10), (30, 30)))
+    for forget in (visit.clear, visit.forget):
+        visit.mark(box, network)
+        followed(visit, network)
+        visit.mark(Mark(2, 1, "paint", ((50, 35),), True, 2), network)
+        forget()
+        assert visit.before == {}
 
 
 def test_names_objects_and_what_goes_without_a_clip(visit, signals_are_masks, tmp_path):

@@ -1,7 +1,18 @@
 """Runs of the model: what is written is what the library gives; they can be stopped, and show one object alone."""
 
+import base64
+import inspect
+import io
 import json
+import pickle
+import runpy
+import shutil
+import sys
 import zipfile
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +23,7 @@ from pycocotools import mask as rle_tools
 from ausm_hf import AusmForUniversalSegmentation, AusmProcessor, load_model, read_video, segment_video
 from ausm_hf.demo.clips import unpack_clip
 from ausm_hf.demo.network import Network, News, Result, Stopped, show_alone
-from ausm_hf.demo.unpack import Limits
+from ausm_hf.demo.unpack import Limits, Refused
 from ausm_hf.model.prompts_ausm import ObjectPrompt
 
 
@@ -173,5 +184,67 @@ def test_the_decorator_for_lent_gpus_wraps_what_uses_the_model(tiny_checkpoint, 
 
     network = Network(*load_model(tiny_checkpoint, device="cpu"), lend)
     network.refine(clip.frame(0), [], [])
-    network.run(clip, clip.folder / "run")
+    (clip.folder / "run").mkdir()
+    next(network.run(clip, clip.folder / "run"))
     assert called == ["_refine", "_run"]
+
+
+def lend_as_zero_gpu(function):
+    """In place of `spaces.GPU`: what a generator yields comes from another process, of its errors only their names."""
+
+    def lent(*args, **kwargs):
+        arguments = pickle.loads(pickle.dumps((args, kwargs)))
+        try:
+            for item in function(*arguments[0], **arguments[1]):
+                yield pickle.loads(pickle.dumps(item))
+        except Exception as error:
+            raise RuntimeError(f"ZeroGPU worker error: {type(error).__name__}") from None
+
+    return lent if inspect.isgeneratorfunction(function) else function
+
+
+@pytest.mark.parametrize("wanted", [Stopped, Refused, FileNotFoundError])
+def test_errors_come_back_from_lent_gpus_as_they_are(tiny_checkpoint, clip, tmp_path, monkeypatch, wanted):
+    monkeypatch.setattr("ausm_hf.demo.network.SECONDS_BETWEEN_NEWS", 0)
+    network = Network(*load_model(tiny_checkpoint, device="cpu"), lend_as_zero_gpu)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run = network.run(clip, folder, threshold=0.5)
+    assert next(run).done == 1
+    if wanted is Stopped:
+        (folder / "stop").touch()
+    else:
+        shutil.rmtree(clip.folder if wanted is Refused else folder / "key")
+    with pytest.raises(wanted, match="no longer here" if wanted is Refused else None):
+        list(run)
+
+
+@pytest.mark.parametrize("num_frames, seconds", [(None, 30), (48, 34), (900, 120), (9000, 120)])
+def test_the_space_asks_for_a_gpu_as_long_as_a_clip_may_take(clip, monkeypatch, num_frames, seconds):
+    asked, launched = {}, {}
+    spaces = SimpleNamespace(GPU=lambda **how: asked.update(how) or (lambda function: function))
+    monkeypatch.setitem(sys.modules, "spaces", spaces)
+    monkeypatch.setenv("SPACES_ZERO_GPU", "1")
+    monkeypatch.setattr("ausm_hf.demo.launch.launch", lambda **how: launched.update(how))
+    runpy.run_path(str(Path(__file__).parents[2] / "spaces" / "app.py"))
+    assert launched["webcam"] is False and launched["on_gpu"](len) is len
+    if num_frames is None:
+        assert asked["duration"](clip.frame(0), [], []) == seconds
+    else:
+        clip = replace(clip, num_frames=num_frames)
+        assert asked["duration"](clip, clip.folder, threshold=0.5) == seconds
+
+
+def test_pixels_that_are_no_squares_are_shown_as_they_are_meant(network, clip, moving_square, tmp_path):
+    clip = replace(clip, pixel_aspect=Fraction(4, 3))
+    (tmp_path / "run").mkdir()
+    *news, result = network.run(clip, tmp_path / "run", masks={0: {1: moving_square[1][0] == 1}})
+    alone, key_frames = show_alone(clip, result, 1)
+    for path in (result.folder / "overlay.mp4", alone):
+        assert (read_video(path).size, read_video(path).pixel_aspect) == ((48, 64), Fraction(4, 3))
+    for path in (*result.key_frames(), *key_frames):
+        with Image.open(path) as picture:
+            assert picture.size == (64, 36)
+    live = base64.b64decode(news[-1].pictures[-1].split(",")[1])
+    assert Image.open(io.BytesIO(live)).size == (64, 36)
+    assert result.mask(0).shape == (48, 64)

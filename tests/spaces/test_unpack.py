@@ -1,10 +1,12 @@
 """What strangers upload: videos become frames, anything else a sentence that names nothing of the server."""
 
+import errno
 import json
 import os
 import shutil
 import struct
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -12,13 +14,14 @@ import numpy as np
 import pytest
 
 from ausm_hf.demo import clips
+from ausm_hf.demo import unpack as unpacking
 from ausm_hf.demo.clips import Clip, Rooms, unpack_clip
 from ausm_hf.demo.unpack import Limits, Refused, arguments, demuxer_of, unpack
 from ausm_hf.video import VideoWriter, read_video
 
 
-def write_video(path: Path, frames, times=None, fps=10) -> Path:
-    with VideoWriter(path, fps, frames[0].shape[:2]) as writer:
+def write_video(path: Path, frames, times=None, fps=10, pixel_aspect=Fraction(1)) -> Path:
+    with VideoWriter(path, fps, frames[0].shape[:2], pixel_aspect) as writer:
         for i, frame in enumerate(frames):
             writer.write(frame, None if times is None else times[i])
     return path
@@ -176,6 +179,79 @@ def test_a_cut_file_shows_what_it_has_and_broken_ones_are_refused(frames, tmp_pa
             assert number_of_frames(tmp_path / "b.mp4", tmp_path / f"b{i}") > 0
         except Refused:
             pass
+
+
+@pytest.fixture
+def with_a_spoilt_packet(frames, tmp_path) -> Path:
+    """Seven JPEG images in an MP4 file, the fourth spoilt."""
+    path = tmp_path / "spoilt.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for i, frame in enumerate(frames):
+            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
+                if i == 3:
+                    spoilt = av.Packet(b"spoilt" * 50)
+                    spoilt.pts, spoilt.dts, spoilt.time_base = packet.pts, packet.dts, packet.time_base
+                    spoilt.stream, packet = packet.stream, spoilt
+                container.mux(packet)
+    return path
+
+
+def test_a_damaged_packet_costs_its_frame_alone(with_a_spoilt_packet, tmp_path):
+    clip = by_child(with_a_spoilt_packet, tmp_path / "out")
+    with pytest.warns(UserWarning, match="can't be decoded"):
+        read = list(read_video(with_a_spoilt_packet).with_times())
+    assert clip.num_frames == len(read) == 6
+    assert clip.times == pytest.approx([time for time, _ in read])
+    for mine, (_, wanted) in zip(clip.frames(), read):
+        assert np.abs(mine.astype(int) - wanted).mean() < 3
+
+
+@pytest.mark.parametrize("full_at", [0, 4, "the end"])
+def test_a_disk_that_becomes_full_is_a_sentence(frames, tmp_path, monkeypatch, full_at):
+    path = write_video(tmp_path / "clip.mp4", frames)
+    real = unpacking._save
+
+    def save(image, target):
+        if target.stem == f"{full_at:05d}":
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        real(image, target)
+
+    def write_text(target, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    if full_at == "the end":
+        monkeypatch.setattr(Path, "write_text", write_text)
+    else:
+        monkeypatch.setattr(unpacking, "_save", save)
+    with pytest.raises(Refused, match="no room left for this video. Please try again"):
+        number_of_frames(path, tmp_path / "out")
+    assert not (tmp_path / "out" / "clip.json").exists()
+
+
+def test_the_pixels_shape_is_kept(frames, tmp_path):
+    """Of a phone's video, too, which is turned when it is shown (the display matrix in the MP4's header)."""
+    path = write_video(tmp_path / "clip.mp4", frames, pixel_aspect=Fraction(4, 3))
+    clip = by_child(path, tmp_path / "out")
+    assert (clip.size, clip.pixel_aspect, clip.shown_size) == ((48, 64), Fraction(4, 3), (64, 36))
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40
+    data[at : at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    turned, wanted = by_child(path, tmp_path / "turned"), read_video(path)
+    assert (turned.size, turned.pixel_aspect) == (wanted.size, wanted.pixel_aspect) == ((64, 48), Fraction(3, 4))
+    assert turned.shown_size == (36, 64)
+    write_video(path, frames, pixel_aspect=Fraction(20))
+    with pytest.raises(Refused, match="64 x 2 pixels"):
+        by_child(path, tmp_path / "thin")
+
+
+def test_only_what_the_page_takes_is_asked_for(tmp_path):
+    """Gradio refuses to upload a GIF, by its type."""
+    (tmp_path / "text").write_text("I am a video, believe me.")
+    with pytest.raises(Refused, match="wanted is MP4 or MOV, WebM or MKV, AVI[.]"):
+        demuxer_of(tmp_path / "text")
 
 
 def test_the_decoder_gets_none_of_the_secrets(frames, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..visualization import draw_overlay
 from .clips import Clip, Rooms, unpack_clip
-from .marks import MAX_MARKS, MAX_OBJECTS, Mark, masks_of_frame, read_mark, read_name
+from .marks import MAX_MARKS, MAX_OBJECTS, Mark, masks_of_frame, read_mark, read_name, read_whole
 from .network import Network, Result
 from .unpack import Limits, Refused
 from .visits import check_find
@@ -71,11 +71,12 @@ def add_api(network: Network, rooms: Rooms, limits: Limits, told: Callable) -> N
     @told
     def preview(video: str, prompts: list, frame: int):
         marks, names = read_prompts(prompts)
+        frame = read_whole(frame, "frame")
         with unpacked(video) as (clip, folder):
             ids = np.zeros(clip.size, dtype=np.int32)
-            for object_id, mask in prompt_masks(clip, marks, network).get(int(frame), {}).items():
+            for object_id, mask in prompt_masks(clip, marks, network).get(frame, {}).items():
                 ids[mask] = object_id
-            picture = draw_overlay(clip.frame(int(frame)), ids, names)
+            picture = draw_overlay(clip.frame(frame), ids, names)
         rooms.remove(folder.parent)  # there are no files to fetch
         return picture
 
@@ -85,11 +86,11 @@ def add_api(network: Network, rooms: Rooms, limits: Limits, told: Callable) -> N
         prompts = gr.JSON([], label="Prompts")
         masks = gr.File(None, label="Masks of the first frame")
         threshold = gr.Number(network.model.config.foreground_threshold, label="Threshold, 0 to 1")
-        top_k = gr.Number(10, label="Objects of a frame to show", precision=0)
+        top_k = gr.Number(10, label="Objects of a frame to show")
         label_set = gr.Textbox(
             network.model.config.default_label_set, label=f"Label set: {', '.join(network.label_sets)}"
         )
-        frame = gr.Number(0, label="Frame", precision=0)
+        frame = gr.Number(0, label="Frame")
         picture = gr.Image(label="The frame with its masks", format="png")
         outputs = [
             gr.Video(label="Video with objects"),
@@ -148,7 +149,7 @@ def read_prompts(prompts) -> tuple[list[Mark], dict[int, str]]:
         try:
             if unknown := set(entry) - {"frame", "object", "name", "points", "box"}:
                 raise Refused(f"{wanted} There is no {sorted(map(str, unknown))[0]!r} in it.")
-            frame, object_id = int(entry["frame"]), int(entry["object"])
+            frame, object_id = read_whole(entry["frame"], "frame"), read_whole(entry["object"], "object")
             if name := read_name(entry.get("name")):
                 names[object_id] = name
             contents = [

@@ -78,7 +78,8 @@ function show() {
   if (!view.image) return;
   canvas.width = view.width;
   canvas.height = view.height;
-  canvas.style.width = `min(100%, calc(60vh * ${view.width / view.height}))`; // small videos are shown larger
+  canvas.style.aspectRatio = view.aspect; // pixels may be no squares
+  canvas.style.width = `min(100%, calc(60vh * ${view.aspect}))`; // small videos are shown larger
   if (picture.src === view.image) draw();
   else picture.src = view.image;
 }

@@ -9,13 +9,14 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TextIO, cast
 
 import numpy as np
 from PIL import Image
 
-from .unpack import Limits, Refused, arguments
+from .unpack import Limits, Refused, arguments, shown_size
 
 KEPT_SECONDS = 3600  # files that nobody has used for this long are removed
 MOST_GIGABYTES = 8  # of files of all visitors together
@@ -33,6 +34,7 @@ class Clip:
         num_frames (`int`): How many there are.
         fps (`float` or `None`): Frames per second, if known.
         times (`list[float]` or `None`): Seconds since the first frame, if known.
+        pixel_aspect (`Fraction`): Width by height of a pixel as it is meant to be shown.
     """
 
     folder: Path
@@ -41,6 +43,12 @@ class Clip:
     num_frames: int
     fps: float | None
     times: list[float] | None
+    pixel_aspect: Fraction = Fraction(1)
+
+    @property
+    def shown_size(self) -> tuple[int, int]:
+        """Width and height in square pixels."""
+        return shown_size(self.size[1], self.size[0], self.pixel_aspect)
 
     def frame(self, index: int) -> np.ndarray:
         """uint8 RGB array (height, width, 3). Raises Refused for an index out of range, or when it is gone."""
@@ -111,7 +119,8 @@ def unpack_clip(file: str | os.PathLike, folder: Path, limits: Limits) -> Iterat
     if child.returncode != 0:  # out of memory, out of time, or a decoder that crashed
         raise Refused("The video could not be decoded with the memory and the time that there are for it here.")
     facts = json.loads((folder / "clip.json").read_text())
-    yield Clip(folder, file.stem, tuple(facts["size"]), facts["num_frames"], facts["fps"], facts["times"])
+    aspect = Fraction(facts["pixel_aspect"])
+    yield Clip(folder, file.stem, tuple(facts["size"]), facts["num_frames"], facts["fps"], facts["times"], aspect)
 
 
 class Rooms:

@@ -50,6 +50,8 @@ def launch(
     """
     root = Path(tempfile.mkdtemp(prefix="ausm-demo-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
+    if wait:
+        _leave_nothing(root)
     # Uploads and results in one place, to be swept. Gradio looks once when it is imported, and again later.
     os.environ["GRADIO_TEMP_DIR"] = str(root)
 
@@ -84,18 +86,27 @@ def launch(
     if not wait:
         return page
 
-    def stop(*_):
+    page.block_thread()
+
+
+def _leave_nothing(root: Path):
+    """Removes the folder when this process is told to end, or its terminal is closed."""
+
+    def stop(number, _):
         # A thread in the middle of a frame goes on meanwhile: what it writes goes too, and what it misses is no news.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         give_up = time.monotonic() + 5
         while root.exists() and time.monotonic() < give_up:
             shutil.rmtree(root, ignore_errors=True)
-        sys.stdout.flush()
-        os._exit(143)  # at once: such a thread would abort an orderly end
+        with suppress(OSError):  # the terminal is gone
+            sys.stdout.flush()
+        os._exit(128 + number)  # at once: such a thread would abort an orderly end
 
-    with suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, stop)
-    page.block_thread()
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as nohup makes it
+            with suppress(ValueError):  # not in the main thread
+                signal.signal(number, stop)
 
 
 class _OnlyThePage:

@@ -65,11 +65,20 @@ def read_name(text) -> str:
     return " ".join(str(text or "").split())[:MAX_NAME]
 
 
+def read_whole(number, name: str) -> int:
+    """A whole number of what a program sent; JSON may have 1.0 for 1. Raises Refused, with `name`, for all else."""
+    if isinstance(number, float) and number.is_integer():
+        return int(number)
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise Refused(f"The {name} can't be understood; wanted is a whole number.")
+    return number
+
+
 def read_mark(content: dict, object_id: int) -> Mark:
     """A mark from what a browser sent. Raises Refused if it can't be one."""
     try:
         mark = Mark(
-            frame=int(content["frame"]),
+            frame=read_whole(content["frame"], "frame"),
             object_id=object_id,
             kind=str(content["kind"]),
             points=tuple((float(x), float(y)) for x, y in content["points"][: MAX_STROKE + 1]),

@@ -86,7 +86,7 @@ class Network:
     def __init__(self, model, processor, on_gpu: Callable = lambda function: function):
         self.model, self.processor = model, processor
         self.refine = on_gpu(self._refine)
-        self.run = on_gpu(self._run)
+        self._run_on_gpu = on_gpu(self._run)
 
     @property
     def label_sets(self) -> dict[str, list[str]]:
@@ -109,7 +109,21 @@ class Network:
         ]
         return [mask.cpu().numpy() for mask in refine_signals(self.model, features, signals, prompts)]
 
-    def _run(
+    def run(self, clip: Clip, folder: Path, **how) -> Iterator[News | Result]:
+        """See `_segment`, whose errors it raises wherever the GPU is."""
+        for item in self._run_on_gpu(clip, folder, **how):
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    def _run(self, clip: Clip, folder: Path, **how) -> Iterator[News | Result | Exception]:
+        """As `_segment`. Who lends a GPU makes another error of one that is raised there, so the last item is it."""
+        try:
+            yield from self._segment(clip, folder, **how)
+        except (Stopped, Refused, OSError) as error:
+            yield error
+
+    def _segment(
         self,
         clip: Clip,
         folder: Path,
@@ -143,7 +157,7 @@ class Network:
         )
         for frame_index, of_frame in (masks or {}).items():
             self.processor.add_inputs_to_inference_session(
-                session, frame_index, list(of_frame), list(of_frame.values()), original_size=clip.size
+                session, frame_index, list(of_frame), input_masks=list(of_frame.values()), original_size=clip.size
             )
         results = segment_video(clip.frames(), self.model, self.processor, session=session, max_objects=max_objects)
         tally = _Tally(clip)
@@ -153,7 +167,7 @@ class Network:
         (folder / "key").mkdir()
         keys = set(np.linspace(0, clip.num_frames - 1, min(NUM_KEY_FRAMES, clip.num_frames)).round().astype(int))
         with ExitStack() as stack:
-            video = stack.enter_context(VideoWriter(folder / "overlay.mp4", clip.fps, clip.size))
+            video = stack.enter_context(VideoWriter(folder / "overlay.mp4", clip.fps, clip.size, clip.pixel_aspect))
             pngs = stack.enter_context(PngMaskWriter(folder / "masks"))
             table = stack.enter_context(ObjectsJsonWriter(folder / "objects.json", clip.name, clip.fps))
             for result in results:
@@ -167,7 +181,7 @@ class Network:
                 pngs.write(result.index, result.frame, result.masks, objects)
                 table.write(result.index, result.frame, result.masks, objects, at)
                 tally.add(result.index, result.masks, objects)
-                picture = Image.fromarray(drawn)
+                picture = Image.fromarray(drawn).resize(clip.shown_size)
                 if result.index in keys:
                     picture.save(folder / "key" / f"{result.index:05d}.jpg", quality=90)
                 picture.thumbnail((LIVE_WIDTH, LIVE_WIDTH))
@@ -230,12 +244,13 @@ def show_alone(clip: Clip, result: Result, object_id: int) -> tuple[Path, list[P
         shutil.rmtree(result.folder / key, ignore_errors=True)
         (result.folder / key).mkdir()
         wanted = {frame.stem for frame in result.key_frames()}
-        with VideoWriter(path, clip.fps, clip.size) as writer:
+        with VideoWriter(path, clip.fps, clip.size, clip.pixel_aspect) as writer:
             for index, frame in enumerate(clip.frames()):
                 alone = np.where((result.mask(index) == object_id)[:, :, None], frame, frame // 5)
                 writer.write(alone, clip.times[index] if clip.times else None)
                 if f"{index:05d}" in wanted:
-                    Image.fromarray(alone).save(result.folder / key / f"{index:05d}.jpg", quality=90)
+                    picture = Image.fromarray(alone).resize(clip.shown_size)
+                    picture.save(result.folder / key / f"{index:05d}.jpg", quality=90)
     return path, result.key_frames(key)
 
 

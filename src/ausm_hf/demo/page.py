@@ -417,10 +417,12 @@ def _canvas_value(visit: Visit, index: int, chosen: int, picture: np.ndarray) ->
         for mark in visit.marks
         if mark.frame == index and mark.kind != "paint"
     ]
+    width, height = visit.clip.shown_size if visit.clip else (picture.shape[1], picture.shape[0])
     return {
         "image": data_url(picture, quality=90),
         "width": picture.shape[1],
         "height": picture.shape[0],
+        "aspect": width / height,
         "frame": index,
         "number": len(visit.marks),
         "marks": marks,

@@ -10,7 +10,10 @@ writes `FOLDER/00000.jpg`, ... and at last `FOLDER/clip.json`, or a sentence on 
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +61,8 @@ class Limits:
 
 
 # FFmpeg's demuxers. Others read playlists, lists of files and images, or addresses; these read only the file itself.
-DEMUXERS = {"mov": "MP4 or MOV", "matroska": "WebM or MKV", "avi": "AVI", "gif": "GIF"}
+# GIFs are read, but not asked for: programs can send them, and Gradio's page takes no file of that type.
+DEMUXERS = {"mov": "MP4 or MOV", "matroska": "WebM or MKV", "avi": "AVI", "gif": ""}
 DECODERS = ("h264", "hevc", "av1", "libdav1d", "vp8", "vp9", "libvpx", "libvpx-vp9", "mpeg4", "mjpeg", "gif")
 
 
@@ -74,7 +78,7 @@ def demuxer_of(path: str | os.PathLike) -> str:
         return "avi"
     if head[:4] == b"GIF8":
         return "gif"
-    raise Refused(f"This is no video that can be read here; wanted is {', '.join(DEMUXERS.values())}.")
+    raise Refused(f"This is no video that can be read here; wanted is {', '.join(filter(None, DEMUXERS.values()))}.")
 
 
 def unpack(path: str | os.PathLike, folder: Path, limits: Limits):
@@ -98,8 +102,10 @@ def unpack(path: str | os.PathLike, folder: Path, limits: Limits):
             codec = stream.codec_context
             if codec is not None and not codec.width:  # FFmpeg has not gone as far as a picture
                 raise Refused("This video is broken, or its pictures are too large to be decoded here.")
+            aspect = stream.sample_aspect_ratio or Fraction(1)
             if codec is not None:
                 limits.check_size(codec.width, codec.height)
+                limits.check_size(*shown_size(codec.width, codec.height, aspect))
             if codec is None or codec.name not in DECODERS:
                 raise Refused("The pictures are coded in a way that can't be read here; wanted is H.264, VP9 or AV1.")
             seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0
@@ -107,7 +113,7 @@ def unpack(path: str | os.PathLike, folder: Path, limits: Limits):
             codec.thread_count = 1
             fps = stream.average_rate or stream.guessed_rate
             start, size = None, None
-            for frame in container.decode(stream):
+            for frame in _decoded(container, stream):
                 limits.check_size(frame.width, frame.height)  # it can change on the way
                 start = frame.time if start is None else start
                 time = None if frame.time is None or start is None else frame.time - start
@@ -115,11 +121,14 @@ def unpack(path: str | os.PathLike, folder: Path, limits: Limits):
                 picture = frame.to_ndarray(format="rgb24", threads=1)
                 if frame.rotation % 360:
                     picture = np.rot90(picture, round(frame.rotation / 90))
-                size = size or picture.shape[:2]
+                if size is None:
+                    size = picture.shape[:2]
+                    aspect = 1 / aspect if round(frame.rotation / 90) % 2 else aspect
                 if picture.shape[:2] != size:
                     raise Refused("The pictures change their size on the way; wanted is one size for all.")
+                with _room_on_the_disk():
+                    _save(Image.fromarray(np.ascontiguousarray(picture)), folder / f"{len(times):05d}.jpg")
                 times.append(time)
-                _save(Image.fromarray(np.ascontiguousarray(picture)), folder / f"{len(times) - 1:05d}.jpg")
     except (av.FFmpegError, OSError, MemoryError) as error:
         # A file that is cut short still shows what it has.
         if not times:
@@ -128,8 +137,35 @@ def unpack(path: str | os.PathLike, folder: Path, limits: Limits):
         raise Refused("There are no pictures in this file.")
     known_times = [time for time in times if time is not None]
     in_order = known_times == times == sorted(known_times)
-    clip = {"size": size, "fps": float(fps) if fps else None, "num_frames": len(times)}
-    (folder / "clip.json").write_text(json.dumps({**clip, "times": times if in_order else None}))
+    clip = {"size": size, "fps": float(fps) if fps else None, "num_frames": len(times), "pixel_aspect": str(aspect)}
+    with _room_on_the_disk():
+        (folder / "clip.json").write_text(json.dumps({**clip, "times": times if in_order else None}))
+
+
+def _decoded(container, stream) -> Iterator:
+    """The frames of a video, without those that are damaged."""
+    import av
+
+    for packet in container.demux(stream):  # the last one is empty: it asks for what the decoder has held back
+        try:
+            frames = packet.decode()
+        except (av.FFmpegError, OSError):
+            continue
+        yield from frames
+
+
+def shown_size(width: int, height: int, pixel_aspect: Fraction) -> tuple[int, int]:
+    """Width and height in square pixels of a picture whose pixels are none: one of them is smaller."""
+    one = Fraction(1)
+    return max(1, round(width * min(one, pixel_aspect))), max(1, round(height / max(one, pixel_aspect)))
+
+
+@contextmanager
+def _room_on_the_disk():
+    try:
+        yield
+    except OSError as error:
+        raise Refused("There is no room left for this video. Please try again in an hour.") from error
 
 
 def _save(image: Image.Image, path: Path):

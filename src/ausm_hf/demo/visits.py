@@ -1,6 +1,7 @@
 """What is kept for each visitor while the page is open."""
 
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ import numpy as np
 
 from ..visualization import draw_overlay
 from .clips import Clip, Rooms, touch, unpack_clip
-from .marks import MAX_MARKS, MAX_OBJECTS, Mark, masks_of_frame, read_name
+from .marks import MAX_MARKS, MAX_OBJECTS, Mark, masks_of_frame, read_name, read_whole
 from .network import Network, News, Result, Stopped
 from .unpack import Limits, Refused
 
@@ -28,6 +29,9 @@ class Visit:
         num_objects (`int`): How many objects there are to mark.
         result (`Result`, *optional*): Of the last run.
         followed (`Result`, *optional*): The same, if it followed marked objects: what later marks correct.
+        before (`dict`): What was followed when an object was first marked in a frame, by `(object_id, frame)`: see
+            `pack_mask`; `None` for nothing. All marks of the object in that frame correct this, whatever was followed
+            by them since, so that they can be undone, and followed again.
         camera (`AusmInferenceSession`, *optional*): The stream of the webcam.
     """
 
@@ -38,6 +42,7 @@ class Visit:
     num_objects: int = 1
     result: Result | None = None
     followed: Result | None = None
+    before: dict[tuple[int, int], bytes | None] = field(default_factory=dict)
     camera: object = None
     running: Path | None = None
     num_folders: int = 0
@@ -61,6 +66,7 @@ class Visit:
         """As if nothing had been uploaded yet: the files go, too."""
         self.clip, self.marks, self.names, self.num_objects = None, [], {}, 1
         self.result = self.followed = None
+        self.before = {}
         for folder in self.room.glob("*"):
             if folder != self.running:  # a run that still writes removes its own at its end
                 shutil.rmtree(folder, ignore_errors=True)
@@ -83,7 +89,12 @@ class Visit:
         clip = self.the_clip()
         if len(self.marks) >= MAX_MARKS:
             raise Refused(f"These are {MAX_MARKS} marks; more are not taken.")
-        self.marks.append(mark.check(clip.size, clip.num_frames))
+        mark.check(clip.size, clip.num_frames)
+        key = (mark.object_id, mark.frame)
+        if key not in self.before:
+            known = None if self.followed is None else self.followed.mask(mark.frame) == mark.object_id
+            self.before[key] = pack_mask(known) if known is not None and known.any() else None
+        self.marks.append(mark)
         try:
             return self.picture(mark.frame, network)
         except BaseException:
@@ -107,26 +118,35 @@ class Visit:
 
     def clear(self):
         """Takes all marks away, and what was followed by them."""
-        self.marks, self.names, self.num_objects, self.followed = [], {}, 1, None
+        self.marks, self.names, self.num_objects, self.followed, self.before = [], {}, 1, None, {}
 
     def masks(self, index: int, network: Network) -> dict[int, np.ndarray]:
         """The masks of the objects marked in a frame, bool (H, W), by object id."""
         marks = [mark for mark in self.marks if mark.frame == index]
         if not marks:
             return {}
-        known = {}
-        if self.followed is not None:
-            before = self.followed.mask(index)
-            known = {int(object_id): before == object_id for object_id in np.unique(before) if object_id}
+        known = {object_id: mask for object_id, mask in self._before(index).items() if mask.any()}
         return masks_of_frame(marks, self.the_clip().frame(index), network.refine, known)
 
+    def _before(self, index: int) -> dict[int, np.ndarray]:
+        """What was followed of the objects that were marked in a frame, before they were: bool (H, W), by id."""
+        size = self.the_clip().size
+        return {
+            object_id: np.zeros(size, dtype=bool) if packed is None else unpack_mask(packed, size)
+            for (object_id, frame), packed in list(self.before.items())
+            if frame == index
+        }
+
     def picture(self, index: int, network: Network) -> np.ndarray:
-        """A frame with what is known of it: the marked objects, and the others as the last run followed them."""
+        """
+        A frame with what is known of it: the marked objects, those whose marks were undone since the last run as they
+        were before, and the others as that run followed them.
+        """
         frame = self.the_clip().frame(index)
         ids = np.zeros(frame.shape[:2], dtype=np.int32)
         if self.followed is not None:
             ids[:] = self.followed.mask(index)
-        for object_id, mask in self.masks(index, network).items():
+        for object_id, mask in {**self._before(index), **self.masks(index, network)}.items():
             ids[ids == object_id] = 0
             ids[mask] = object_id
         return draw_overlay(frame, ids, self.names)
@@ -136,10 +156,11 @@ class Visit:
         if not self.marks:
             self.the_clip()
             raise Refused("Mark something first: click on it, draw a box around it, or paint over it.")
-        frames = sorted({mark.frame for mark in self.marks})
+        marks = list(self.marks)
+        frames = sorted({mark.frame for mark in marks})
         masks = {index: self.masks(index, network) for index in frames}
         yield from self._run(network, masks=masks, names=dict(self.names))
-        self.followed = self.result
+        self._keep(self.result, marks)
 
     def find(
         self, network: Network, threshold: float, max_objects: int, label_set: str, show_labels: bool
@@ -153,7 +174,13 @@ class Visit:
             label_set=label_set,
             show_labels=bool(show_labels),
         )
-        self.followed = None
+        self._keep(None, [])
+
+    def _keep(self, followed: Result | None, marks: list[Mark]):
+        """What is followed from now on, and by which marks. What was before marks that are undone is forgotten."""
+        marked = {(mark.object_id, mark.frame) for mark in [*marks, *self.marks]}
+        self.before = {key: packed for key, packed in list(self.before.items()) if key in marked}
+        self.followed = followed
 
     def _run(self, network: Network, **how) -> Iterator[News]:
         clip, folder = self.the_clip(), self.new_folder("run")
@@ -189,11 +216,22 @@ class Visit:
                 (running / "stop").touch()
 
 
+def pack_mask(mask: np.ndarray) -> bytes:
+    """A mask, bool (H, W), in little memory: a visitor may mark hundreds of frames."""
+    return zlib.compress(np.packbits(mask).tobytes())
+
+
+def unpack_mask(packed: bytes, size: tuple[int, int]) -> np.ndarray:
+    """The opposite of `pack_mask`, for a mask of this height and width."""
+    bits = np.frombuffer(zlib.decompress(packed), np.uint8)
+    return np.unpackbits(bits, count=size[0] * size[1]).reshape(size).astype(bool)
+
+
 def check_find(network: Network, threshold: float, max_objects: int, label_set: str):
     """Raises Refused for settings that can't be."""
     if not isinstance(threshold, (int, float)) or not 0 < threshold < 1:
         raise Refused("The threshold is a number between 0 and 1.")
-    if not isinstance(max_objects, (int, float)) or not 1 <= max_objects <= 100:
+    if not 1 <= read_whole(max_objects, "number of objects") <= 100:
         raise Refused("The number of objects is 1 to 100.")
     if label_set not in network.label_sets:
         raise Refused(f"There is no label set of that name; there are: {', '.join(network.label_sets)}.")
