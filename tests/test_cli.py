@@ -518,10 +518,11 @@ def test_killed_at_any_moment_leaves_only_whole_files(clip, tiny_checkpoint, tmp
     assert 0 in found  # some were killed midway
 
 
-def test_terminated_while_a_library_makes_another_error_of_it(monkeypatch, capsys):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_terminated_while_a_library_makes_another_error_of_it(monkeypatch, capsys, number, code):
     def init(args):
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             time.sleep(60)
         except SystemExit:
             raise ValueError("trying to pop from empty mode stack") from None
@@ -529,7 +530,19 @@ def test_terminated_while_a_library_makes_another_error_of_it(monkeypatch, capsy
     monkeypatch.setattr("ausm_hf.cli.init", init)
     with pytest.raises(SystemExit) as caught:
         main(["init", "folder"])
-    assert caught.value.code == 143 and not capsys.readouterr().err
+    assert caught.value.code == code and not capsys.readouterr().err
+
+
+def test_a_closed_terminal_is_ignored_under_nohup(monkeypatch):
+    def init(args):
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr("ausm_hf.cli.init", init)
+        main(["init", "folder"])
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.slow

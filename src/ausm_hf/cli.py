@@ -282,21 +282,24 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None):
     """Runs the command line. What the user can mend becomes one line on stderr and exit code 2."""
     warnings.formatwarning = lambda message, *_, **__: f"ausm: warning: {' '.join(str(message).split())}\n"
-    terminated = False
+    terminated = 0
 
-    def terminate(*_):
+    def terminate(number, _):
         nonlocal terminated
-        terminated = True
-        sys.exit(143)  # an exception, so that nothing unfinished is left
+        terminated = 128 + number
+        sys.exit(terminated)  # an exception, so that nothing unfinished is left
 
-    with suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, terminate)
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as nohup makes it
+            with suppress(ValueError):  # not in the main thread
+                signal.signal(number, terminate)
     try:
         args = build_parser().parse_args(arguments)
         args.function(args)
     except Exception as error:
         if terminated:  # a library has made another error of the exit
-            sys.exit(143)
+            sys.exit(terminated)
         if not isinstance(error, (ValueError, OSError)):
             raise
         print(f"ausm: error: {' '.join(str(error).split())}", file=sys.stderr)
