@@ -117,7 +117,7 @@ def test_frames_that_cannot_be_decoded(run, moving_square, tmp_path):
     same(results, renumbered(run(frames[left], masks=masks[0]), lambda i: left[i]))
     for find_new_objects in (None, True):
         with (
-            pytest.raises(ValueError, match="frame 2 of .* has prompts and can't be decoded"),
+            pytest.raises(ValueError, match="frame 2 of .* has prompts; it can't be decoded, or the video ends"),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
