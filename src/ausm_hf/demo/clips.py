@@ -172,11 +172,11 @@ class Rooms:
                     size += os.lstat(os.path.join(folder, name)).st_size
         return size > MOST_GIGABYTES * 2**30
 
-    def sweep(self, seconds: float = KEPT_SECONDS):
+    def sweep(self):
         """Removes what nobody has used for so long; and uploads, the oldest first, while the disk is full."""
         uploads = [folder for folder in self.root.iterdir() if folder.name not in ("rooms", "examples")]
         for folder in [*uploads, *(self.root / "rooms").iterdir()]:
-            if _last_used(folder) < time.time() - seconds:
+            if _last_used(folder) < time.time() - KEPT_SECONDS:
                 self.remove(folder)
         for folder in sorted(uploads, key=_last_used):
             if not self.is_full():

@@ -11,18 +11,18 @@ from ..video import VideoWriter
 PHOTOS = ("astronaut", "cat", "coffee")
 
 
-def make_examples(folder: Path, num_frames: int = 48, width: int = 432) -> list[Path]:
-    """Writes `astronaut.mp4` and so on, 12 frames per second, and returns their paths."""
+def make_examples(folder: Path) -> list[Path]:
+    """Writes `astronaut.mp4` and so on, 4 seconds of 12 frames each, and returns their paths."""
     from skimage import data
 
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
+    paths, width = [], 432
     for name in PHOTOS:
         photo = Image.fromarray(getattr(data, name)())
         height = round(width * photo.height / photo.width / 2) * 2
         paths.append(folder / f"{name}.mp4")
         with VideoWriter(paths[-1], fps=12, size=(height, width)) as writer:
-            for phase in np.linspace(0, 2 * np.pi, num_frames, endpoint=False):
+            for phase in np.linspace(0, 2 * np.pi, 48, endpoint=False):
                 zoom = 0.86 + 0.06 * np.cos(phase)
                 center = 0.5 + (1 - zoom) / 2 * np.array([0.8 * np.sin(phase), 0.8 * np.sin(2 * phase)])
                 corners = np.concatenate([center - zoom / 2, center + zoom / 2]) * (photo.size * 2)
