@@ -42,6 +42,15 @@ def test_the_mean_of_runs_is_stored_with_the_last_ones_recipe(runs, tmp_path):
     AusmForUniversalSegmentation.from_pretrained(folder)
 
 
+def test_an_older_checkpoint_is_replaced(runs, tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "old.txt").write_text("old")
+    for _ in range(2):
+        make_checkpoint(runs, tmp_path / "made")
+    assert {"config.json", "model.safetensors"} < {path.name for path in (tmp_path / "made").iterdir()}
+    assert not (tmp_path / "made" / "old.txt").exists() and not list(tmp_path.glob(".*"))
+
+
 def test_no_folder_of_the_sources_stays_in_the_recipe(runs, tmp_path):
     source = {"dataset": "video_folder", "arguments": {"root": str(tmp_path / "mine"), "exhaustive": True}}
     data = {"root": None, "sources": [source, {"dataset": "coco"}]}

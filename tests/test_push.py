@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 import ausm_hf
 from ausm_hf import AusmModel
 from ausm_hf.checkpoint import push_checkpoint
+from ausm_hf.segment import fingerprint, load_model
 
 ROOT = Path(__file__).parents[1]
 SOURCE = str(Path(ausm_hf.__file__).parents[1])
@@ -144,3 +145,62 @@ def test_what_can_not_be_pushed_is_refused_before_anything_is_sent(
     with pytest.raises(ValueError, match=message):
         push_checkpoint(tiny_checkpoint / folder, repo_id, [tiny_checkpoint / name for name in results])
     assert not hub.repos
+
+
+def test_results_of_another_checkpoint_are_refused(hub, use_hub, run, tmp_path):
+    path = tmp_path / "results.json"
+    content = json.loads(path.read_text())
+    for dtype in ("float32", "bfloat16"):  # a fingerprint is of the weights as they were loaded
+        content["settings"] |= {"dtype": dtype, "weights": fingerprint(*load_model(run / "final", "cpu", dtype))}
+        path.write_text(json.dumps(content))
+        push_checkpoint(run / "final", f"user/{dtype}", [path])
+        assert (
+            "| davis2017 | val | prompted | J&F | J | 10.0 |"
+            in hub.repos[f"models/user/{dtype}"]["README.md"].decode()
+        )
+    model, processor = load_model(run / "final", "cpu")
+    with torch.no_grad():
+        model.class_heads["pets"].bias.add_(1)
+    content["settings"] |= {"dtype": "float32", "weights": fingerprint(model, processor)}
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match="results.json' are of other weights .* wanted is what `ausm evaluate --model"
+    ):
+        push_checkpoint(run / "final", "user/other", [path])
+    assert "models/user/other" not in hub.repos
+
+
+def test_a_model_is_the_same_wherever_and_by_whom_it_was_stored(tiny_checkpoint, tmp_path):
+    model, processor = load_model(tiny_checkpoint, "cpu")
+    shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    config = json.loads((tmp_path / "copy/config.json").read_text())
+    config |= {"transformers_version": "5.0.0", "architectures": None, "auto_map": {"AutoConfig": "a.B"}}
+    config["backbone_config"]["dtype"] = "bfloat16"
+    (tmp_path / "copy/config.json").write_text(json.dumps(config))
+    same = fingerprint(*load_model(tmp_path / "copy", "cpu"))
+    assert same == fingerprint(model, processor)
+    model.config.max_age += 1
+    assert same != fingerprint(model, processor)
+
+
+def test_the_card_says_which_part_of_a_split_was_scored(hub, use_hub, run, tmp_path):
+    path = tmp_path / "results.json"
+    content = json.loads(path.read_text())
+    content["settings"]["videos"] = 3
+    path.write_text(json.dumps({**content, "not_scored": ["b"]}))
+    push_checkpoint(run / "final", "user/part", [path])
+    assert "| davis2017 | val (2 of 3 videos) |" in hub.repos["models/user/part"]["README.md"].decode()
+
+
+def test_the_recipe_beside_the_working_folder_is_found(hub, use_hub, run, monkeypatch):
+    monkeypatch.chdir(run / "final")
+    push_checkpoint(".", "user/here")
+    assert "| steps | 123 |" in hub.repos["models/user/here"]["README.md"].decode()
+
+
+@pytest.mark.parametrize("text", ["servings: 4", "model: {preset: nano, path: null}", "- egg", "", "a: [", "\0"])
+def test_some_other_recipe_says_nothing_about_training(hub, use_hub, run, text):
+    (run / "recipe.yaml").write_text(text)
+    push_checkpoint(run / "final", "user/name")
+    card = hub.repos["models/user/name"]["README.md"].decode()
+    assert "The checkpoint does not say how it was trained." in card

@@ -44,7 +44,8 @@ from dataclasses import dataclass
 from glob import glob
 from pathlib import Path, PurePosixPath
 
-from .video import IMAGE_SUFFIXES, is_pattern
+from .files import IMAGE_SUFFIXES
+from .video import is_pattern
 
 LEASE = 60.0  # seconds after which a claim that nobody touches is dead
 MANIFEST_EVERY = 10.0  # seconds between two writings of the manifest

@@ -2,10 +2,9 @@
 
 import json
 import os
-import shutil
 import tempfile
-import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -13,13 +12,14 @@ from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from ._register import BUNDLED_CHECKPOINT
+from .files import WholeFolder
 from .mask2former import from_mask2former
 from .model.configuration_ausm import AusmConfig
 from .model.image_processing_ausm import AusmImageProcessor
 from .model.modeling_ausm import AusmForUniversalSegmentation
 from .model.pipeline_ausm import VideoSegmentationPipeline
 from .model.processing_ausm import AusmProcessor
-from .segment import load_model
+from .segment import fingerprint, load_model
 
 
 def write_checkpoint(folder: str | os.PathLike, preset: str, mask2former: str | os.PathLike | None = None) -> Path:
@@ -54,14 +54,8 @@ def write_checkpoint(folder: str | os.PathLike, preset: str, mask2former: str | 
             model = from_mask2former(mask2former, preset)
         processor = AusmProcessor(AusmImageProcessor())
 
-    partial = folder.absolute().with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
-    try:
-        VideoSegmentationPipeline(model, processor=processor, device="cpu").save_pretrained(partial)
-        if folder.is_dir():
-            folder.rmdir()
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with WholeFolder(folder) as whole:
+        VideoSegmentationPipeline(model, processor=processor, device="cpu").save_pretrained(whole.partial)
     return folder
 
 
@@ -80,7 +74,8 @@ def push_checkpoint(
         folder: A trained checkpoint, as [`~ausm_hf.training.train`] returns it, or any other that `from_pretrained`
             loads. What training needs beside it to go on (the optimizer) stays where it is.
         repo_id: `"user/name"`; made if it doesn't exist. Files of the same names are replaced.
-        results: `results.json` files of `ausm evaluate`, for the card.
+        results: `results.json` files of `ausm evaluate` on this very checkpoint, for the card. Of those without
+            `settings["weights"]`, written by hand, you vouch that they are.
         license: Of the weights, as the Hub writes it (`"apache-2.0"`, `"cc-by-nc-4.0"`). Weights that were trained
             from `ausm-nano` are for non-commercial use, as it is.
         private: Whether a new repository is hidden from others; the account's default if not said.
@@ -89,12 +84,12 @@ def push_checkpoint(
         Where the repository is.
 
     Raises:
-        ValueError: before anything is sent, if the name can't be one, a file of results is none, or the checkpoint
-            can't be loaded.
+        ValueError: before anything is sent, if the name can't be one, a file of results is none or of another
+            checkpoint, or the checkpoint can't be loaded.
         huggingface_hub.errors.HfHubHTTPError: if the Hub refuses (log in with `hf auth login`).
     """
     validate_repo_id(repo_id)
-    measured = [row for path in results for row in _read_results(Path(path))]
+    measured = [row for path in results for row in _read_results(Path(path), folder)]
     model, processor = load_model(folder, device="cpu")
     with tempfile.TemporaryDirectory() as upload:
         VideoSegmentationPipeline(model, processor=processor, device="cpu").save_pretrained(upload)
@@ -190,13 +185,14 @@ def _model_card(
 
 
 def _training_facts(folder: Path) -> str:
-    """A table of what the recipe says that training left beside a checkpoint."""
-    recipe_file = folder / "recipe.yaml"
-    if not recipe_file.is_file():
-        recipe_file = folder.parent / "recipe.yaml"
-    if not recipe_file.is_file():
-        return "The checkpoint does not say how it was trained."
-    recipe = yaml.safe_load(recipe_file.read_text())
+    """A table of what the recipe says that training left beside a checkpoint; some other recipe.yaml says nothing."""
+    for place in (folder, folder.resolve().parent):
+        with suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+            return _table(["", ""], _facts_of_recipe(folder, yaml.safe_load((place / "recipe.yaml").read_text())))
+    return "The checkpoint does not say how it was trained."
+
+
+def _facts_of_recipe(folder: Path, recipe: dict) -> Iterable[Iterable]:
     model, data, optim = recipe["model"], recipe["data"], recipe["optim"]
     start = model["preset"] if model["path"] is None else Path(model["path"]).name
     # Names of data sets, not where they lay.
@@ -204,7 +200,7 @@ def _training_facts(folder: Path) -> str:
     steps = optim["max_steps"]
     if (folder / "state.json").is_file():  # a checkpoint in the middle of the run
         steps = f"{json.loads((folder / 'state.json').read_text())['step']} of {steps}"
-    facts = {
+    return {
         "started from": start,
         "data": ", ".join(dict.fromkeys(sources)),
         "form": recipe["mode"],
@@ -214,8 +210,7 @@ def _training_facts(folder: Path) -> str:
         "steps": steps,
         "learning rate": optim["lr"],
         "backbone": "frozen" if recipe["freeze_backbone"] else "trained",
-    }
-    return _table(["", ""], facts.items())
+    }.items()
 
 
 def _table(head: list[str], rows: Iterable[Iterable]) -> str:
@@ -223,16 +218,26 @@ def _table(head: list[str], rows: Iterable[Iterable]) -> str:
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
-def _read_results(path: Path) -> list[dict]:
+def _read_results(path: Path, folder: str | os.PathLike) -> list[dict]:
     """`benchmark`, `split`, `mode`, `measure` and `scores` (fractions of 1) of each measure in a `results.json`."""
     try:
         content = json.loads(path.read_text())
-        about = {key: content["settings"][key] for key in ("benchmark", "split", "mode")}
+        settings = content["settings"]
+        about = {key: settings[key] for key in ("benchmark", "split", "mode")}
+        if content.get("not_scored"):
+            about["split"] += f" ({settings['videos'] - len(content['not_scored'])} of {settings['videos']} videos)"
         measures = content["scores"].items()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        weights, dtype = settings.get("weights"), settings.get("dtype", "auto")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"results {str(path)!r} can't be read: wanted is a results.json of `ausm evaluate`"
         ) from error
+    # The fingerprint is of the weights in the dtype that they were loaded in.
+    if weights is not None and weights != (own := fingerprint(*load_model(folder, "cpu", dtype))):
+        raise ValueError(
+            f"results {str(path)!r} are of other weights or settings ({weights}) than checkpoint {str(folder)!r} "
+            f"({own}); wanted is what `ausm evaluate --model {folder}` writes"
+        )
     return [
         {
             **about,

@@ -7,6 +7,8 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
 
 def natural_order(path: Path) -> list:
     """Sort key of a path under which numbers count as numbers: `2.png` before `10.png`."""
@@ -91,3 +93,20 @@ class WholeOrNothing:
 
     def _release(self):
         pass
+
+
+class WholeFolder(WholeOrNothing):
+    """A folder, likewise: `partial` is one, and takes the place of an older `path` with all that is in it."""
+
+    _makes_folder = True
+
+    def _start(self):
+        self.partial.mkdir()
+
+    def _publish(self):
+        # A folder with files in it can't be replaced in one go, so the old one steps aside first.
+        old = self.path.with_name(f".{self.path.name}.old-{uuid.uuid4().hex[:8]}")
+        if self.path.exists():
+            os.replace(self.path, old)
+        os.replace(self.partial, self.path)
+        shutil.rmtree(old, ignore_errors=True)

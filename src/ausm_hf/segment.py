@@ -119,15 +119,27 @@ def load_model(
     return loaded.eval(), processor
 
 
+# Settings that say where and how a model was stored.
+STORAGE = "_name_or_path architectures auto_map custom_pipelines dtype processor_class transformers_version".split()
+
+
 def fingerprint(model: AusmForUniversalSegmentation, processor: AusmProcessor) -> str:
     """What tells one model from another, wherever it lies: 16 letters of its weights and its settings."""
-    config = {name: value for name, value in model.config.to_dict().items() if name not in ("_name_or_path", "dtype")}
-    settings = json.dumps([config, processor.image_processor.to_dict()], sort_keys=True, default=str)
-    digest = hashlib.sha256(settings.encode())
+    told = [_settings(model.config.to_dict()), _settings(processor.image_processor.to_dict())]
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def _settings(content: dict) -> dict:
+    """What a model is, but for `STORAGE`."""
+    return {
+        name: _settings(value) if isinstance(value, dict) else value
+        for name, value in content.items()
+        if name not in STORAGE
+    }
 
 
 def segment_video(

@@ -21,9 +21,8 @@ import av
 import numpy as np
 from PIL import Image, ImageOps
 
-from .files import WholeOrNothing, natural_order
+from .files import IMAGE_SUFFIXES, WholeOrNothing, natural_order
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 STREAM_SCHEMES = tuple(f"{x}://" for x in ("http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "srt", "tcp", "udp"))
 FPS_WHEN_UNKNOWN = 24
 # Titles and the like come in any encoding. From version 19 on PyAV takes them as they are, and has no such argument.

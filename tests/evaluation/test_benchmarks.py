@@ -189,8 +189,8 @@ def test_davis2017_unsupervised_has_masks_of_its_own(davis2017, tmp_path):
     with pytest.raises(ValueError, match="masks of DAVIS 2017, unprompted: .*Annotations_unsupervised doesn't"):
         load_benchmark("davis2017", tmp_path, mode="unprompted")
     (tmp_path / "ImageSets" / "2017" / "val.txt").rename(tmp_path / "ImageSets" / "2017" / "test-dev.txt")
-    (row, *_) = load_benchmark("davis2017", tmp_path, "test-dev", "unprompted").rows  # there is nothing to score by
-    assert row["annotations"][0]["path"] == str(tmp_path / "Annotations" / "480p" / "bear" / "00000.png")
+    (row, *_) = load_benchmark("davis2017", tmp_path, "test-dev", "unprompted").rows
+    assert not any(row["annotated"])  # there is nothing to score by
 
 
 def test_best_tracks_are_kept_and_numbered_anew(tmp_path):
@@ -344,6 +344,52 @@ def test_davis2017_test_dev_has_a_submission(tiny, tmp_path):
     evaluate("davis2017", tmp_path / "data", "test-dev", model=tiny, output=tmp_path / "out")
     with zipfile.ZipFile(tmp_path / "out" / "submission.zip") as archive:
         assert archive.namelist() == [f"bear/{t:05d}.png" for t in range(3)]
+
+
+def test_davis2019_unsupervised_has_a_submission_without_any_mask(tiny, tmp_path):
+    """Its list is of other videos than that of 2017."""
+    write_davis(tmp_path / "data", 2017, {"bear": 3}, (1, 2), split="test-dev")
+    write_davis(tmp_path / "data", 2019, {"swan": 3}, (1, 2), split="test-dev")
+    shutil.rmtree(tmp_path / "data" / "Annotations")
+    options = {"mode": "unprompted", "model": tiny, "output": tmp_path / "out", "threshold": 0.0}
+    results = evaluate("davis2017", tmp_path / "data", "test-dev", **options)
+    assert results["scores"] == {} and "its server scores submission.zip" in format_results(results)
+    with zipfile.ZipFile(tmp_path / "out" / "submission.zip") as archive:
+        assert archive.namelist() == [f"swan/{t:05d}.png" for t in range(3)]
+    (tmp_path / "data" / "JPEGImages" / "480p" / "swan" / "00001.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="1 empty"):
+        load_benchmark("davis2017", tmp_path / "data", "test-dev", "unprompted")
+    with pytest.raises(ValueError, match="1 no masks"):
+        load_benchmark("davis2017", tmp_path / "data", "test-dev", "prompted")
+
+
+def test_davis2016_needs_its_masks(tmp_path):
+    """No server scores it, so there is no use for predictions alone."""
+    shutil.rmtree(write_davis(tmp_path, 2016, {"bear": 3}) / "Annotations")
+    with pytest.raises(ValueError, match="masks of DAVIS 2016: .*Annotations doesn't exist"):
+        load_benchmark("davis2016", tmp_path, mode="unprompted")
+
+
+def test_a_blank_mask_is_no_ground_truth(tiny, tmp_path):
+    root = write_davis(tmp_path / "data", 2017, {"bear": 3, "swan": 3}, (1, 2), split="test-dev")
+    write_png(root / "Annotations" / "480p" / "swan" / "00002.png", draw(2) * 0)
+    results = evaluate("davis2017", root, "test-dev", model=tiny, output=tmp_path / "out")
+    assert results["scores"] == {} and (tmp_path / "out" / "submission.zip").is_file()
+
+
+def test_a_split_that_is_scored_in_part_is_said_to_be(davis2017, tiny, tmp_path, capsys):
+    root, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(davis2017, root)
+    for path in (root / "Annotations" / "480p" / "swan").iterdir():
+        if path.stem != "00000":
+            path.unlink()
+    arguments = {"--root": root, "--model": tiny, "--output": out, "--benchmark": "davis2017", "--device": "cpu"}
+    main(["evaluate", *(str(x) for pair in arguments.items() for x in pair)])
+    assert "Only 2 of 3 videos have ground truth here" in capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    assert results["not_scored"] == ["swan"] and list(results["scores"]["J&F"]["sequences"]) == ["bear", "train"]
+    with zipfile.ZipFile(out / "submission.zip") as archive:
+        assert {name.split("/")[0] for name in archive.namelist()} == {"bear", "swan", "train"}
 
 
 def test_sa_v_objects_have_folders_and_may_overlap(tiny, tmp_path):

@@ -1,7 +1,9 @@
 import copy
 import json
 import multiprocessing
+import os
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -160,6 +162,68 @@ def test_a_checkpoint_of_another_network_is_refused(tiny, tmp_path):
     checkpoint_module.save_file(tensors, checkpoint / "model.safetensors")
     with pytest.raises(ValueError, match="^model: .*stranger"):
         tiny.run(tmp_path / "run")
+
+
+def files(folder):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_is_left_as_it_is(tiny, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    recipe = tiny.make_recipe(run, "optim.max_steps=3")
+    sources = [{"dataset": "davis", "strides": (1, 2)}], [{"strides": [1, 2], "dataset": "davis"}]
+    for recipe.data.sources in sources:  # the same
+        train(recipe, model=tiny.TinyModel(tiny.TinyConfig()), dataset=tiny.TinyClips(), collator=tiny.collate)
+    assert "nothing to train" in capsys.readouterr().out
+    shutil.rmtree(run)
+    final = tiny.run(run, "optim.max_steps=3")
+    left = files(run)
+    with monkeypatch.context() as patch:
+        patch.setattr("ausm_hf.training.loop.build_optimizer", None)
+        monkeypatch.chdir(tmp_path)
+        assert tiny.run(Path("run"), "optim.max_steps=3") == Path("run/final")
+        said = capsys.readouterr().out
+        assert "nothing to train: run holds the finished run of this recipe; want another output_dir, or" in said
+        with pytest.raises(
+            ValueError, match="^output_dir: .* other values of data.batch_size, optim.lr; want another"
+        ):
+            tiny.run(run, "optim.max_steps=2", "optim.lr=0.5", "data.batch_size=1")
+    assert files(run) == left
+    tiny.run(run, "optim.max_steps=4", "optim.lr=0.5")  # goes on
+    assert [line["step"] for line in log_lines(run)] == [1, 2, 3, 4]
+    assert_same(weights(final), weights(run / "step-00000004"))
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_run_that_lacks_only_its_result_gets_it(tiny, tmp_path, capsys, older):
+    """It was killed after its last checkpoint; perhaps it went on from a shorter run, whose result is still there."""
+    final = tiny.run(tmp_path / "run", "optim.max_steps=3")
+    wanted = weights(final)
+    if older:
+        checkpoint_module.save_file({"old": torch.zeros(1)}, final / "model.safetensors")
+        os.utime(final, (0, 0))
+    else:
+        shutil.rmtree(final)
+    tiny.run(tmp_path / "run", "optim.max_steps=3")
+    assert_same(weights(final), wanted)
+    assert "nothing to train" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_wrong_with_a_clip_is_said_as_it_was_said(tiny, tmp_path, workers):
+    class BrokenClips(tiny.TinyClips):
+        def __getitem__(self, index):
+            if index == 3:
+                raise ValueError("mask 3 is broken;\nit has no end")
+            return super().__getitem__(index)
+
+    recipe = tiny.make_recipe(tmp_path / "run", f"data.workers={workers}")
+    model = tiny.TinyModel(tiny.TinyConfig())
+    with pytest.raises(ValueError) as error:
+        train(recipe, model=model, dataset=BrokenClips(), collator=tiny.collate)
+    assert str(error.value) == "mask 3 is broken;\nit has no end"
+    if workers:
+        assert "in __getitem__" in str(error.value.__cause__)
 
 
 def test_rng_states_come_back(tmp_path):

@@ -70,6 +70,11 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
         ({"model": {"preset": "nano", "label_sets": {"mine": []}}}, r"^model.label_sets.mine: got \[\]"),
         ({"model": {"preset": "nano", "label_sets": {"mine": None}}}, "^model.label_sets.mine: has no labels"),
         ({"model": {"preset": "nano", "label_sets": {}}}, "^model.label_sets: empty"),
+        (
+            {"model": {"preset": "nano", "label_sets": {"my-fish": ["cod"]}}},
+            "^model.label_sets.my-fish: want a name of letters, digits and _ that begins with no digit",
+        ),
+        ({"model": {"preset": "nano", "label_sets": {1: ["cod"]}}}, "^model.label_sets.1: want a name of letters"),
         ({"model": {"preset": "nano", "overrides": {"label_sets": {}}}}, "^model.overrides.label_sets"),
         ({"history_corruption": 2}, "^history_corruption: got 2"),
         ({"mode": "sideways"}, "^mode: got 'sideways'"),

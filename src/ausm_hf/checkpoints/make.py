@@ -11,7 +11,6 @@ the log of the last run lie beside them.
 import argparse
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ import yaml
 from safetensors.torch import save_file
 
 from ausm_hf import AusmForUniversalSegmentation, AusmImageProcessor, AusmProcessor
-from ausm_hf.training.checkpoint import publish_folder
+from ausm_hf.files import WholeFolder
 
 MAX_BYTES = 15_000_000
 
@@ -57,9 +56,8 @@ def make_checkpoint(runs: list[Path], folder: Path) -> Path:
     image_processor = AusmImageProcessor(
         size={"shortest_edge": 320, "longest_edge": 640}, image_mean=[127 / 255] * 3, image_std=[128 / 255] * 3
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-    try:
+    with WholeFolder(folder) as whole:
+        partial = whole.partial
         model.config.save_pretrained(partial)
         AusmProcessor(image_processor).save_pretrained(partial)
         for path in partial.iterdir():
@@ -89,12 +87,8 @@ def make_checkpoint(runs: list[Path], folder: Path) -> Path:
         if recipe["model"].get("path"):
             recipe["model"]["path"] = Path(recipe["model"]["path"]).name
         (partial / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-        partial.chmod(0o755)
         for path in partial.iterdir():
             path.chmod(0o644)
-        publish_folder(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -64,20 +64,28 @@ class Protocol:
     scorers: dict[str, dict[str, dict]] = field(default_factory=dict)
 
 
-def _davis(year: int) -> Callable:
-    def index(root: str, split: str, mode: str) -> Iterable[dict]:
-        from ..data.davis import davis
-        from ..data.mask_folders import need
+def _davis_2016(root: str, split: str, mode: str) -> Iterable[dict]:
+    from ..data.davis import davis
+    from ..data.mask_folders import need
 
-        folder = "Annotations"
-        if year == 2017 and mode == "unprompted":
-            unsupervised = Path(root) / "Annotations_unsupervised"
-            # The masks for prompts are of other objects: no score by them. Of test sets nothing but prompts is there.
-            if unsupervised.is_dir() or not split.startswith("test"):
-                folder = need(unsupervised, "masks of DAVIS 2017, unprompted").name
-        return davis(root, year, split, annotations=folder)
+    need(Path(root) / "Annotations", "masks of DAVIS 2016")
+    return davis(root, 2016, split)
 
-    return index
+
+def _davis_2017(root: str, split: str, mode: str) -> Iterable[dict]:
+    from ..data.davis import davis
+    from ..data.mask_folders import folder_row, need
+
+    if mode == "prompted":
+        return davis(root, 2017, split)
+    masks = Path(root) / "Annotations_unsupervised"  # those for prompts are of other objects
+    listing = Path(root) / "ImageSets" / "2019" / f"{split}.txt"
+    if listing.is_file():  # a test set of the unsupervised challenge: without masks
+        frames = Path(root) / "JPEGImages"
+        return [folder_row(n, frames / "480p" / n, masks / "480p" / n) for n in listing.read_text().split()]
+    if not split.startswith("test"):
+        need(masks, "masks of DAVIS 2017, unprompted")
+    return davis(root, 2017, split, annotations=masks.name)
 
 
 def _youtube_vos(root: str, split: str, mode: str) -> Iterable[dict]:
@@ -175,7 +183,7 @@ _YOUTUBE_VOS = Protocol(
 PROTOCOLS = {
     "davis2016": Protocol(
         modes=("prompted", "unprompted"),
-        index=_davis(2016),
+        index=_davis_2016,
         scorers={
             "prompted": {"J&F": {**_SKIP_ENDS, "mode": "prompted", "binary": True}},
             # What is found may be one object or a group that together make the one of DAVIS 2016.
@@ -187,7 +195,7 @@ PROTOCOLS = {
     ),
     "davis2017": Protocol(
         modes=("prompted", "unprompted"),
-        index=_davis(2017),
+        index=_davis_2017,
         max_tracks=20,  # more are refused by the official tool
         scorers={
             "prompted": {"J&F": {**_SKIP_ENDS, "mode": "prompted"}},
@@ -247,7 +255,9 @@ def load_benchmark(name: str, root: str | os.PathLike, split: str = "val", mode:
     rows = list(rows)
     if not rows:
         raise ValueError(f"split {split!r} of {name} has no videos in {root}")
-    check_clips(rows, name=f"{name} {split}")
+    # What is to be found needs no masks.
+    checked = rows if mode == "prompted" else [row | {"annotated": [True] * len(row["frames"])} for row in rows]
+    check_clips(checked, name=f"{name} {split}")
     seen = _seen_objects(rows, Path(root)) if protocol is _YOUTUBE_VOS else None
     return Benchmark(name, split, mode, rows, annotations, protocol.label_set, seen)
 

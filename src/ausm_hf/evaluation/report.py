@@ -36,16 +36,17 @@ def write_report(output: Path, benchmark: Benchmark) -> dict:
         benchmark: What was run.
 
     Returns:
-        `{"scores": {measure: dict}}`, fractions of 1. For masks, of each measure what
+        `{"scores": {measure: dict}, "not_scored": list}`. Scores are fractions of 1. For masks, of each measure what
         [`~ausm_hf.evaluation.metrics.jf.summarize`] makes, and `j_over_time`: mean J over the objects, frame by
         frame of those that are scored. For tracks, `AP` as [`~ausm_hf.evaluation.vis.score_tracks`] makes it, and
-        `videos`: the AP of each video alone. No measure where there is no ground truth.
+        `videos`: the AP of each video alone. No measure where there is no ground truth. `not_scored` names the videos
+        without ground truth, if others have it.
 
     Raises:
         ValueError: one report of everything that can't be scored.
     """
     if benchmark.annotations is not None:
-        scores = _score_tracks(output, benchmark)
+        scores, not_scored = _score_tracks(output, benchmark), []
         per_video = scores["AP"]["videos"] if scores else {}
         title = "AP"
     else:
@@ -55,12 +56,13 @@ def write_report(output: Path, benchmark: Benchmark) -> dict:
             scores[measure]["j_over_time"] = j_over_time(of_measure)
         title = next(iter(scores), "")
         per_video = {name: row["J&F"] for name, row in scores[title]["sequences"].items()} if scores else {}
+        not_scored = [row["video_id"] for row in benchmark.rows if scores and row["video_id"] not in objects[title]]
         if scores:
             _plot_j_over_time(output / "j_over_time.png", objects, benchmark)
         if scores and benchmark.seen is not None:
             scores["G"] = _score_g(output, benchmark)
     _write_contact_sheet(output, benchmark, per_video, title)
-    return {"scores": scores}
+    return {"scores": scores, "not_scored": not_scored}
 
 
 def format_results(results: dict) -> str:
@@ -71,7 +73,8 @@ def format_results(results: dict) -> str:
         results: As [`~ausm_hf.evaluation.run.evaluate`] returns them.
 
     Returns:
-        Lines of text: one per sequence (or category) and the mean, for each measure.
+        Lines of text: one per sequence (or category) and the mean, for each measure; and whether only a part of the
+        videos has been scored.
     """
     settings, parts = results["settings"], []
     for measure, scores in results["scores"].items():
@@ -90,6 +93,12 @@ def format_results(results: dict) -> str:
     if not parts:
         parts.append(
             f"{settings['benchmark']} {settings['split']} has no ground truth here: its server scores submission.zip"
+        )
+    if without := results["not_scored"]:
+        scored = settings["videos"] - len(without)
+        parts.append(
+            f"Only {scored} of {settings['videos']} videos have ground truth here, and the scores are of these alone. "
+            "submission.zip has the predictions for all."
         )
     return "\n\n".join(parts)
 

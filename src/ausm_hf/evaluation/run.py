@@ -43,10 +43,11 @@ def evaluate(
     Into `output` go, beside `settings.json`:
     - `masks/<video>/<frame>.png` (SA-V: `masks/<video>/<object>/<frame>.png`), or `tracks/<video>.json` and all of
       them in `tracks.json` as YouTube-VIS or COCO take them;
-    - `results.json`: what is returned;
+    - `results.json`: what is returned; where only a part of the videos has ground truth, the scores are of that part,
+      and `not_scored` names the others;
     - `contact_sheet.png`: the best and the worst videos; `j_over_time.png` for masks (AP is a
       figure of whole tracks and has no value per frame);
-    - `submission.zip` in place of scores, where the ground truth is not published and a server scores.
+    - `submission.zip`, where the ground truth of videos is not published and a server scores.
 
     Several processes started by `torchrun` share the videos; the results are the same.
 
@@ -120,7 +121,7 @@ def evaluate(
     if found.annotations is not None:
         write_track_list(output, found)
     results = {"settings": settings, **write_report(output, found)}
-    if not results["scores"]:
+    if not results["scores"] or results["not_scored"]:
         write_submission(output, found)
     with WholeOrNothing(output / "results.json") as file:
         file.partial.write_text(json.dumps(results, indent=2) + "\n")

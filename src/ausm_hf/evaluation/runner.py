@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..data.clips import load_frames, load_masks
 from ..export import ObjectsJsonWriter
-from ..files import WholeOrNothing
+from ..files import WholeFolder, WholeOrNothing
 from ..model.modeling_ausm import AusmForUniversalSegmentation
 from ..model.processing_ausm import AusmProcessor
 from ..segment import FrameSegments, segment_video
@@ -88,10 +88,10 @@ def first_prompts(row: dict) -> dict[int, dict[int, np.ndarray]]:
 
 
 def has_truth(row: dict) -> bool:
-    """Whether the data set has more masks of a video than prompts: an annotated frame in which nothing is new."""
+    """Whether the data set has more masks of a video than prompts: a frame with objects of which none is new."""
     seen: set[int] = set()
     for _, masks in annotated_masks(row):
-        if set(masks) <= seen:
+        if masks and set(masks) <= seen:
             return True
         seen |= set(masks)
     return False
@@ -183,13 +183,8 @@ def _view(frame: np.ndarray, right: int, down: int) -> np.ndarray:
     return np.array(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR, box=box))
 
 
-class MaskFolder(WholeOrNothing):
+class MaskFolder(WholeFolder):
     """Writes the masks of one video as indexed PNGs under the names of its frames: a folder, whole or not at all."""
-
-    _makes_folder = True
-
-    def _start(self):
-        self.partial.mkdir()
 
     def write(self, name: str, masks: np.ndarray) -> None:
         """

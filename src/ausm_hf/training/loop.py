@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +18,10 @@ import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, gather_object, set_seed
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm.auto import tqdm
 
 from ausm_hf.data.labels import LABEL_SETS
@@ -71,6 +73,8 @@ def train(
 ) -> Path:
     """Trains as the recipe says; goes on from the newest checkpoint in `recipe.output_dir` if there is one.
 
+    The call that finished a run does nothing when it comes again.
+
     The same call works in one process and under `accelerate launch` or `torchrun`. `output_dir` receives
 
         recipe.yaml             what was trained
@@ -93,7 +97,8 @@ def train(
         The folder `final`.
 
     Raises:
-        ValueError: the recipe can't work; names the key, before anything is loaded.
+        ValueError: the recipe can't work (names the key), or `output_dir` holds a run that is finished, of another
+            recipe; before anything is loaded.
         FloatingPointError: the gradient has not been finite for many steps.
     """
     recipe.validate()
@@ -106,30 +111,16 @@ def train(
         raise ValueError(f"tracker: {recipe.tracker!r} is not installed; available: {', '.join(available) or 'none'}")
 
     output_dir = Path(recipe.output_dir)
-    num_launched = int(os.environ.get("WORLD_SIZE", 1))
-    accelerator = Accelerator(
-        # Without a GPU, Accelerate sees the other processes of `torchrun` only if it is told to use the CPU.
-        cpu=num_launched > 1 and not torch.cuda.is_available(),
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        mixed_precision=recipe.mixed_precision,
-        log_with=recipe.tracker,
-        project_dir=str(output_dir),
-        # The class heads of the label sets that are not in a batch get no gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
-    if accelerator.num_processes != num_launched:
-        raise ValueError(f"accelerate: {num_launched} processes were launched, it sees {accelerator.num_processes}")
-    kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+    accelerator = _build_accelerator(recipe)
     sharded = accelerator.distributed_type == DistributedType.FSDP
-    if accelerator.distributed_type not in kinds or (sharded and not accelerator.is_fsdp2):
-        raise ValueError(
-            f"accelerate: {accelerator.distributed_type} is not supported; want one process, data parallel ones, or "
-            "FSDP of version 2"
+    final = output_dir / "final"
+    if _is_finished(recipe, final):
+        accelerator.print(
+            f"nothing to train: {output_dir} holds the finished run of this recipe; want another output_dir, or a "
+            "larger optim.max_steps to go on"
         )
-    if sharded and recipe.ema_decay is not None:
-        raise ValueError("ema_decay: the moving average is of whole parameters; want null with FSDP")
-    if sharded and recipe.scheduled_sampling and recipe.scheduled_sampling_form == "iterative":
-        raise ValueError("scheduled_sampling_form: 'iterative' calls parts of the network; want 'parallel' with FSDP")
+        accelerator.end_training()
+        return final
     set_seed(recipe.seed)
     config = build_config(recipe) if model is None else model.config
     processor: Any = build_processor(recipe, config) if isinstance(config, AusmConfig) else None
@@ -166,7 +157,8 @@ def train(
         first_step = load_training_state(newest, network, optimizer, ema, accelerator.scaler)
         restore_rng_state(newest, accelerator.process_index)
         accelerator.print(f"going on from {newest}")
-    if accelerator.is_main_process:  # after the checkpoint was found to fit: a recipe that doesn't wasn't trained
+    # After the checkpoint was found to fit: a recipe that doesn't wasn't trained.
+    if accelerator.is_main_process and first_step <= recipe.optim.max_steps:
         _write_text(output_dir / "recipe.yaml", yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))
     log = _Log(recipe, accelerator, output_dir, first_step)
 
@@ -185,17 +177,7 @@ def train(
                 with accelerator.autocast():
                     inputs = training_inputs(recipe, network, indices, batch)
                 inputs["num_instances"] = num_instances
-                if recipe.carried_state == 1:
-                    output = model(**inputs)
-                    accelerator.backward(output["loss"])
-                    log.add(output)
-                else:
-                    history = None
-                    for piece in split_clip(network, inputs, recipe.carried_state):
-                        output = model(**piece, history=history)
-                        accelerator.backward(output["loss"] / recipe.carried_state)
-                        log.add(output)
-                        history = output["history"].detach()
+                _forward_and_backward(recipe, accelerator, model, network, inputs, log)
             log.frames += batch["pixel_values_videos"].shape[:2].numel()
 
         norm = _clip_gradients(accelerator, network, recipe.optim.clip_grad_norm)
@@ -246,25 +228,100 @@ def train(
             accelerator.wait_for_everyone()
     bar.close()
 
-    final = output_dir / "final"
     whole = gather_network(network, together)
     if accelerator.is_main_process:
-        temporary = output_dir / ".final.tmp"
-        result = ema if ema is not None else whole
-        with no_progress_bars():
-            if processor is None:
-                result.save_pretrained(temporary)
-            else:
-                # Network, processor and code, as `pipeline(...)` and `from_pretrained` want them.
-                VideoSegmentationPipeline(result, processor=processor, device="cpu").save_pretrained(temporary)
-        publish_folder(temporary, final)
+        _write_result(final, ema if ema is not None else whole, processor)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return final
 
 
+def _build_accelerator(recipe: Recipe) -> Accelerator:
+    """Accelerate, in each process that was launched. Raises ValueError if they can't do what the recipe says."""
+    num_launched = int(os.environ.get("WORLD_SIZE", 1))
+    accelerator = Accelerator(
+        # Without a GPU, Accelerate sees the other processes of `torchrun` only if it is told to use the CPU.
+        cpu=num_launched > 1 and not torch.cuda.is_available(),
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        mixed_precision=recipe.mixed_precision,
+        log_with=recipe.tracker,
+        project_dir=recipe.output_dir,
+        # The class heads of the label sets that are not in a batch get no gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if accelerator.num_processes != num_launched:
+        raise ValueError(f"accelerate: {num_launched} processes were launched, it sees {accelerator.num_processes}")
+    kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if accelerator.distributed_type not in kinds or (sharded and not accelerator.is_fsdp2):
+        raise ValueError(
+            f"accelerate: {accelerator.distributed_type} is not supported; want one process, data parallel ones, or "
+            "FSDP of version 2"
+        )
+    if sharded and recipe.ema_decay is not None:
+        raise ValueError("ema_decay: the moving average is of whole parameters; want null with FSDP")
+    if sharded and recipe.scheduled_sampling and recipe.scheduled_sampling_form == "iterative":
+        raise ValueError("scheduled_sampling_form: 'iterative' calls parts of the network; want 'parallel' with FSDP")
+    return accelerator
+
+
+def _is_finished(recipe: Recipe, final: Path) -> bool:
+    """Whether the recipe's last step is done and `final` written. Raises ValueError if another recipe did the step."""
+    there = checkpoints(final.parent)
+    if not there or int(there[-1].name.removeprefix("step-")) < recipe.optim.max_steps:
+        return False
+    noted = final.parent / "recipe.yaml"
+    if noted.is_file():
+        both = yaml.safe_load(noted.read_text()), recipe_to_dict(recipe)
+        # Through YAML, which has no tuples, and sorts keys.
+        earlier, now = (_flatten(yaml.safe_load(yaml.safe_dump(values))) for values in both)
+        changed = {key for key, _ in earlier.items() ^ now.items()} - {"output_dir", "optim.max_steps"}
+        if changed:
+            raise ValueError(
+                f"output_dir: {final.parent} holds a run that is finished and had other values of "
+                f"{', '.join(sorted(changed))}; want another output_dir, or a larger optim.max_steps to go on"
+            )
+    # A run that was killed before it wrote `final` may have that of fewer steps.
+    return final.is_dir() and final.stat().st_mtime >= there[-1].stat().st_mtime
+
+
+def _forward_and_backward(
+    recipe: Recipe, accelerator: Accelerator, model: Any, network: Any, inputs: dict[str, Any], log: _Log
+) -> None:
+    """Adds the gradient of a batch; clips that are cut into pieces go through the network piece by piece."""
+    if recipe.carried_state == 1:
+        output = model(**inputs)
+        accelerator.backward(output["loss"])
+        log.add(output)
+        return
+    history = None
+    for piece in split_clip(network, inputs, recipe.carried_state):
+        output = model(**piece, history=history)
+        accelerator.backward(output["loss"] / recipe.carried_state)
+        log.add(output)
+        history = output["history"].detach()
+
+
+def _write_result(final: Path, result: Any, processor: Any) -> None:
+    temporary = final.with_name(".final.tmp")
+    with no_progress_bars():
+        if processor is None:
+            result.save_pretrained(temporary)
+        else:
+            # Network, processor and code, as `pipeline(...)` and `from_pretrained` want them.
+            VideoSegmentationPipeline(result, processor=processor, device="cpu").save_pretrained(temporary)
+    publish_folder(temporary, final)
+
+
 def build_config(recipe: Recipe) -> AusmConfig:
     """The configuration of the recipe's network. Raises ValueError for what it doesn't know or want."""
+    try:
+        return _build_config(recipe)
+    except StrictDataclassError as error:
+        raise ValueError(f"model: {error.__cause__}") from error
+
+
+def _build_config(recipe: Recipe) -> AusmConfig:
     if recipe.model.path is not None:
         values, _ = AusmConfig.get_config_dict(recipe.model.path)
         config = AusmConfig.from_dict(values)
@@ -308,7 +365,11 @@ def _load_model(path: str, config: AusmConfig, reinitialize: list[str]) -> AusmF
 
 
 def build_processor(recipe: Recipe, config: AusmConfig) -> AusmProcessor:
-    """What prepares frames at inference as they were in training. It is saved with the network."""
+    """What prepares frames at inference; it is saved with the network.
+
+    That of the checkpoint in `model.path`, at whose size frames are looked at whatever `data.size` is; of a preset one
+    at whose size the shorter side of a frame is that of `data.size`.
+    """
     path = recipe.model.path
     if path is not None and (not Path(path).is_dir() or (Path(path) / "processor_config.json").exists()):
         return AusmProcessor.from_pretrained(path)
@@ -331,6 +392,9 @@ def load_batches(
 
     The clips of an optimizer step are numbered through its accumulation steps, processes and batch places. So the
     same clips make up a step however they are divided, and a resumed run sees what an uninterrupted one would.
+
+    Raises:
+        ValueError: of a clip that can't be loaded.
     """
     size = recipe.data.batch_size
     first = first_step * recipe.gradient_accumulation_steps
@@ -338,16 +402,38 @@ def load_batches(
     starts = [(turn * num_processes + rank) * size for turn in range(first, last)]
     numbers = [list(range(start, start + size)) for start in starts]
     loader = DataLoader(
-        dataset,
-        batch_sampler=numbers,
-        collate_fn=collator,
+        _Batches(dataset, collator),
+        sampler=numbers,
+        batch_size=None,
         num_workers=recipe.data.workers,
         worker_init_fn=_init_worker,
         pin_memory=torch.cuda.is_available(),
         # Its own generator: the loader must not draw from the one that dropout uses, or resuming would not be exact.
         generator=torch.Generator(),
     )
-    return zip(numbers, loader)
+    for of_batch, batch in zip(numbers, loader):
+        if isinstance(batch, ValueError):
+            message, told = batch.args
+            raise ValueError(message) from RuntimeError(told)
+        yield of_batch, batch
+
+
+class _Batches(Dataset):
+    """Batches by the numbers of their clips.
+
+    A worker gives an error in place of a batch, as message and traceback: torch would make one message of both.
+    """
+
+    def __init__(self, dataset: Dataset, collator: Callable[[list[dict]], dict]):
+        self.dataset, self.collator = dataset, collator
+
+    def __getitem__(self, numbers: list[int]) -> dict | ValueError:
+        try:
+            return self.collator([self.dataset[number] for number in numbers])
+        except (ValueError, OSError) as error:
+            if get_worker_info() is None:
+                raise
+            return ValueError(str(error), traceback.format_exc())
 
 
 def instances_per_pass(

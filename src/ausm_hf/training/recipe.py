@@ -49,7 +49,8 @@ class DataRecipe:
         root: folder of that mixture.
         sources: one dictionary each, see `ausm_hf.training.data.build_data`.
         num_frames: T, frames per clip.
-        size: (height, width) of a clip, multiples of 32.
+        size: (height, width) of a clip, multiples of 32. At inference frames are looked at in the size that the
+            checkpoint of `model.path` says (its processor), and only after a preset in one like this.
         batch_size: clips per process and forward pass.
         workers: processes that prepare clips; 0 prepares them in the training process.
         max_objects: most objects in a clip of `sources`, at least 4 (up to three are pasted); more are ignored.
@@ -107,8 +108,8 @@ class Recipe:
             (s_i = 0); the others are detected first and tracked after a random frame.
         history_corruption: probability that a mask in the history is dilated, eroded, shifted, dropped or swapped, and
             that an object's masks have a hole or a growth from some frame on.
-        prompt_signals: probability that an object of the first frame is given as a box, clicks or a scribble, not as
-            a mask.
+        prompt_signals: probability that an object of the first frame is given as a box, clicks, a scribble or a wrong
+            mask with clicks that correct it, not as a mask.
         scheduled_sampling: probability that a mask in the history is the network's own prediction.
         scheduled_sampling_form: how these predictions are made. "parallel": all frames at once from the true history,
             so they hold the errors of a single step. "iterative": frame by frame from the network's own masks, so
@@ -206,6 +207,10 @@ class Recipe:
         if model.label_sets is not None and not model.label_sets:
             raise ValueError("model.label_sets: empty, want at least one label set")
         for name, labels in (model.label_sets or {}).items():
+            if not str(name).isidentifier():
+                raise ValueError(
+                    f"model.label_sets.{name}: want a name of letters, digits and _ that begins with no digit"
+                )
             if labels is None and name not in LABEL_SETS:
                 raise ValueError(
                     f"model.label_sets.{name}: has no labels, and only {', '.join(LABEL_SETS)} are known by name"
