@@ -233,8 +233,8 @@ def segment_video(
             session.next_frame_idx = offset + abs(index - first) + first  # frames may be missing
             if lost := [frame_idx for frame_idx in session.prompts if frame_idx < session.next_frame_idx]:
                 raise ValueError(
-                    f"frame {min(lost) - offset} of {source.name!r} has prompts; it can't be decoded, or the video ends "
-                    "before it"
+                    f"frame {min(lost) - offset} of {source.name!r} has prompts; it can't be decoded, or the video "
+                    "ends before it"
                 )
             output = model(inference_session=session, frame=features)
             least = 0.0
