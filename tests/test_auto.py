@@ -76,8 +76,17 @@ def run(code: str, folder, expected, options: dict, cwd) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def test_remote_code_without_the_package(tiny_checkpoint, expected, hide_package, tmp_path):
-    folder = shutil.copytree(tiny_checkpoint, tmp_path / "downloaded-model")
+@pytest.mark.parametrize("saved", ["by the pipeline", "one by one"])
+def test_remote_code_without_the_package(tiny_checkpoint, expected, hide_package, saved, tmp_path):
+    folder = tmp_path / "downloaded-model"
+    if saved == "by the pipeline":
+        shutil.copytree(tiny_checkpoint, folder)
+    else:
+        model = AusmForUniversalSegmentation.from_pretrained(tiny_checkpoint)
+        vars(model.config).pop("custom_pipelines")
+        model.config = AusmConfig.from_dict(model.config.to_dict())
+        model.save_pretrained(folder)
+        AusmProcessor.from_pretrained(tiny_checkpoint).save_pretrained(folder)
     code = hide_package + COMPARE
     printed = run(code, folder, expected, {"trust_remote_code": True}, tmp_path)
     pipeline_module, model_module, package = printed.split(maxsplit=2)
@@ -176,7 +185,7 @@ def test_the_preset_is_what_the_checkpoint_of_its_name_is():
     preset, checkpoint = AusmConfig.from_preset("nano"), AusmConfig.from_pretrained(BUNDLED_CHECKPOINT)
     assert {k: v.shape for k, v in shapes(preset).items()} == {k: v.shape for k, v in shapes(checkpoint).items()}
     of_training = {"class_weight", "importance_sampling", "train_num_points"}
-    of_saving = {"architectures", "custom_pipelines", "dtype"}
+    of_saving = {"architectures", "dtype"}
     preset, checkpoint = preset.to_dict(), checkpoint.to_dict()
     preset["backbone_config"]["dtype"] = checkpoint["backbone_config"]["dtype"]
     differ = {name for name in preset | checkpoint if preset.get(name) != checkpoint.get(name)}

@@ -333,6 +333,12 @@ def test_a_frame_too_wide_for_an_overlay_fails_alone(tiny_model, processor, movi
     assert "size is (20, 16400); wanted are" in lines[0]["error"]
 
 
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this torch knows CUDA")
+def test_a_torch_without_cuda(tiny_checkpoint):
+    with pytest.raises(ValueError, match="device 'cuda' can't be used: Torch not compiled with CUDA"):
+        load_model(tiny_checkpoint, device="cuda")
+
+
 def test_each_process_takes_the_device_of_its_number(monkeypatch, tiny_checkpoint):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert load_model(tiny_checkpoint)[0].device.type in ("cpu", "cuda", "mps")  # one device: that one

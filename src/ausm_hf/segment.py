@@ -110,7 +110,7 @@ def load_model(
         raise ValueError(f"model {name!r} can't be loaded: {error}") from error
     try:
         loaded = loaded.to(device)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
         raise ValueError(f"device {device!r} can't be used: {error}") from error
     if loaded.device.type == "cpu":
         # glibc gives memory back that is freed at the end of a frame, and the kernel clears it anew for the next one:

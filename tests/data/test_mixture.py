@@ -202,7 +202,7 @@ def test_collator_pads_and_normalises(sources):
     assert batch["ignore_masks"][0, 2].all() and batch["ignore_masks"][0, :, 32:].all()
     assert torch.equal(batch["ignore_masks"][1, :, :, :32], large["ignore_mask"])
     assert batch["detect"] == [not c["first_frame_given"] for c in (small, large)]
-    assert batch["label_sets"] == [c["label_set"] for c in (small, large)]
+    assert batch["class_sets"] == [c["label_set"] for c in (small, large)]
     assert batch["exhaustive"] == [c["exhaustive"] for c in (small, large)]
     assert all(torch.equal(labels, c["class_labels"]) for labels, c in zip(batch["class_labels"], (small, large)))
     with pytest.raises(ValueError, match="clips is empty"):

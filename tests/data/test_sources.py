@@ -257,6 +257,10 @@ def test_own_json_with_polygons_and_its_mistakes(tmp_path, no_reading):
     source.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="annotation 11 .* has 3 segmentations, its video 7 has 2 frames"):
         vis_json(str(tmp_path), str(source))
+    content["annotations"][0]["category_id"] = 9
+    source.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="annotation 11 of .* is of unknown category 9"):
+        vis_json(str(tmp_path), str(source))
     content["annotations"][0]["video_id"] = 8
     source.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="unknown video 8"):

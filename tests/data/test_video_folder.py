@@ -155,12 +155,12 @@ def test_what_is_no_number_of_an_object_is_refused(tmp_path):
     assert load_clip(video_folder(str(tmp_path))[0], [1]).masks.sum() == 100
 
 
-@pytest.mark.parametrize("what", ["number", "size"])
+@pytest.mark.parametrize("what", ["number", "size", "size, no object"])
 def test_masks_that_do_not_fit_their_video_are_found(tmp_path, what):
     write_video(tmp_path / "videos" / "a.mp4", greys(6))
-    size = (24, 32) if what == "size" else (HEIGHT, WIDTH)
+    size = (HEIGHT, WIDTH) if what == "number" else (24, 32)
     for t in (0, 6 if what == "number" else 5):
-        write_mask(tmp_path / "masks" / "a" / f"{t}.png", np.ones(size, np.uint8))
+        write_mask(tmp_path / "masks" / "a" / f"{t}.png", np.full(size, what != "size, no object", np.uint8))
     clips = video_folder(str(tmp_path))
     assert find_problems(clips) == {}
     (problem,) = find_problems(clips, open_files=True)["not to be loaded"]

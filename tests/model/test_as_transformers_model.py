@@ -8,6 +8,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForUniversalSegmentation
 
 from ausm_hf import AusmConfig, AusmForUniversalSegmentation, AusmModel
+from ausm_hf.model.prompts_ausm import ObjectPrompt
+from ausm_hf.model.session_ausm import AusmInferenceSession
 
 
 @pytest.fixture
@@ -149,6 +151,29 @@ def test_attentions_that_are_never_computed_are_warned_of(tiny_model, pixels, ca
     assert output.attentions == () and "set_attn_implementation('eager')" in caplog.text
 
 
+def test_trainer_evaluates(tiny_model, tmp_path):
+    """It asks for the loss where all arguments that are called labels are given."""
+    from transformers import Trainer, TrainingArguments
+
+    masks = torch.zeros(2, 2, 64, 96)
+    masks[0, :, 8:30, 8:40] = masks[1, :, 30:60, 40:90] = 1
+    clip = {
+        "pixel_values_videos": torch.randn(2, 3, 64, 96),
+        "mask_labels": masks,
+        "class_labels": torch.tensor([0, 1]),
+    }
+
+    def collate(clips):
+        batch = {name: [clip[name] for clip in clips] for name in clips[0]}
+        return batch | {"pixel_values_videos": torch.stack(batch["pixel_values_videos"])}
+
+    arguments = TrainingArguments(
+        str(tmp_path), remove_unused_columns=False, prediction_loss_only=True, report_to=[], use_cpu=True
+    )
+    trainer = Trainer(copy.deepcopy(tiny_model), arguments, data_collator=collate, eval_dataset=[clip] * 2)
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
 def test_plain_tuples(tiny_model, pixels):
     model = copy.deepcopy(tiny_model)
     with torch.no_grad():
@@ -216,6 +241,23 @@ def test_blocks_that_must_stay_whole_are_there(tiny_model):
 def test_it_does_not_generate(tiny_model):
     assert not tiny_model.can_generate()
     assert not isinstance(tiny_model.get_output_embeddings(), nn.Module)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_takes_the_frames_of_a_stream(tiny_model):
+    torch.manual_seed(0)
+    pixels = torch.randn(3, 3, 64, 96)
+
+    def outputs(model):
+        session = AusmInferenceSession(foreground_threshold=0.01, find_new_objects=True, seed=0)
+        session.add_prompts(0, [5], [ObjectPrompt(box=(5, 5, 50, 50))], (64, 96))
+        return [model(inference_session=session, frame=frame) for frame in pixels]
+
+    wanted, found = outputs(tiny_model), outputs(torch.compile(copy.deepcopy(tiny_model), backend="eager"))
+    for a, b in zip(wanted, found, strict=True):
+        assert a.object_ids == b.object_ids
+        torch.testing.assert_close(a.pred_masks, b.pred_masks, atol=1e-4, rtol=1e-4)
+    assert any(len(output.object_ids) > 1 for output in wanted)
 
 
 @pytest.mark.slow

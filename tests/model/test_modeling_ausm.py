@@ -27,6 +27,7 @@ from ausm_hf.model.history_ausm import (
 )
 from ausm_hf.model.modeling_ausm import AusmForUniversalSegmentation, AusmModel
 from ausm_hf.model.pixels_ausm import PointwiseConv2d, pool_in_masks, sine_positions
+from ausm_hf.model.session_ausm import AusmInferenceSession
 
 
 def tiny_config(**overrides) -> AusmConfig:
@@ -362,7 +363,7 @@ def test_every_parameter_is_trained():
         class_labels=labels,
         switch_frames=switch,
         id_slots=slots,
-        label_sets=["shapes", "object"],
+        class_sets=["shapes", "object"],
     ).loss.backward()
     without = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     # transformers' Swin backbone has one norm that none of its feature maps goes through.
@@ -385,6 +386,16 @@ def test_gradient_checkpointing_changes_nothing():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4)
 
 
+def test_maps_at_other_strides_are_refused():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 16, "image_size": 96}
+    backbone = {"model_type": "vitdet", "out_indices": [1, 2, 3, 4], **sizes}
+    model = AusmForUniversalSegmentation(AusmConfig.from_preset("nano", backbone_config=backbone)).eval()
+    with pytest.raises(
+        ValueError, match=r"at strides 4, 8, 16 and 32; got sizes \[\(6, 6\), .* for frames of \(96, 96\)"
+    ):
+        model.step(torch.zeros(1, 3, 96, 96))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -397,8 +408,8 @@ def test_gradient_checkpointing_changes_nothing():
         ({"class_labels": [torch.tensor([0, 1, 7]), torch.tensor([0])]}, "has label 7"),
         ({"switch_frames": [torch.tensor([0, 3, 6]), torch.tensor([1])]}, "must lie in 0 .. 5"),
         ({"id_slots": [torch.tensor([0, 0, 1]), torch.tensor([1])]}, "must differ"),
-        ({"label_sets": ["shapes", "colours"]}, "`label_set` must be one of"),
-        ({"label_sets": ["shapes"]}, "`label_sets` needs one entry per clip: 2, got 1"),
+        ({"class_sets": ["shapes", "colours"]}, "`label_set` must be one of"),
+        ({"class_sets": ["shapes"]}, "`class_sets` needs one entry per clip: 2, got 1"),
         ({"mask_labels": None}, "want `mask_labels` too"),
         (
             {"mask_labels": [torch.zeros(7, 5, 64, 64)] * 2, "switch_frames": None, "id_slots": None},
@@ -406,6 +417,7 @@ def test_gradient_checkpointing_changes_nothing():
         ),
         ({"frame": torch.zeros(3, 64, 64), "inference_session": object()}, "give `frame`, no"),
         ({"pixel_values_videos": None}, "Give `pixel_values_videos`"),
+        ({"pixel_values_videos": AusmInferenceSession()}, r"must have shape .*, got <class '.*AusmInferenceSession'>"),
     ],
 )
 def test_bad_input_is_refused(change, message):

@@ -176,7 +176,7 @@ def test_the_selection_is_a_term_of_the_loss(tiny_config):
     torch.manual_seed(0)
     model = AusmForUniversalSegmentation(tiny_config)
     masks = [rectangle(0, 0, 48, 48)[None, None]]
-    output = model(torch.randn(1, 1, 3, 64, 96), masks, switch_frames=[torch.tensor([1])], label_sets=[None])
+    output = model(torch.randn(1, 1, 3, 64, 96), masks, switch_frames=[torch.tensor([1])], class_sets=[None])
     assert output.loss.item() == pytest.approx(sum(x.item() for x in output.loss_dict.values()), rel=1e-5)
     with torch.no_grad():
         logits = model.model(torch.randn(1, 1, 3, 64, 96)).selection_logits
@@ -195,7 +195,7 @@ def test_the_reach_of_whoever_is_to_be_found_is_a_term_of_the_loss(tiny_config):
         places = model.model(frames).selection_places
     assert places.shape == (1, 1, tiny_config.num_detection_queries, 2)
     switch = [torch.tensor([1, 0])]
-    output = model(frames, [masks[:, None]], switch_frames=switch, label_sets=[None])
+    output = model(frames, [masks[:, None]], switch_frames=switch, class_sets=[None])
     # A fresh network's ellipses are circles of the same radius around their places.
     box = torch.tensor([[0.25, 0.375, 0.25 * 2**0.5, 0.375 * 2**0.5]])
     shifts = (places[0, 0] - box[:, :2]).abs() / box[:, 2:]
@@ -205,7 +205,7 @@ def test_the_reach_of_whoever_is_to_be_found_is_a_term_of_the_loss(tiny_config):
     assert per_object * one.min() - 1e-4 <= output.loss_dict["reach"] <= per_object * one.max() + 1e-4
     output.loss.backward()
     assert model.model.pixel_decoder.reach.projection.weight.grad.abs().max() > 0
-    output = model(frames, [masks[:, None]], switch_frames=[torch.tensor([0, 0])], label_sets=[None])
+    output = model(frames, [masks[:, None]], switch_frames=[torch.tensor([0, 0])], class_sets=[None])
     assert output.loss_dict["reach"] == 0
 
 
@@ -218,7 +218,7 @@ def test_the_network_learns_where_to_look(tiny_config):
     picture = 0.1 * torch.randn(1, 1, 3, 64, 96) + 2 * masks.any(0)[None, :, None]
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(120):
-        loss = model(picture, [masks], switch_frames=[torch.tensor([1, 1])], label_sets=[None]).loss
+        loss = model(picture, [masks], switch_frames=[torch.tensor([1, 1])], class_sets=[None]).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -565,6 +565,33 @@ def test_what_fails_at_a_frame_of_the_video_goes_on_with_that_frame(tiny_model, 
     assert all(torch.equal(a.pred_masks, b.pred_masks) for a, b in zip(got, wanted, strict=True))
 
 
+def test_a_frame_that_is_not_finite_is_refused(tiny_model, moving_square):
+    frames, masks = moving_square
+    processor = AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64}))
+    pixels = [processor(images=frame)["pixel_values"] for frame in frames[:2]]
+    session = processor.init_video_session(seed=1)
+    processor.add_inputs_to_inference_session(session, 0, 1, input_masks=masks[0], original_size=(48, 64))
+    tiny_model(inference_session=session, frame=pixels[0])
+    broken = pixels[1].clone()
+    broken[0, 1, 5, 5] = float("nan")
+    with pytest.raises(ValueError, match="frame must hold finite values"):
+        tiny_model(inference_session=session, frame=broken)
+    assert session.next_frame_idx == 1 and tiny_model(inference_session=session, frame=pixels[1]).object_ids == [1]
+
+
+def test_saving_into_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder .*gone"):
+        AusmInferenceSession().save(tmp_path / "gone" / "stream.safetensors")
+
+
+def test_outputs_of_whole_clips_say_not_who_is_who(tiny_model):
+    processor = AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64}))
+    with torch.no_grad():
+        output = tiny_model(torch.zeros(1, 1, 3, 64, 96))
+    with pytest.raises(ValueError, match="wanted are those of a stream"):
+        processor.post_process_instance_segmentation(output, target_sizes=[(64, 96)])
+
+
 def test_frames_from_elsewhere_are_refused_by_a_session_with_a_video(tiny_model, moving_square):
     processor = AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64}))
     session = processor.init_video_session(video=moving_square[0])

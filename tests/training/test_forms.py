@@ -29,7 +29,7 @@ def inputs():
         "pixel_values_videos": torch.randn(2, 4, 3, 64, 64, generator=generator),
         "mask_labels": [first, second],
         "class_labels": [torch.tensor([0, 1]), torch.tensor([-100])],
-        "label_sets": ["pets", None],
+        "class_sets": ["pets", None],
         "exhaustive": [True, False],
         "detect": [True, True],
         "annotated_frames": torch.ones(2, 4, dtype=torch.bool),

@@ -379,6 +379,11 @@ def test_weights_are_trained_in_float32_whatever_they_are_stored_in(tiny, tiny_m
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
 
 
+def test_half_precision_that_a_cpu_passes_over_is_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match="mixed_precision: 'fp16' is for GPUs"):
+        tiny.run(tmp_path / "run", "mixed_precision=fp16")
+
+
 def test_parts_of_a_checkpoint_start_anew(tmp_path):
     config = AusmConfig.from_preset("nano")
     trained = AusmForUniversalSegmentation(config)
@@ -395,6 +400,12 @@ def test_parts_of_a_checkpoint_start_anew(tmp_path):
         assert (parameter == 0.25).all() != anew, name
     for layer in network.model.history_encoder.decoder:
         assert torch.equal(layer.cross_attention.q_proj.weight, layer.cross_attention.k_proj.weight)
-    recipe.model.reinitialize = ["history_encoder."]
+    recipe.model.overrides = {"num_id_vectors": 7}
+    with pytest.raises(ValueError, match="model.overrides: 1 parameters have other shapes in .*model.id_positions"):
+        build_model(recipe, build_config(recipe))
+    recipe.model.reinitialize = ["model.id_"]
+    network = build_model(recipe, build_config(recipe))
+    assert len(network.model.id_vectors.weight) == len(network.model.id_positions.weight) == 7
+    recipe.model.overrides, recipe.model.reinitialize = {}, ["history_encoder."]
     with pytest.raises(ValueError, match="model.reinitialize: the network has no parameter that begins with"):
         build_model(recipe, build_config(recipe))

@@ -29,7 +29,7 @@ def clip():
         "class_labels": [torch.tensor([0, 1])] * 2,
         "switch_frames": [torch.tensor([0, LENGTH])] * 2,
         "id_slots": [torch.tensor([0, 2])] * 2,
-        "label_sets": ["pets"] * 2,
+        "class_sets": ["pets"] * 2,
         "exhaustive": [True] * 2,
         "detect": [True] * 2,
         "annotated_frames": torch.ones(2, LENGTH, dtype=torch.bool),

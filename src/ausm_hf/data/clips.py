@@ -206,8 +206,8 @@ def load_clip(row: dict, indices: list[int]) -> Clip:
     frames = load_frames(row, indices)
     size = frames[0].shape[:2]
     layers = [load_masks(row, t, *size) for t in indices]  # per frame: {object id: mask}, ignored pixels
-    for t, frame, (masks, _) in zip(indices, frames, layers):
-        for shape in [frame.shape[:2], *(mask.shape for mask in masks.values())]:
+    for t, frame, (masks, ignore) in zip(indices, frames, layers):
+        for shape in [frame.shape[:2], ignore.shape, *(mask.shape for mask in masks.values())]:
             if shape != size:
                 raise ValueError(f"frame {t} of {row['video_id']}, or a mask of it, is {shape}, want {size} (H, W)")
 

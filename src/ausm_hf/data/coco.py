@@ -38,6 +38,11 @@ def coco(root: str, split: str = "train2017", annotations: str | None = None, la
                 objects = []
                 # Ids of COCO outgrow pixel values and repeat nothing here, so objects are numbered in their image.
                 for number, annotation in enumerate(by_image.pop(image["id"], []), start=1):
+                    if annotation["category_id"] not in labels:
+                        raise ValueError(
+                            f"annotation {annotation['id']} of {source} is of unknown category "
+                            f"{annotation['category_id']}"
+                        )
                     segmentation = encode_rle(annotation["segmentation"], image["height"], image["width"])
                     label = labels[annotation["category_id"]]
                     objects.append(clip_object(number, label, bool(annotation["iscrowd"]), [segmentation]))

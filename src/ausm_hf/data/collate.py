@@ -23,7 +23,7 @@ class ClipCollator:
 
         Returns:
             `"pixel_values_videos"` `(B, T, 3, H, W)` float32, `"mask_labels"` list of `(N_b, T, H, W)` bool,
-            `"class_labels"` list of `(N_b,)` int64, `"label_sets"`, `"exhaustive"`, `"detect"` lists,
+            `"class_labels"` list of `(N_b,)` int64, `"class_sets"`, `"exhaustive"`, `"detect"` lists,
             `"annotated_frames"` `(B, T)` bool, `"ignore_masks"` `(B, T, H, W)` bool. Frames that pad a shorter clip
             aren't annotated.
 
@@ -47,7 +47,7 @@ class ClipCollator:
             "pixel_values_videos": frames,
             "mask_labels": [pad(clip["masks"], False, 1) for clip in clips],
             "class_labels": [clip["class_labels"] for clip in clips],
-            "label_sets": [clip["label_set"] for clip in clips],
+            "class_sets": [clip["label_set"] for clip in clips],
             "exhaustive": [clip["exhaustive"] for clip in clips],
             "detect": [not clip["first_frame_given"] for clip in clips],
             "annotated_frames": torch.stack(

@@ -35,7 +35,7 @@ def vis_json(
 
     Raises:
         ValueError: A file or key is missing, a category isn't in a label set known here, an annotation names an
-            unknown video or has more or fewer segmentations than its video has frames.
+            unknown video or category or has more or fewer segmentations than its video has frames.
     """
     source = need(Path(annotations), "annotations")
     with reading(source):
@@ -58,6 +58,10 @@ def vis_json(
                 raise ValueError(
                     f"annotation {annotation['id']} of {source} comes twice in video {video['id']}; want an id for "
                     "each object, and all its frames in one annotation"
+                )
+            if annotation["category_id"] not in labels:
+                raise ValueError(
+                    f"annotation {annotation['id']} of {source} is of unknown category {annotation['category_id']}"
                 )
             segmentations = annotation["segmentations"]
             if len(segmentations) != len(video["file_names"]):

@@ -8,6 +8,14 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .backbone_efficientnet_lite import EfficientNetLiteConfig
 
+CUSTOM_PIPELINES = {
+    "video-segmentation": {
+        "impl": "pipeline_ausm.VideoSegmentationPipeline",
+        "pt": ["AutoModelForUniversalSegmentation"],
+        "type": "video",
+    }
+}
+
 COCO_LABELS = (
     "person|bicycle|car|motorcycle|airplane|bus|train|truck|boat|traffic light|fire hydrant|stop sign|parking meter|"
     "bench|bird|cat|dog|horse|sheep|cow|elephant|bear|zebra|giraffe|backpack|umbrella|handbag|tie|suitcase|frisbee|"
@@ -299,6 +307,8 @@ class AusmConfig(PreTrainedConfig):
                 self.label_sets = {"coco": list(COCO_LABELS)}
         if num_labels is not None:
             self.num_labels = num_labels
+        # Which of the files saved beside it is the pipeline, for where this package isn't installed.
+        kwargs.setdefault("custom_pipelines", CUSTOM_PIPELINES)
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name: str, value: Any):

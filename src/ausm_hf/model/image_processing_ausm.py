@@ -169,7 +169,7 @@ class AusmImageProcessor(BaseImageProcessor):
             `list[torch.Tensor]`: for each frame a tensor of shape `(num_objects, 1, height, width)`.
 
         Raises:
-            ValueError: if there are not as many sizes as frames.
+            ValueError: if there are not as many sizes as frames, or the outputs are not those of a stream.
         """
         masks, sizes = list(masks), [(int(height), int(width)) for height, width in original_sizes]
         if len(masks) != len(sizes):
@@ -209,6 +209,10 @@ class AusmImageProcessor(BaseImageProcessor):
             ValueError: if there are not as many sizes as frames.
         """
         several: Any = [outputs] if hasattr(outputs, "pred_masks") else outputs
+        if hasattr(outputs, "masks_queries_logits"):
+            raise ValueError(
+                "outputs are those of whole clips, which say not who is who; wanted are those of a stream"
+            )
         outputs = list(several)
         if target_sizes is None:
             target_sizes = [(output.pred_masks.shape[-2], output.pred_masks.shape[-1]) for output in outputs]

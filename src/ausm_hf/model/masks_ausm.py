@@ -97,8 +97,13 @@ def marked_pieces(logits: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
 def _pieces(mask: torch.Tensor) -> torch.Tensor:
     """The number, from 1 on, of the piece that each cell of a mask (h, w) belongs to; 0 where there is none."""
     near = F.max_pool2d(mask[None].float(), PIECE_GAP + 1, stride=1, padding=PIECE_GAP // 2)[0] > 0
-    pieces, _ = ndimage.label(near.cpu())
-    return torch.from_numpy(pieces).to(mask.device) * mask
+    # torch.compile fails at NumPy's arrays in inference mode.
+    label = torch.compiler.disable(_label) if torch.compiler.is_compiling() else _label
+    return label(near.cpu()).to(mask.device) * mask
+
+
+def _label(mask: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(ndimage.label(mask)[0])
 
 
 def exclusive(logits: list[torch.Tensor]) -> torch.Tensor:

@@ -16,16 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoBackbone, PreTrainedModel
 from transformers import initialization as init
-from transformers.models.mask2former.modeling_mask2former import (
-    Mask2FormerPixelDecoder,
-)
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixelDecoder
 from transformers.utils import logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -49,12 +47,16 @@ from .pixels_ausm import (
     AusmPixelDecoderLayer,
     AusmPyramidPixelEncoder,
     AusmQuerySelection,
+    check_strides,
     pool_in_masks,
     sine_positions,
 )
 from .session_ausm import AusmInferenceSession, AusmVideoSegmentationOutput
 from .streaming_ausm import preview_prompts, propagate_in_video_iterator, step_session, step_sessions
 from .temporal_mamba import TemporalMamba, TemporalMamba2
+
+if TYPE_CHECKING:  # what a model's file imports is saved with a model, so the pipeline is
+    from .pipeline_ausm import VideoSegmentationPipeline  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
@@ -212,7 +214,7 @@ class AusmModel(AusmPreTrainedModel):
         _check_frames(pixel_values.unsqueeze(1))
         # Channels last: convolutions are faster so, and maps become tokens without a copy.
         images = pixel_values.to(self.dtype, memory_format=torch.channels_last)
-        feature_maps = self.backbone(images).feature_maps
+        feature_maps = check_strides(self.backbone(images).feature_maps, images)
         return AusmFrameFeatures(tuple(self.pixel_encoder(feature_maps)), feature_maps[0])
 
     def step(
@@ -386,10 +388,10 @@ class AusmModel(AusmPreTrainedModel):
         )
 
 
-def _check_frames(pixel_values_videos: Tensor):
-    shape = tuple(pixel_values_videos.shape)
+def _check_frames(frames: Tensor):
+    shape = tuple(getattr(frames, "shape", ()))
     if len(shape) != 5 or shape[2] != 3:
-        raise ValueError(f"`pixel_values_videos` must have shape (B, T, 3, H, W), got {shape}.")
+        raise ValueError(f"`pixel_values_videos` must have shape (B, T, 3, H, W), got {shape or type(frames)}.")
     if 0 in shape or shape[3] % FRAME_DIVISOR or shape[4] % FRAME_DIVISOR:
         raise ValueError(
             f"`pixel_values_videos` needs at least one frame, and H and W that are multiples of {FRAME_DIVISOR}; got "
@@ -503,7 +505,7 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         id_slots: list[Tensor] | None = None,
         history_masks: list[Tensor] | None = None,
         prompt_masks: list[Tensor] | None = None,
-        label_sets: list[str | None] | None = None,
+        class_sets: list[str | None] | None = None,
         exhaustive: list[bool] | None = None,
         detect: list[bool] | None = None,
         annotated_frames: Tensor | None = None,
@@ -540,8 +542,8 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             prompt_masks (`list[torch.Tensor]`, one of shape `(N_b, H, W)` per clip, *optional*):
                 What is given of the instances of switch frame 0 before the first frame, `M_0`: boxes filled, points
                 stamped. By default what the history shows of the first frame.
-            label_sets (`list[str | None]`, *optional*):
-                Label set of each clip; `None` trains no class. The default label set for all by default.
+            class_sets (`list[str | None]`, *optional*):
+                Label set of each clip's classes; `None` trains no class. The default label set for all by default.
             exhaustive (`list[bool]`, *optional*):
                 Whether every object of the clip is annotated, so that unmatched detections are wrong; where not, only
                 those are that draw a part or a copy of what is annotated. True by default.
@@ -561,15 +563,14 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
                 What the losses are divided by, where the batch is a part of an optimizer step; see `count_targets`.
                 By default the number of instances to be seen in the batch.
             inference_session (`AusmInferenceSession`, *optional*), frame (`torch.Tensor`, *optional*):
-                A stream and its next frame, of shape `(3, H, W)` or `(1, 3, H, W)`, or what `encode_frames` made of
-                it.
+                A stream and its next frame, `(3, H, W)` or `(1, 3, H, W)`, or what `encode_frames` made of it.
             output_hidden_states, output_attentions, return_dict (`bool`, *optional*):
                 As for [`AusmModel`].
 
         Raises:
             ValueError: If arguments are missing, do not fit together, or have wrong shapes.
         """
-        of_objects = (class_labels, switch_frames, id_slots, history_masks, prompt_masks, label_sets)
+        of_objects = (class_labels, switch_frames, id_slots, history_masks, prompt_masks, class_sets)
         of_clips = (exhaustive, detect, annotated_frames, ignore_masks, num_instances)
         if mask_labels is None and any(argument is not None for argument in of_objects + of_clips):
             raise ValueError("Arguments about labels, from `class_labels` to `ignore_masks`, want `mask_labels` too.")
@@ -597,9 +598,9 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             )
             return result if return_dict is not False else result.to_tuple()
 
-        names = [self.config.default_label_set] * len(mask_labels) if label_sets is None else label_sets
+        names = [self.config.default_label_set] * len(mask_labels) if class_sets is None else class_sets
         if len(names) != len(mask_labels):
-            raise ValueError(f"`label_sets` needs one entry per clip: {len(mask_labels)}, got {len(names)}.")
+            raise ValueError(f"`class_sets` needs one entry per clip: {len(mask_labels)}, got {len(names)}.")
         for name in names:
             if name is not None:
                 self._class_head(name)

@@ -300,7 +300,13 @@ class AusmInferenceSession:
 
         Args:
             path (`str` or `os.PathLike`): The file; replaced if it exists.
+
+        Raises:
+            FileNotFoundError: if there is no such folder.
         """
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {str(path.parent)!r}")
         tensors = {"generator": self.generator.get_state()}
         if self.history is not None:
             tensors |= {f"history.{name}": tensor for name, tensor in self.history.tensors().items()}
@@ -320,7 +326,6 @@ class AusmInferenceSession:
         state["warnings_given"] = sorted(self.warnings_given)
         state["keep_results"] = self.results is not None
 
-        path = Path(path)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
         try:
             # Clones: safetensors refuses tensors that share memory.

@@ -350,6 +350,8 @@ def _checked_pixel_values(frame: torch.Tensor) -> torch.Tensor:
     pixel_values = frame if frame.ndim == 4 else frame[None]
     if pixel_values.ndim != 4 or pixel_values.shape[:2] != (1, 3):
         raise ValueError(f"frame must have shape (3, H, W) or (1, 3, H, W), got {tuple(frame.shape)}")
+    if not pixel_values.isfinite().all():  # it would be in all of the stream's future
+        raise ValueError("frame must hold finite values, got infinite ones or NaN")
     return pixel_values
 
 

@@ -64,7 +64,7 @@ def split_clip(
             "pixel_values_videos": inputs["pixel_values_videos"][:, frames],
             "instances": _cut_instances(instances, frames),
             "plan": _cut_plan(plan, frames),
-            "label_sets": inputs["label_sets"],
+            "class_sets": inputs["class_sets"],
             "num_instances": inputs.get("num_instances"),
         }
 
@@ -81,7 +81,7 @@ class CarriedForm(nn.Module):
         pixel_values_videos: Tensor,
         instances: Instances,
         plan: TeacherForcing,
-        label_sets: list[str | None],
+        class_sets: list[str | None],
         history: AusmHistory | None,
         num_instances: Tensor | None = None,
     ) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class CarriedForm(nn.Module):
             output_intermediate=True,
         )
         predictions = self.network.layer_predictions(output)
-        loss, loss_dict = self.network.criterion(predictions, instances, plan, label_sets, num_instances=num_instances)
+        loss, loss_dict = self.network.criterion(predictions, instances, plan, class_sets, num_instances=num_instances)
         return {
             "loss": loss,
             "loss_dict": loss_dict,
@@ -133,7 +133,7 @@ class IterativeForm(nn.Module):
         instances, plan = plan_clip(self.network, inputs)
         predictions = self.unroll(inputs["pixel_values_videos"], plan)
         loss, loss_dict = self.network.criterion(
-            predictions, instances, plan, inputs["label_sets"], num_instances=inputs.get("num_instances")
+            predictions, instances, plan, inputs["class_sets"], num_instances=inputs.get("num_instances")
         )
         return {"loss": loss, "loss_dict": loss_dict, "masks_queries_logits": predictions[-1]["masks"]}
 

@@ -249,6 +249,8 @@ def _build_accelerator(recipe: Recipe) -> Accelerator:
         # The class heads of the label sets that are not in a batch get no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if recipe.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("mixed_precision: 'fp16' is for GPUs, on a CPU it changes nothing; want 'bf16' or 'no'")
     if accelerator.num_processes != num_launched:
         raise ValueError(f"accelerate: {num_launched} processes were launched, it sees {accelerator.num_processes}")
     kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
@@ -354,7 +356,17 @@ def build_model(recipe: Recipe, config: AusmConfig) -> AusmForUniversalSegmentat
 
 
 def _load_model(path: str, config: AusmConfig, reinitialize: list[str]) -> AusmForUniversalSegmentation:
-    model = AusmForUniversalSegmentation.from_pretrained(path, config=config, dtype=torch.float32)
+    model: Any
+    about: Any
+    model, about = AusmForUniversalSegmentation.from_pretrained(
+        path, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    other = sorted(name for name, *_ in about["mismatched_keys"] if not name.startswith(tuple(reinitialize)))
+    if other:
+        raise ValueError(
+            f"model.overrides: {len(other)} parameters have other shapes in {path}, such as {other[0]}; to start them "
+            "anew name them in model.reinitialize"
+        )
     if reinitialize:
         fresh = AusmForUniversalSegmentation(config).state_dict()
         for prefix in reinitialize:
