@@ -7,14 +7,13 @@ nothing is followed unseen, a mask may reach and come back anywhere, of several 
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import av
 import numpy as np
 import onnxruntime
-from PIL import Image
-
-BILINEAR = Image.Resampling.BILINEAR
+from PIL import Image, ImageOps
 
 
 def exclusive(logits):
@@ -25,7 +24,6 @@ def exclusive(logits):
 step = onnxruntime.InferenceSession(sys.argv[1])
 (folder := Path(sys.argv[3])).mkdir(parents=True, exist_ok=True)
 about = {key: json.loads(value) for key, value in step.get_modelmeta().custom_metadata_map.items()}
-outputs = [x.name for x in step.get_outputs()]
 # A stream starts with zeros; `next_x` of one frame is `x` of the next.
 inputs = {x.name: np.zeros(x.shape, bool if "bool" in x.type else np.float32) for x in step.get_inputs()}
 height, width = inputs["pixel_values"].shape[2:]
@@ -36,11 +34,13 @@ for column in [] if marked is None else np.unique(marked[marked > 0]) - 1:
     taken[column], masks[column] = True, np.array(cover) >= 0.5
 
 for index, frame in enumerate(av.open(sys.argv[2]).decode(video=0)):
-    image = frame.to_image().rotate(frame.rotation, expand=True)  # as the phone was held
-    pixels = np.float32(image.resize((width, height), BILINEAR)) / 255
-    pixels = (pixels - np.float32(about["image_mean"])) / np.float32(about["image_std"])
-    inputs["pixel_values"] = pixels.transpose(2, 0, 1)[None]
-    result = dict(zip(outputs, step.run(None, inputs)))
+    image, mirrored = frame.to_image(), False
+    with suppress(KeyError, ValueError):  # there is no matrix, or it is beside data that PyAV does not know
+        mirrored = np.linalg.det(np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32).reshape(3, 3)) < 0
+    image = (ImageOps.flip(image) if mirrored else image).rotate(frame.rotation, expand=True)  # as players show it
+    pixels = np.float32(image.resize((width, height), Image.BILINEAR)) / 255 - np.float32(about["image_mean"])
+    inputs["pixel_values"] = (pixels / np.float32(about["image_std"])).transpose(2, 0, 1)[None]
+    result = dict(zip([x.name for x in step.get_outputs()], step.run(None, inputs)))
     logits, sure = result["mask_logits"][0], 1 / (1 + np.exp(-result["foreground_logits"][0]))
     rows = {i: i for i in np.flatnonzero(taken) if sure[i] >= about["foreground_threshold"]}  # column -> query
     for row in len(taken) + np.argsort(-sure[len(taken) :]) if marked is None else []:
@@ -54,7 +54,7 @@ for index, frame in enumerate(av.open(sys.argv[2]).decode(video=0)):
     if segments is None:
         masks[:], segments = 0, np.zeros((image.height, image.width), np.uint8)
         if rows:
-            masks[list(rows)] = exclusive(logits[list(rows.values())])
-            large = [np.array(Image.fromarray(logits[row]).resize(image.size, BILINEAR)) for row in rows.values()]
+            masks[list(rows)] = exclusive(logits := logits[list(rows.values())])
+            large = [np.array(Image.fromarray(x).resize(image.size, Image.BILINEAR)) for x in logits]
             segments = (exclusive(np.stack(large)) * (np.uint8(list(rows)) + 1)[:, None, None]).max(axis=0)
     Image.fromarray(segments).save(folder / f"{index:05d}.png")

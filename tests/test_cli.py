@@ -1,5 +1,6 @@
 """`ausm`: what it writes, and how it refuses."""
 
+import http.server
 import io
 import json
 import multiprocessing
@@ -9,12 +10,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import unittest.mock
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -430,31 +434,6 @@ def test_output_that_cannot_be_written_to(clip, tiny_checkpoint, capsys):
         assert stopped.value.code == 2 and error.startswith("ausm: error: [Errno ") and "/proc/ausm" in error, error
 
 
-@pytest.fixture
-def interruptible():
-    """Shells start what runs in the background with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_interrupt_ends_a_live_stream_and_a_second_one_everything(interruptible):
-    def live():
-        yield 0
-        os.kill(os.getpid(), signal.SIGINT)
-        yield 1
-        yield 2
-
-    before = signal.getsignal(signal.SIGINT)
-    assert list(_until_interrupted(live())) == [0, 1]
-    assert signal.getsignal(signal.SIGINT) is before
-    with pytest.raises(KeyboardInterrupt):
-        for number in _until_interrupted(live()):
-            if number == 1:
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(1)
-
-
 # Children of a server that has everything imported and no threads: a fork of this process might inherit a lock.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["ausm_hf.cli", "ausm_hf.segment", "tqdm"])
@@ -492,6 +471,127 @@ def test_without_an_extra_it_says_how_to_install_it(command, missing, extra):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("ausm: error: ")
     assert done.stderr.strip().endswith(f" needs {missing}, which is not installed: pip install 'ausm-hf[{extra}]'")
+
+
+READING = """
+import signal, sys
+from ausm_hf.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what shells start in the background
+sys.stdin = open(stdin)
+main(arguments)
+"""
+
+
+@contextmanager
+def reading(tmp_path, data: bytes, *arguments):
+    """The command, started in a child; `data` comes on its standard input, and then nothing."""
+    os.mkfifo(tmp_path / "stdin")
+    child = FORKS.Process(
+        target=exec,
+        args=(READING, {"stdin": tmp_path / "stdin", "arguments": [str(argument) for argument in arguments]}),
+    )
+    child.start()
+    try:
+        with open(tmp_path / "stdin", "wb", buffering=0) as stream:
+            stream.write(data)
+            yield child
+    finally:
+        child.kill()
+        child.join()
+
+
+def written_lines(out: Path) -> int:
+    return sum(len(path.read_text().splitlines()) for path in out.glob(".frames.partial-*"))
+
+
+def wait_until(condition):
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def as_jpeg(frame) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "JPEG")
+    return file.getvalue()
+
+
+@contextmanager
+def silent_camera(frames):
+    """A network camera that sends these frames, and then nothing."""
+    done = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=next")
+            self.end_headers()
+            for data in map(as_jpeg, frames):
+                head = f"--next\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}\r\n\r\n"
+                self.wfile.write(head.encode() + data + b"\r\n")
+            done.wait(60)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/camera"
+        done.set()
+        server.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["raw", "mjpeg", "network"])
+def test_interrupt_completes_the_files_while_no_frame_comes(kind, moving_square, tiny_checkpoint, tmp_path):
+    frames, out = moving_square[0], tmp_path / "out"
+    options = ["--model", tiny_checkpoint, "--output", out, "--formats", "mp4,json,jsonl"]
+    with ExitStack() as stack:
+        source, data = ["-"], b"".join(map(as_jpeg, frames))
+        if kind == "raw":
+            source, data = ["-", "--raw-size", "64x48"], frames.tobytes()
+        if kind == "network":
+            source, data = [stack.enter_context(silent_camera([*frames] * 20))], b""
+        child = stack.enter_context(reading(tmp_path, data, "segment", *source, *options))
+        wait_until(lambda: written_lines(out) >= 4)
+        seen = 0
+        while seen < (seen := written_lines(out)):  # until no more comes
+            time.sleep(1)
+        os.kill(child.pid, signal.SIGINT)
+        child.join(20)
+        assert child.exitcode == 0
+    assert sorted(path.name for path in out.iterdir()) == ["frames.jsonl", "objects.json", "overlay.mp4"]
+    assert len((out / "frames.jsonl").read_text().splitlines()) == seen == len(list(read_video(out / "overlay.mp4")))
+
+
+def test_a_second_interrupt_stops_everything():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        source = read_video(np.zeros((3, 4, 6, 3), np.uint8))
+        source.stop = unittest.mock.Mock()
+        with pytest.raises(KeyboardInterrupt), _until_interrupted(source):
+            os.kill(os.getpid(), signal.SIGINT)
+            source.stop.assert_called_once_with()
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_while_a_stream_is_looked_into(clip, tiny_checkpoint, tmp_path, number, code):
+    transport = tmp_path / "clip.ts"
+    with av.open(str(clip[0])) as source, av.open(str(transport), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    options = ["--model", tiny_checkpoint, "--output", tmp_path / "out"]
+    with reading(tmp_path, transport.read_bytes()[:2000], "segment", "-", *options) as child:
+        time.sleep(1)
+        assert child.is_alive()
+        os.kill(child.pid, number)
+        child.join(20)
+        assert child.exitcode == code and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -5,8 +5,11 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .video import VideoSource
 
 BOXES = "ID:X0,Y0,X1,Y1 for each object, as in '1:10,20,110,220 2:200,40,260,90'"
 POINTS = "ID:X,Y;X,Y for each object, with - before a point that is not on it, as in '1:120,80;-30,40 2:60,60'"
@@ -53,9 +56,8 @@ def segment(args: argparse.Namespace):
         find_new_objects=args.find_new_objects or None,
         backward=args.backward,
     )
-    if source.once:
-        results = _until_interrupted(results)
-    with tqdm(results, total=source.num_frames, unit="frame", desc=source.name) as results:
+    until_interrupted = _until_interrupted(source) if source.once else nullcontext()
+    with until_interrupted, tqdm(results, total=source.num_frames, unit="frame", desc=source.name) as results:
         paths = save_segments(results, args.output, formats, source.fps, source.name, source.pixel_aspect)
     for path in paths:
         print(path)
@@ -84,21 +86,17 @@ def _segment_many(args: argparse.Namespace):
         sys.exit(1)
 
 
-def _until_interrupted(results: Iterable) -> Iterator:
+@contextmanager
+def _until_interrupted(source: "VideoSource"):
     """A live stream has no end: Ctrl-C is its end, and the files are completed. A second one stops everything."""
-    stopped = False
 
     def stop(*_):
-        nonlocal stopped
-        stopped = True
         signal.signal(signal.SIGINT, before)
+        source.stop()
 
     before = signal.signal(signal.SIGINT, stop)
     try:
-        for result in results:
-            yield result
-            if stopped:
-                return
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
 

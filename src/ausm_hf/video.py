@@ -15,10 +15,13 @@ from fractions import Fraction
 from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar, cast
 
 import av
 import numpy as np
+from av.sidedata.sidedata import SideDataContainer
 from PIL import Image, ImageOps
 
 from .files import IMAGE_SUFFIXES, WholeOrNothing, natural_order
@@ -28,6 +31,8 @@ FPS_WHEN_UNKNOWN = 24
 # Titles and the like come in any encoding. From version 19 on PyAV takes them as they are, and has no such argument.
 ANY_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 HELD_BYTES = 256 * 2**20  # of frames, for reading backwards
+
+Result = TypeVar("Result")
 
 
 def as_rgb_frame(frame) -> np.ndarray:
@@ -117,9 +122,12 @@ class VideoSource:
         num_frames: int | None = None,
         once: bool = False,
         strict: bool = False,
+        live: bool = False,  # a frame may be long in coming
     ):
         self.name, self.fps, self.num_frames, self.once = name, fps, num_frames, once
         self.num_skipped = 0
+        self._live, self._stopped = live, False
+        self._come: SimpleQueue = SimpleQueue()  # what `_awaited` waits for
         self.pixel_aspect = Fraction(1)
         self._open_frames, self._strict = open_frames, strict
         self._last_bad = (-1, "")  # what was reported last: reading again doesn't report it again
@@ -197,8 +205,22 @@ class VideoSource:
                 yield piece.pop()
             last = first - 1
 
+    def stop(self) -> None:
+        """Ends a camera, a stream or standard input after the frame at hand; none is waited for any longer.
+
+        It can be called at any time, from a signal handler or another thread too.
+        """
+        self._stopped = True
+        self._come.put((None, None))
+
+    def _awaited_frames(self, first: int) -> Iterator[tuple[float | None, object]]:
+        frames = self._open_frames(first)
+        while not self._stopped and (item := _awaited(lambda: next(frames, None), self._come)) is not None:
+            yield item
+
     def _good_frames(self, first: int) -> Iterator[tuple[int, float | None, np.ndarray]]:
-        for index, (time, frame) in enumerate(self._open_frames(first), first):
+        frames = self._awaited_frames(first) if self._live else self._open_frames(first)
+        for index, (time, frame) in enumerate(frames, first):
             if not isinstance(frame, _BadFrame):
                 try:
                     yield index, time, as_rgb_frame(frame)
@@ -350,31 +372,59 @@ def _read_images(name: str, paths: list[Path], strict: bool) -> VideoSource:
     return VideoSource(name, frames, num_frames=len(paths), strict=strict)
 
 
+def _awaited(function: Callable[[], Result], come: SimpleQueue) -> Result:
+    """What a function returns that may take long. It runs in a thread of its own: meanwhile Ctrl-C is heard here."""
+
+    def run():
+        try:
+            come.put((function(), None))
+        except BaseException as error:
+            come.put((None, error))
+
+    Thread(target=run, daemon=True).start()  # a daemon: nobody waits for it when the program ends
+    result, error = come.get()
+    if error is not None:
+        raise error
+    return result
+
+
 class _Stdin:
     """Standard input as PyAV takes it: what is there is handed on at once, so that no frame waits for later ones."""
 
+    def __init__(self):
+        self._file = cast(BufferedReader, sys.stdin.buffer)
+        self.start = self._file.read1()  # and what Python may hold of it
+
     def read(self, num_bytes: int) -> bytes:
-        return cast(BufferedReader, sys.stdin.buffer).read1(num_bytes)
+        data, self.start = self.start[:num_bytes], self.start[num_bytes:]
+        # Not through Python's buffer: it would be locked while a thread waits, even when the program ends.
+        return data or self._file.raw.read(num_bytes) or b""
 
 
 def _read_stdin(strict: bool, raw_size: tuple[int, int] | None) -> VideoSource:
     if sys.stdin is None or sys.stdin.isatty():
         raise ValueError("source '-': standard input is no pipe or file")
+    stdin = _Stdin()
     if raw_size is None:
         options = {}
-        if cast(BufferedReader, sys.stdin.buffer).peek(2)[:2] == b"\xff\xd8":
+        if stdin.start[:2] == b"\xff\xd8":
             # The first image says all; by default FFmpeg would wait for a hundred of them.
             options = {"format": "mjpeg", "options": {"probesize": "32", "fpsprobesize": "0"}}
-        return _read_container(_Stdin(), "stdin", strict, live=True, has_clock=not options, **options)
+        return _read_container(stdin, "stdin", strict, live=True, has_clock=not options, **options)
 
     def frames(first):
-        while data := sys.stdin.buffer.read(3 * raw_size[0] * raw_size[1]):
-            if len(data) < 3 * raw_size[0] * raw_size[1]:
-                yield None, _BadFrame(f"it has {len(data)} bytes, wanted are {3 * raw_size[0] * raw_size[1]}")
+        num_bytes = 3 * raw_size[0] * raw_size[1]
+        while True:
+            data = bytearray()
+            while len(data) < num_bytes and (more := stdin.read(num_bytes - len(data))):
+                data += more
+            if len(data) < num_bytes:
+                if data:
+                    yield None, _BadFrame(f"it has {len(data)} bytes, wanted are {num_bytes}")
                 return
             yield None, np.frombuffer(data, np.uint8).reshape(*raw_size, 3)
 
-    return VideoSource("stdin", frames, once=True, strict=strict)
+    return VideoSource("stdin", frames, once=True, strict=strict, live=True)
 
 
 def _read_container(
@@ -437,20 +487,30 @@ def _read_container(
             message = f"video {name!r} should have {num_frames} frames, {index} could be read; it may be cut short"
             warnings.warn(message, stacklevel=2)
 
-    container, stream = open_stream()
+    container, stream = _awaited(open_stream, SimpleQueue()) if live else open_stream()
     opened = [(container, stream)]  # for the first reading; later ones open the file anew
     aspect = stream.sample_aspect_ratio or Fraction(1)
     turned: set[bool] = set()  # whether frames are, by 90 degrees
     fps, num_frames = (stream.average_rate or stream.guessed_rate) if has_clock else None, stream.frames
-    source = VideoSource(name, frames, fps=fps or None, num_frames=num_frames or None, once=live, strict=strict)
+    source = VideoSource(name, frames, fps or None, num_frames or None, once=live, strict=strict, live=live)
     source.pixel_aspect = 1 / aspect if True in turned else aspect
     return source
 
 
 def frame_array(frame: av.VideoFrame) -> np.ndarray:
+    """The picture as players show it: turned and mirrored as its video says."""
     # Frames are too small for more threads of the colour conversion to pay.
     array = frame.to_ndarray(format="rgb24", threads=1)
-    return np.rot90(array, round(frame.rotation / 90)) if frame.rotation % 360 else array
+    return np.rot90(array[::-1] if _is_mirrored(frame) else array, round(frame.rotation / 90))
+
+
+def _is_mirrored(frame: av.VideoFrame) -> bool:
+    side_data: Any = SideDataContainer  # a frame and its own `side_data` would keep each other alive
+    try:
+        matrix = side_data(frame).get("DISPLAYMATRIX")
+    except ValueError:  # PyAV gives none of it where it doesn't know all of it, as the EXIF data of JPEGs
+        return False
+    return matrix is not None and np.linalg.det(np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2]) < 0
 
 
 def _is_tensor(x) -> bool:
@@ -512,7 +572,7 @@ class VideoWriter(WholeOrNothing):
         codec.colorspace = codec.color_primaries = codec.color_trc = 6  # SMPTE 170M, said so that no player guesses
         codec.color_range = 1  # limited
         codec.sample_aspect_ratio = self.pixel_aspect
-        self._last_pts = -1
+        self._last_pts, self._last_step = -1, 0
         self._timed = None
 
     def write(self, frame: np.ndarray, time: float | None = None) -> None:
@@ -521,7 +581,8 @@ class VideoWriter(WholeOrNothing):
         Args:
             frame: uint8 RGB array (H, W, 3) of the writer's size.
             time: seconds since the first frame, for videos of variable rate; with every frame or with none. A time
-                that doesn't go on from the one before is moved to just after it.
+                that doesn't go on from the one before is moved to just after it. The last frame is shown as long as
+                the one before it.
 
         Raises:
             ValueError: for a frame of another size or dtype, or a time sometimes given and sometimes not.
@@ -544,13 +605,17 @@ class VideoWriter(WholeOrNothing):
         picture = picture.reformat(format="yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG", threads=1)
         picture.pts = max(self._last_pts + 1, 0 if time is None else round(time / self._tick))
         picture.time_base = self._tick
+        self._last_step = picture.pts - max(self._last_pts, 0)
         self._last_pts = picture.pts
         self._container.mux(self._stream.encode(picture))
 
     def _finish(self):
         if self._last_pts < 0:
             raise ValueError(f"no frame was written to {str(self.path)!r}")
-        self._container.mux(self._stream.encode())
+        packets = self._stream.encode()
+        if packets and self._timed and self._last_step:
+            packets[-1].duration = self._last_step  # nobody has said; FFmpeg would go by the rate
+        self._container.mux(packets)
         self._container.close()
 
     def _release(self):

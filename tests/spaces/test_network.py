@@ -25,6 +25,7 @@ from ausm_hf.demo.clips import unpack_clip
 from ausm_hf.demo.network import Network, News, Result, Stopped, show_alone
 from ausm_hf.demo.unpack import Limits, Refused
 from ausm_hf.model.prompts_ausm import ObjectPrompt
+from ausm_hf.segment import FrameSegments
 
 
 @pytest.fixture
@@ -100,6 +101,21 @@ def test_scores_are_of_labels_only_where_labels_are_read(
     for row in result.objects:
         scores = [item["score"] for r in frames for item in r.objects if item["id"] == row["id"]]
         assert row["score"] == pytest.approx(np.mean(scores))
+
+
+def test_the_table_says_what_the_files_say(network, clip, tmp_path, monkeypatch):
+    def results(frames, *_, **__):
+        for index, frame in enumerate(frames):
+            found = {"id": 1, "label": "cat", "score": 0.3} if index > 3 else {"id": 1, "label": "dog", "score": 0.9}
+            yield FrameSegments(index, None, frame, np.ones(frame.shape[:2], np.int32), [found])
+
+    monkeypatch.setattr("ausm_hf.demo.network.segment_video", results)
+    (tmp_path / "run").mkdir()
+    *_, result = network.run(clip, tmp_path / "run")
+    (row,) = result.objects
+    (written,) = json.loads((tmp_path / "run" / "objects.json").read_text())["objects"]
+    assert row["label"] == written["label"] == "dog" and row["score"] == written["score"] == pytest.approx(0.7)
+    assert (row["frames"], row["areas"]) == (6, [1.0] * 6)
 
 
 def test_found_objects_take_threshold_number_and_label_set(network, tiny_config, clip, tmp_path):

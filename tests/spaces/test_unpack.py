@@ -247,6 +247,17 @@ def test_the_pixels_shape_is_kept(frames, tmp_path):
         by_child(path, tmp_path / "thin")
 
 
+def test_a_mirrored_video(frames, tmp_path):
+    path = write_video(tmp_path / "clip.mp4", frames)
+    as_it_is = next(by_child(path, tmp_path / "out").frames())
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40
+    data[at : at + 36] = struct.pack(">9i", -(1 << 16), 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    mirrored = next(by_child(path, tmp_path / "mirrored").frames())
+    assert np.abs(mirrored[:, ::-1].astype(int) - as_it_is).mean() < 3
+
+
 def test_only_what_the_page_takes_is_asked_for(tmp_path):
     """Gradio refuses to upload a GIF, by its type."""
     (tmp_path / "text").write_text("I am a video, believe me.")

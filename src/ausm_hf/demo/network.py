@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -160,7 +161,7 @@ class Network:
                 session, frame_index, list(of_frame), input_masks=list(of_frame.values()), original_size=clip.size
             )
         results = segment_video(clip.frames(), self.model, self.processor, session=session, max_objects=max_objects)
-        tally = _Tally(clip)
+        areas: dict[int, list[float]] = defaultdict(lambda: [0.0] * clip.num_frames)
         stop = folder / "stop"
         started = told = time.monotonic()
         pictures = []
@@ -180,7 +181,8 @@ class Network:
                 video.write(drawn, at)
                 pngs.write(result.index, result.frame, result.masks, objects)
                 table.write(result.index, result.frame, result.masks, objects, at)
-                tally.add(result.index, result.masks, objects)
+                for object_id, count in zip(*np.unique(result.masks, return_counts=True)):
+                    areas[int(object_id)][result.index] = float(count / result.masks.size)
                 picture = Image.fromarray(drawn).resize(clip.shown_size)
                 if result.index in keys:
                     picture.save(folder / "key" / f"{result.index:05d}.jpg", quality=90)
@@ -191,50 +193,31 @@ class Network:
                     done = result.index + 1
                     yield News(done, clip.num_frames, done / (now - started), pictures)
                     told, pictures = now, []
-        _pack(folder)
+        found = _pack(folder)
         seconds = time.monotonic() - started
         yield News(clip.num_frames, clip.num_frames, clip.num_frames / seconds, pictures)
-        yield Result(folder, tally.objects(), seconds)
-
-
-class _Tally:
-    """What the table of objects says."""
-
-    def __init__(self, clip: Clip):
-        self.clip = clip
-        self.rows: dict[int, dict] = {}
-
-    def add(self, index: int, masks: np.ndarray, objects: list[dict]):
-        ids, counts = np.unique(masks, return_counts=True)
-        areas = dict(zip(ids.tolist(), counts.tolist()))
-        for item in objects:
-            area = areas.get(item["id"], 0)
-            if area:
-                row = self.rows.setdefault(item["id"], {"areas": [0.0] * self.clip.num_frames, "scores": []})
-                row["areas"][index] = area / masks.size
-                row["scores"].append(item["score"])
-                row["label"] = item["label"] or row.get("label")
-
-    def objects(self) -> list[dict]:
-        return [
+        objects = [
             {
-                "id": object_id,
-                "label": row["label"],
-                "score": float(np.mean(row["scores"])),
-                "frames": len(row["scores"]),
-                "areas": row["areas"],
+                "id": item["id"],
+                "label": item["label"],
+                "score": item["score"],
+                "frames": len(item["segmentations"]),
+                "areas": areas[item["id"]],
             }
-            for object_id, row in sorted(self.rows.items())
+            for item in found
         ]
+        yield Result(folder, objects, seconds)
 
 
-def _pack(folder: Path):
-    """The downloads that are made of other files."""
+def _pack(folder: Path) -> list[dict]:
+    """The downloads that are made of other files. Returns the objects of `objects.json`."""
     with zipfile.ZipFile(folder / "masks.zip", "w") as archive:  # not packed further: PNGs are already
         for path in sorted((folder / "masks").iterdir()):
             archive.write(path, f"masks/{path.name}")
-    (folder / "coco.json").write_text(json.dumps(to_coco(folder / "objects.json")))
-    (folder / "youtube_vis.json").write_text(json.dumps(to_youtube_vis_data(folder / "objects.json")))
+    content = json.loads((folder / "objects.json").read_text())
+    (folder / "coco.json").write_text(json.dumps(to_coco(content)))
+    (folder / "youtube_vis.json").write_text(json.dumps(to_youtube_vis_data(content)))
+    return content["objects"]
 
 
 def show_alone(clip: Clip, result: Result, object_id: int) -> tuple[Path, list[Path]]:

@@ -85,7 +85,7 @@ def unpack(path: str | os.PathLike, folder: Path, limits: Limits):
     """Writes the frames of a video and what is known of them. Raises Refused."""
     import av
 
-    from ..video import ANY_METADATA
+    from ..video import ANY_METADATA, frame_array
 
     options = {
         "protocol_whitelist": "file",
@@ -118,9 +118,7 @@ def unpack(path: str | os.PathLike, folder: Path, limits: Limits):
                 start = frame.time if start is None else start
                 time = None if frame.time is None or start is None else frame.time - start
                 limits.check_length(len(times) + 1, time or 0)
-                picture = frame.to_ndarray(format="rgb24", threads=1)
-                if frame.rotation % 360:
-                    picture = np.rot90(picture, round(frame.rotation / 90))
+                picture = frame_array(frame)
                 if size is None:
                     size = picture.shape[:2]
                     aspect = 1 / aspect if round(frame.rotation / 90) % 2 else aspect

@@ -133,12 +133,26 @@ def read_frames(source: Any) -> Iterable:
                 if container.streams.video[0].codec_context is None:  # PyAV before version 18 would crash
                     raise ValueError(f"video {str(path)!r} can't be decoded: its codec is unknown")
                 for frame in container.decode(video=0):
-                    picture = frame.to_ndarray(format="rgb24")
-                    yield np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90)))
+                    yield upright(frame)
         except (av.FFmpegError, IndexError) as error:  # IndexError: there is no picture in it
             raise ValueError(f"video {str(path)!r} can't be decoded: {error}") from error
 
     return decode()
+
+
+def upright(frame) -> np.ndarray:
+    """PyAV's frame as players show it, turned and mirrored as its video says: uint8 RGB `(height, width, 3)`."""
+    from av.sidedata.sidedata import SideDataContainer
+
+    side_data: Any = SideDataContainer  # a frame and its own `side_data` would keep each other alive
+    picture = frame.to_ndarray(format="rgb24")
+    try:
+        matrix = side_data(frame).get("DISPLAYMATRIX")
+    except ValueError:  # PyAV gives none of it where it doesn't know all of it
+        matrix = None
+    if matrix is not None and np.linalg.det(np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2]) < 0:
+        picture = picture[::-1]
+    return np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90)))
 
 
 class VideoSegmentationPipeline(Pipeline):
