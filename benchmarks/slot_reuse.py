@@ -59,12 +59,12 @@ def second_masks(model, processor, frames: list, first: np.ndarray, patch: np.nd
     for t, frame in enumerate(frames):
         if t == 0 and way != "another slot, no past":
             hold(session, FIRST)
-            add(session, None, 1, first, original_size=first.shape)
+            add(session, None, 1, input_masks=first, original_size=first.shape)
         if t == BEFORE:
             if session.obj_ids:
                 session.remove_object(1)
             hold(session, FIRST if way == "same slot" else SECOND)
-            add(session, None, 2, patch, original_size=first.shape)
+            add(session, None, 2, input_masks=patch, original_size=first.shape)
         output = model(inference_session=session, frame=processor(images=frame)["pixel_values"])
         if t > BEFORE:
             (result,) = processor.post_process_instance_segmentation(output, target_sizes=[first.shape])
