@@ -22,8 +22,6 @@ import json
 import math
 import os
 import re
-import shutil
-import uuid
 from array import array
 from collections.abc import Iterator
 from contextlib import suppress
@@ -34,7 +32,7 @@ from typing import TextIO
 import numpy as np
 from pycocotools import mask as rle_tools
 
-from .files import WholeOrNothing
+from .files import WholeFolder, WholeOrNothing
 from .video import VideoWriter
 from .visualization import draw_overlay, indexed_image, object_labels
 
@@ -67,7 +65,7 @@ class _ResultWriter(WholeOrNothing):
         super()._finish()
 
 
-class PngMaskWriter(_ResultWriter):
+class PngMaskWriter(_ResultWriter, WholeFolder):
     """Writes one PNG of indexed masks per frame into a folder: `00000.png`, `00001.png`, ...
 
     The value of a pixel is the id of its object, 0 is background. Frames with ids up to 255 become 8-bit images with
@@ -81,17 +79,12 @@ class PngMaskWriter(_ResultWriter):
         ValueError: if `path` is a file, or a folder with other things in it.
     """
 
-    _makes_folder = True
-
     def __init__(self, path: str | os.PathLike):
         super().__init__(path)
         if self.path.exists():
             for file in self.path.iterdir():
                 if not re.fullmatch(r"\d+\.png", file.name):
                     raise ValueError(f"folder {str(path)!r} holds {file.name!r}, so it isn't replaced by masks")
-
-    def _start(self):
-        self.partial.mkdir()
 
     def write(self, frame_index, frame, indexed_mask, objects, time=None) -> None:
         """Writes the masks of one frame; see the top of this module. A PNG has no time: `time` isn't kept.
@@ -105,16 +98,6 @@ class PngMaskWriter(_ResultWriter):
             raise ValueError(f"indexed_mask spans {low} to {high}; a PNG holds 0 to 65535")
         # A third larger than by default, and five times as fast.
         indexed_image(indexed_mask).save(self.partial / f"{frame_index:05d}.png", compress_level=3)
-
-    def _publish(self):
-        # A folder with files in it can't be replaced in one go, so the old one steps aside first.
-        old = self.path.with_name(f".{self.path.name}.old-{uuid.uuid4().hex[:8]}")
-        replaces = self.path.exists()
-        if replaces:
-            os.replace(self.path, old)
-        os.replace(self.partial, self.path)
-        if replaces:
-            shutil.rmtree(old)
 
 
 class OverlayVideoWriter(_ResultWriter, VideoWriter):

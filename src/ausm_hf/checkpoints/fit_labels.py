@@ -13,7 +13,6 @@ ones.
 import argparse
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from ausm_hf import AusmConfig, AusmForUniversalSegmentation, AusmProcessor
 from ausm_hf.data.clips import load_frames, load_masks
 from ausm_hf.data.labels import COCO_LABELS
 from ausm_hf.data.stills import stills
-from ausm_hf.training.checkpoint import publish_folder
+from ausm_hf.files import WholeFolder
 
 # Sets of photographs, and in how many views each photograph is shown.
 SETS = {"coco_mini": 6, "coco_mval": 6, "street": 2, "pennfudan": 1, "people": 1, "cats": 1, "fashion": 1}
@@ -167,20 +166,15 @@ def fit_labels(checkpoint: Path, root: Path, folder: Path) -> Path:
     weight, bias = fit(features, labels)
     weights["class_heads.coco.weight"][:] = weight
     weights["class_heads.coco.bias"][:] = bias
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-    try:
+    with WholeFolder(folder) as whole:
+        partial = whole.partial
         shutil.copytree(checkpoint, partial, dirs_exist_ok=True)
         config = model.config.to_dict()
         content = json.loads((partial / "config.json").read_text())
         content |= {name: config[name] for name in ("mask_pooling", "default_label_set", "id2label", "label2id")}
         (partial / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        partial.chmod(0o755)
         (partial / "model.safetensors").chmod(0o644)
-        publish_folder(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
