@@ -244,3 +244,10 @@ def test_one_size_per_frame(processor):
         processor.post_process_instance_segmentation(output(OVERLAPPING), target_sizes=[(4, 4)] * 2)
     with pytest.raises(ValueError, match="original_sizes must have one size"):
         processor.post_process_masks([torch.zeros(1, 1, 2, 2)], [(4, 4)] * 2)
+
+
+def test_a_size_of_its_own_is_looked_at_too():
+    processor = AusmImageProcessor()
+    processor.size = 256
+    with pytest.raises(ValueError, match="size must be a dict .*, got 256"):
+        processor(np.zeros((32, 32, 3), np.uint8))

@@ -104,7 +104,7 @@ class AusmImageProcessor(BaseImageProcessor):
             raise ValueError("images is empty; wanted is at least one frame")
         do_resize = self.do_resize if do_resize is None else do_resize
         do_normalize = self.do_normalize if do_normalize is None else do_normalize
-        size = self.size if size is None else _checked_size(size)
+        size = _checked_size(self.size if size is None else size)
 
         original_sizes = [[frame.shape[-2], frame.shape[-1]] for frame in frames]
         targets = [self.target_size(h, w, size) if do_resize else (h, w) for h, w in original_sizes]
@@ -169,7 +169,7 @@ class AusmImageProcessor(BaseImageProcessor):
             `list[torch.Tensor]`: for each frame a tensor of shape `(num_objects, 1, height, width)`.
 
         Raises:
-            ValueError: if there are not as many sizes as frames, or the outputs are not those of a stream.
+            ValueError: if there are not as many sizes as frames.
         """
         masks, sizes = list(masks), [(int(height), int(width)) for height, width in original_sizes]
         if len(masks) != len(sizes):
@@ -206,7 +206,7 @@ class AusmImageProcessor(BaseImageProcessor):
               where no class is known yet) and `score`.
 
         Raises:
-            ValueError: if there are not as many sizes as frames.
+            ValueError: if there are not as many sizes as frames, or the outputs are not those of a stream.
         """
         several: Any = [outputs] if hasattr(outputs, "pred_masks") else outputs
         if hasattr(outputs, "masks_queries_logits"):
