@@ -201,7 +201,7 @@ DATA = {
     "a JSON that is a list": (lambda f: vis_json(str(f), write(f, "a.json", [1])), "has no key 'videos'"),
     "fewer segmentations than frames": (lambda f: vis(f, segmentations=[]), "has 0 segmentations"),
     "an unknown video": (lambda f: vis(f, video_id=7), "unknown video 7"),
-    "an unknown category": (lambda f: vis(f, category_id=7), "can't be read: it lacks 7"),
+    "an unknown category": (lambda f: vis(f, category_id=7), "vis.json is of unknown category 7"),
     "a segmentation that is none": (lambda f: vis(f, segmentations=["abc"]), "want polygons, or run lengths"),
     "run lengths of another size": (
         lambda f: vis(f, segmentations=[{"size": [9, 9], "counts": [81]}]),

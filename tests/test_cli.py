@@ -530,7 +530,7 @@ def silent_camera(frames):
             for data in map(as_jpeg, frames):
                 head = f"--next\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}\r\n\r\n"
                 self.wfile.write(head.encode() + data + b"\r\n")
-            done.wait(60)
+            done.wait(600)
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -548,7 +548,7 @@ def test_interrupt_completes_the_files_while_no_frame_comes(kind, moving_square,
         if kind == "raw":
             source, data = ["-", "--raw-size", "64x48"], frames.tobytes()
         if kind == "network":
-            source, data = [stack.enter_context(silent_camera([*frames] * 20))], b""
+            source, data = [stack.enter_context(silent_camera([*frames] * 3))], b""
         child = stack.enter_context(reading(tmp_path, data, "segment", *source, *options))
         wait_until(lambda: written_lines(out) >= 4)
         seen = 0
@@ -628,8 +628,12 @@ def test_terminated_while_a_library_makes_another_error_of_it(monkeypatch, capsy
             raise ValueError("trying to pop from empty mode stack") from None
 
     monkeypatch.setattr("ausm_hf.cli.init", init)
-    with pytest.raises(SystemExit) as caught:
-        main(["init", "folder"])
+    before = signal.signal(number, signal.SIG_DFL)  # nohup has it ignored
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main(["init", "folder"])
+    finally:
+        signal.signal(number, before)
     assert caught.value.code == code and not capsys.readouterr().err
 
 

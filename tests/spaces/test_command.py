@@ -64,8 +64,9 @@ def test_what_ends_it_leaves_no_files(with_signal, codes, tiny_checkpoint, tmp_p
     pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'ausm-hf[demo]'")
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     environment.pop("GRADIO_SERVER_PORT", None)
-    # Shells start programs in the background deaf to SIGINT, and these hand that on.
+    # Shells start programs in the background deaf to SIGINT, nohup to SIGHUP, and these hand that on.
     command = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    command += "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
     command += "from ausm_hf.cli import main; main(['demo', '--model', sys.argv[1], '--device', 'cpu'])"
     process = subprocess.Popen(
         [sys.executable, "-c", command, tiny_checkpoint],

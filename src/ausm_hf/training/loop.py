@@ -238,6 +238,8 @@ def train(
 
 def _build_accelerator(recipe: Recipe) -> Accelerator:
     """Accelerate, in each process that was launched. Raises ValueError if they can't do what the recipe says."""
+    if recipe.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        raise ValueError("mixed_precision: 'fp16' is for GPUs, on a CPU it changes nothing; want 'bf16' or 'no'")
     num_launched = int(os.environ.get("WORLD_SIZE", 1))
     accelerator = Accelerator(
         # Without a GPU, Accelerate sees the other processes of `torchrun` only if it is told to use the CPU.
@@ -249,8 +251,6 @@ def _build_accelerator(recipe: Recipe) -> Accelerator:
         # The class heads of the label sets that are not in a batch get no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    if recipe.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("mixed_precision: 'fp16' is for GPUs, on a CPU it changes nothing; want 'bf16' or 'no'")
     if accelerator.num_processes != num_launched:
         raise ValueError(f"accelerate: {num_launched} processes were launched, it sees {accelerator.num_processes}")
     kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
