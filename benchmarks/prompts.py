@@ -1,6 +1,7 @@
 """How good is a box, and how good are 1, 3 and 5 clicks, beside the object's true mask?
 
-    python benchmarks/prompts.py --root DAVIS [--split dev] [--model ID_OR_PATH] [--frames N] [--output prompts.json]
+    python benchmarks/prompts.py --root DAVIS [--split dev] [--model ID_OR_PATH] [--frames N] [--seed N]
+        [--output prompts.json]
 
 ROOT is DAVIS 2016 in its official layout. The object is prompted in the first frame and followed through the sequence:
 
@@ -12,7 +13,8 @@ ROOT is DAVIS 2016 in its official layout. The object is prompted in the first f
   negative where it is too much.
 
 J of the first frame says what the network makes of the prompt, J of the others (without the last, as DAVIS counts)
-what following gives. Prints a table and writes all numbers to a JSON file.
+what following gives. The seed draws the ID vectors, which moves J by up to a point. Prints a table and writes all
+numbers to a JSON file.
 """
 
 import argparse
@@ -53,7 +55,7 @@ def next_click(mask: np.ndarray, true: np.ndarray) -> tuple[list[float], int] | 
     return [x + 0.5, y + 0.5], label
 
 
-def first_prompts(model, processor, frame: np.ndarray, true: np.ndarray) -> dict[str, dict]:
+def first_prompts(model, processor, frame: np.ndarray, true: np.ndarray, seed: int) -> dict[str, dict]:
     """The prompt of each way, as arguments of `add_inputs_to_inference_session`."""
     y, x = true.nonzero()
     box = [float(x.min()), float(y.min()), float(x.max() + 1), float(y.max() + 1)]
@@ -68,7 +70,7 @@ def first_prompts(model, processor, frame: np.ndarray, true: np.ndarray) -> dict
         if click := next_click(mask, true):
             points, labels = [*points, click[0]], [*labels, click[1]]
         clicks = {"input_points": points, "input_labels": labels}
-        session = processor.init_video_session(seed=0)
+        session = processor.init_video_session(seed=seed)
         processor.add_inputs_to_inference_session(session, 0, 1, original_size=true.shape, **clicks)
         mask = model.preview_prompts(session, pixel_values)[1].cpu().numpy()
         if number in CLICKS:
@@ -76,10 +78,10 @@ def first_prompts(model, processor, frame: np.ndarray, true: np.ndarray) -> dict
     return prompts
 
 
-def follow(model, processor, frames: list[np.ndarray], prompt: dict) -> list[np.ndarray]:
+def follow(model, processor, frames: list[np.ndarray], prompt: dict, seed: int) -> list[np.ndarray]:
     """The object's mask in each frame."""
     size = frames[0].shape[:2]
-    session = processor.init_video_session(seed=0)
+    session = processor.init_video_session(seed=seed)
     processor.add_inputs_to_inference_session(session, 0, 1, original_size=size, **prompt)
     masks = []
     for frame in frames:
@@ -95,6 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--split", default="dev")
     parser.add_argument("--model", help="checkpoint (default: the ausm-nano of the package)")
     parser.add_argument("--frames", type=int, help="only the first frames of each sequence")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=Path("prompts.json"))
     args = parser.parse_args(arguments)
@@ -107,9 +110,10 @@ def main(arguments: list[str] | None = None) -> None:
         true = [load_masks(row, t, *size)[0].get(1, np.zeros(size, bool)) for t in range(len(frames))]
         scores = sequences[row["video_id"]] = {}
         with torch.no_grad():
-            prompts = first_prompts(model, processor, frames[0], true[0])
+            prompts = first_prompts(model, processor, frames[0], true[0], args.seed)
         for way in tqdm(WAYS, row["video_id"]):
-            j = [region_similarity(mask, t) for mask, t in zip(follow(model, processor, frames, prompts[way]), true)]
+            masks = follow(model, processor, frames, prompts[way], args.seed)
+            j = [region_similarity(mask, t) for mask, t in zip(masks, true)]
             scores[way] = {"first": j[0], "followed": float(np.mean(j[1:-1])) if len(j) > 2 else None}
 
     def mean(way: str, key: str) -> float | None:
@@ -124,6 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
         "model": args.model or "ausm-nano",
         "split": args.split,
         "frames": args.frames,
+        "seed": args.seed,
         "mean": means,
         "sequences": sequences,
     }

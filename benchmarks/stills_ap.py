@@ -24,6 +24,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -32,12 +34,14 @@ from tqdm import tqdm
 from ausm_hf.data.clips import load_frames, load_masks
 from ausm_hf.data.labels import COCO_LABELS
 from ausm_hf.data.stills import stills
+from ausm_hf.evaluation.metrics.jf import region_similarity
 from ausm_hf.evaluation.runner import Inference, predict_video
 from ausm_hf.files import WholeOrNothing
 from ausm_hf.segment import load_model
 
 SETS = ("coco_mini", "cats", "balloon", "fashion")
 FOUND = 0.5  # least IoU
+SHARES = (0, 0.01, 0.03, 0.1)  # of the picture, from which on an object is of the next size
 MEASURES = ("AP", "AP50", "AP75", "AR1", "AR10", "AR100")
 
 
@@ -65,6 +69,26 @@ def true_objects(row: dict, size: tuple[int, int]) -> tuple[list[dict], np.ndarr
     masks, ignore = load_masks(row, 0, *size)
     labels = {obj["id"]: obj["label"] for obj in row["objects"]}
     return [{"mask": mask, "label": labels[i]} for i, mask in masks.items() if mask.any()], ignore
+
+
+def covered(frame: np.ndarray, true: list[dict], ignore: np.ndarray, model, processor) -> list[tuple[float, bool]]:
+    """Of each labelled object its share of the picture, and whether any detection has its mask, whatever its score."""
+    with torch.inference_mode():
+        logits = model.step(processor(images=frame)["pixel_values"].to(model.device)).masks_queries_logits
+    masks = F.interpolate(logits.float(), frame.shape[:2], mode="bilinear")[0].gt(0).cpu().numpy() & ~ignore
+    return [
+        (float(x["mask"].mean()), any(region_similarity(mask, x["mask"]) >= FOUND for mask in masks)) for x in true
+    ]
+
+
+def by_size(coverage: list[tuple[float, bool]]) -> dict[str, list[int]]:
+    """By size, as a share of the picture, how many objects have a mask, and how many there are."""
+    sizes = {}
+    for low, high in zip(SHARES, [*SHARES[1:], 1]):
+        there = [ok for share, ok in coverage if low < share <= high]
+        if there:
+            sizes[f"{low:.0%} to {high:.0%} of the picture"] = [sum(there), len(there)]
+    return sizes
 
 
 def average_precision(photographs: list[dict], with_classes: bool) -> dict:
@@ -150,6 +174,8 @@ def tables(content: dict) -> str:
         ap = content["class-aware"]["AP"] if label == "all" else content["class-aware"]["per_class"].get(label)
         shown = "" if ap is None else f"{100 * ap:.1f}"
         lines.append(f"| {label} | {row['objects']} | {row['found']} | {row['right']} | {shown} |")
+    lines += ["", "| objects of | how many | have a mask, whatever its score |", "| --- " * 3 + "|"]
+    lines += [f"| {size} | {number} | {count / number:.0%} |" for size, (count, number) in content["covered"].items()]
     return "\n".join(lines) + "\n"
 
 
@@ -174,10 +200,11 @@ def main(arguments: list[str] | None = None) -> None:
     model, processor = load_model(args.model)
     if "coco" not in model.config.label_sets:
         parser.error(f"the model has no label set 'coco'; it has {', '.join(model.config.label_sets)}")
-    photographs = []
+    photographs, coverage = [], []
     for row in tqdm(rows, "photographs"):
         frame = load_frames(row, [0])[0]
         true, ignore = true_objects(row, frame.shape[:2])
+        coverage += covered(frame, true, ignore, model, processor)
         found = find_objects(row, model, processor, inference)
         for item in found:
             item["mask"] &= ~ignore
@@ -194,6 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
         "class-aware": average_precision(photographs, True),
         "class-agnostic": average_precision(photographs, False),
         "labels": right_labels(photographs),
+        "covered": by_size(coverage),
     }
     with WholeOrNothing(args.output / "stills_ap.json") as file:
         file.partial.write_text(json.dumps(content, indent=2) + "\n")

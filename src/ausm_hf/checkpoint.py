@@ -3,8 +3,9 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -89,7 +90,8 @@ def push_checkpoint(
         huggingface_hub.errors.HfHubHTTPError: if the Hub refuses (log in with `hf auth login`).
     """
     validate_repo_id(repo_id)
-    measured = [row for path in results for row in _read_results(Path(path), folder)]
+    own = cache(lambda dtype: fingerprint(*load_model(folder, "cpu", dtype)))  # it depends on how weights are loaded
+    measured = [row for path in results for row in _read_results(Path(path), folder, own)]
     model, processor = load_model(folder, device="cpu")
     with tempfile.TemporaryDirectory() as upload:
         VideoSegmentationPipeline(model, processor=processor, device="cpu").save_pretrained(upload)
@@ -218,7 +220,7 @@ def _table(head: list[str], rows: Iterable[Iterable]) -> str:
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
-def _read_results(path: Path, folder: str | os.PathLike) -> list[dict]:
+def _read_results(path: Path, folder: str | os.PathLike, own: Callable[[str], str]) -> list[dict]:
     """`benchmark`, `split`, `mode`, `measure` and `scores` (fractions of 1) of each measure in a `results.json`."""
     try:
         content = json.loads(path.read_text())
@@ -232,11 +234,10 @@ def _read_results(path: Path, folder: str | os.PathLike) -> list[dict]:
         raise ValueError(
             f"results {str(path)!r} can't be read: wanted is a results.json of `ausm evaluate`"
         ) from error
-    # The fingerprint is of the weights in the dtype that they were loaded in.
-    if weights is not None and weights != (own := fingerprint(*load_model(folder, "cpu", dtype))):
+    if weights is not None and weights != own(dtype):
         raise ValueError(
             f"results {str(path)!r} are of other weights or settings ({weights}) than checkpoint {str(folder)!r} "
-            f"({own}); wanted is what `ausm evaluate --model {folder}` writes"
+            f"({own(dtype)}); wanted is what `ausm evaluate --model {folder}` writes"
         )
     return [
         {

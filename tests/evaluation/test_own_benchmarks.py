@@ -3,6 +3,7 @@
 import importlib.util
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -132,6 +133,29 @@ def test_classes_count_where_they_are_labelled(stills_ap):
         "cat": {"objects": 2, "found": 2, "right": 2},
         "dog": {"objects": 1, "found": 1, "right": 0},
     }
+
+
+def test_objects_have_a_mask_by_their_size(stills_ap):
+    frame, ignore = np.zeros((20, 20, 3), np.uint8), np.zeros((20, 20), bool)
+    true = [np.zeros((20, 20), bool) for _ in range(3)]
+    true[0][:10, :10] = true[1][15:17, 15:17] = true[2][:, 12:] = True
+    logits = torch.full((1, 2, 20, 20), -5.0)
+    logits[0, 0, :10, :8] = 5.0  # IoU 0.8 with the first
+    logits[0, 1, 14:19, 14:19] = 5.0  # 4 of 25 with the second
+
+    class Model:
+        device = torch.device("cpu")
+
+        @staticmethod
+        def step(pixel_values):
+            return SimpleNamespace(masks_queries_logits=logits)
+
+    def processor(images):
+        return {"pixel_values": torch.zeros(1, 3, 20, 20)}
+
+    coverage = stills_ap.covered(frame, [{"mask": mask} for mask in true], ignore, Model, processor)
+    assert coverage == [(0.25, True), (0.01, False), (0.4, False)]
+    assert stills_ap.by_size(coverage) == {"0% to 1% of the picture": [0, 1], "10% to 100% of the picture": [1, 2]}
 
 
 def test_nothing_found_and_nothing_to_find(stills_ap):

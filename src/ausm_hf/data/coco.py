@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from .clips import clip_object, clip_row, clips_from_rows, encode_rle, file, reading
 from .mask_folders import need
-from .vis_json import category_names
+from .vis_json import category_names, label_of
 
 
 def coco(root: str, split: str = "train2017", annotations: str | None = None, label_set: str = "coco") -> Dataset:
@@ -38,13 +38,8 @@ def coco(root: str, split: str = "train2017", annotations: str | None = None, la
                 objects = []
                 # Ids of COCO outgrow pixel values and repeat nothing here, so objects are numbered in their image.
                 for number, annotation in enumerate(by_image.pop(image["id"], []), start=1):
-                    if annotation["category_id"] not in labels:
-                        raise ValueError(
-                            f"annotation {annotation['id']} of {source} is of unknown category "
-                            f"{annotation['category_id']}"
-                        )
                     segmentation = encode_rle(annotation["segmentation"], image["height"], image["width"])
-                    label = labels[annotation["category_id"]]
+                    label = label_of(annotation, labels, source)
                     objects.append(clip_object(number, label, bool(annotation["iscrowd"]), [segmentation]))
                 if objects:
                     yield clip_row(

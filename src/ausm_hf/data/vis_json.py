@@ -59,10 +59,7 @@ def vis_json(
                     f"annotation {annotation['id']} of {source} comes twice in video {video['id']}; want an id for "
                     "each object, and all its frames in one annotation"
                 )
-            if annotation["category_id"] not in labels:
-                raise ValueError(
-                    f"annotation {annotation['id']} of {source} is of unknown category {annotation['category_id']}"
-                )
+            label = label_of(annotation, labels, source)
             segmentations = annotation["segmentations"]
             if len(segmentations) != len(video["file_names"]):
                 raise ValueError(
@@ -72,7 +69,7 @@ def vis_json(
             objects[video["id"]].append(
                 clip_object(
                     annotation["id"],
-                    labels[annotation["category_id"]],
+                    label,
                     bool(annotation.get("iscrowd", 0)),
                     [encode_rle(s, video["height"], video["width"]) for s in segmentations],
                 )
@@ -100,3 +97,12 @@ def category_names(categories: list[dict], label_set: str | None, source: Path) 
             f"label_set {label_set!r} lacks {len(strange)} categories of {source}: {', '.join(strange[:5])}"
         )
     return names
+
+
+def label_of(annotation: dict, names: dict[int, str], source: Path) -> str:
+    """The name of an annotation's category. Raises ValueError where there is none."""
+    if annotation["category_id"] not in names:
+        raise ValueError(
+            f"annotation {annotation['id']} of {source} is of unknown category {annotation['category_id']}"
+        )
+    return names[annotation["category_id"]]
