@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def video_folder(
     labels = _read_labels(folder / "labels.json")
     entries = [p for p in sorted(visible(videos)) if p.is_dir() or p.suffix.lower() in VIDEO_SUFFIXES]
     names = [p.name if p.is_dir() else p.stem for p in entries]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ValueError(f"{videos} has several videos of the name {twice[0]}; want a name for each")
     masked = [p.name for p in visible(masks) if p.is_dir()] + [p.name for p in mask_files(masks)]
