@@ -271,6 +271,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--top-k", type=_auto_or_number, default="auto", help="objects reported per frame (default: as the paper)"
     )
     added.add_argument("--threshold", type=float, help="foreground probability of an object (default: the model's)")
+    added.add_argument("--seed", type=int, default=0, help="of the draws of ID vectors (default: %(default)s)")
     added.add_argument("--resume", action="store_true", help="go on where an earlier run into the output stopped")
     added.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes an accelerator if any")
     added.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")

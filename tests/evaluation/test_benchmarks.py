@@ -617,6 +617,17 @@ def test_passes_play_forward_backward_forward():
         assert sorted(Inference(passes=passes).order(5)[-5:]) == [0, 1, 2, 3, 4]
 
 
+def test_another_seed_draws_other_id_vectors(davis2017, tiny, tmp_path):
+    runs = {"default": {}, "zero": {"seed": 0}, "other": {"seed": 1}}
+    for name, options in runs.items():
+        evaluate("davis2017", davis2017, model=tiny, output=tmp_path / name, **options)
+    settings = json.loads((tmp_path / "other" / "settings.json").read_text())
+    assert settings["seed"] == 1
+    masks = {name: files(tmp_path / name / "masks") for name in runs}
+    assert masks["zero"] == masks["default"]
+    assert masks["other"].keys() == masks["default"].keys() and masks["other"] != masks["default"]
+
+
 @pytest.mark.parametrize("passes", [2, 3])
 def test_passes_keep_the_last_predictions_and_the_ids(passes, save_tiny, tmp_path):
     """The same as playing a video by hand; tracks come out in the order of time, also after a backward pass."""
@@ -701,6 +712,7 @@ BAD = {
     "top k that is no number": (["--top-k", "ten"], "--top-k"),
     "top k of prompts": (["--top-k", "3"], "prompted objects are all reported"),
     "threshold": (["--mode", "unprompted", "--threshold", "2"], "wanted is 0 to 1"),
+    "seed": (["--seed", "-1"], "wanted is 0 to 4294967295"),
     "folder that is no model": (["--model", "full"], "can't be loaded"),
     "output that holds other things": (["--output", "full"], "holds no run"),
     "output that is a file": (["--output", "full/file"], "holds no run"),

@@ -33,6 +33,7 @@ def evaluate(
     traversal: bool = False,
     top_k: int | str = "auto",
     threshold: float | None = None,
+    seed: int = 0,
     resume: bool = False,
     device: str = "auto",
     dtype: str = "auto",
@@ -59,6 +60,7 @@ def evaluate(
         traversal: For images: play the image, four views of 90% of it, and the image again.
         top_k: How many objects of a frame are reported, the best ones; `"auto"` is what the paper does.
         threshold: Foreground probability above which something is an object; the model's own by default.
+        seed: Of the draws of ID vectors: how far figures move with it is what chance is worth in them.
         resume: Go on in an `output` that an interrupted run with the same settings left. Only videos that were
             finished are taken over.
 
@@ -71,7 +73,7 @@ def evaluate(
     """
     from .submission import write_submission, write_track_list
 
-    inference = _check_arguments(benchmark, passes, traversal, top_k, threshold)
+    inference = _check_arguments(benchmark, passes, traversal, top_k, threshold, seed)
     found = load_benchmark(benchmark, root, split, mode)
     inference = replace(inference, mode=found.mode, label_set=found.label_set)
     if found.mode == "prompted" and (top_k != "auto" or threshold is not None):
@@ -129,7 +131,7 @@ def evaluate(
 
 
 def _check_arguments(
-    benchmark: str, passes: int, traversal: bool, top_k: int | str, threshold: float | None
+    benchmark: str, passes: int, traversal: bool, top_k: int | str, threshold: float | None, seed: int
 ) -> Inference:
     missing = [name for name in ("datasets", "evaluate", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
@@ -144,8 +146,10 @@ def _check_arguments(
         raise ValueError(f"top_k is {top_k!r}; wanted is 'auto' or a number of at least 1")
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold is {threshold}; wanted is 0 to 1")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}; wanted is 0 to {2**32 - 1}")
     number = top_k if isinstance(top_k, int) else PROTOCOLS[benchmark].top_k
-    return Inference(threshold=threshold, top_k=number, passes=passes, traversal=traversal)
+    return Inference(threshold=threshold, top_k=number, passes=passes, traversal=traversal, seed=seed)
 
 
 def _claim(output: Path, settings: dict, benchmark: Benchmark, resume: bool) -> set[str]:

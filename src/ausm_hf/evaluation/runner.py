@@ -39,6 +39,7 @@ class Inference:
         passes (`int`): How often a video is played: forward, backward, forward. The last prediction of each frame
             counts.
         traversal (`bool`): Play an image, four views of 90% of it, and the image again. The last prediction counts.
+        seed (`int`): Of the draws of ID vectors, together with each video's name.
     """
 
     mode: str = "prompted"
@@ -47,6 +48,7 @@ class Inference:
     top_k: int | None = None
     passes: int = 1
     traversal: bool = False
+    seed: int = 0
 
     def order(self, num_frames: int) -> list[int]:
         """The frame numbers in the order in which they are played. The last `num_frames` of them cover each frame."""
@@ -117,12 +119,12 @@ def predict_video(
     """
     num_frames = len(row["frames"])
     order = inference.order(num_frames)
-    # The seed hangs on the video alone, so that it matters to no result which process runs it, and after what.
+    # The seed hangs on the video, so that it matters to no result which process runs it, and after what.
     session = processor.init_video_session(
         foreground_threshold=inference.threshold,
         find_new_objects=inference.mode == "unprompted",
         label_set=inference.label_set,
-        seed=zlib.crc32(row["video_id"].encode()),
+        seed=zlib.crc32(row["video_id"].encode(), inference.seed),
     )
     first_frame: dict[int, int] = {}
     if inference.mode == "prompted":
