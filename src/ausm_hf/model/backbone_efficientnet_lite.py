@@ -114,7 +114,6 @@ class EfficientNetLiteConvolution(nn.Module):
         self.kernel_size, self.stride, self.relu = kernel_size, stride, relu
         self.convolution = HeldConv2d(in_channels, out_channels, kernel_size, stride, groups=groups, bias=False)
         self.normalization = HeldBatchNorm2d(out_channels, eps=eps)
-        self._folded: tuple[tuple, tuple[torch.Tensor, torch.Tensor]] | None = None  # of what, and what
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.kernel_size == self.stride == self.convolution.groups == 1:
@@ -132,37 +131,12 @@ class EfficientNetLiteConvolution(nn.Module):
         return F.relu6(out, inplace=True) if self.relu else out
 
     def folded(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `fold` gives; outside training it is kept until something that it is made of changes."""
-        parts = (self.convolution(), *self.normalization())
-        # Only torch's version counters tell of changes in place, and tensors made in inference mode have none.
-        if (
-            self.training
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or any(part.is_inference() for part in parts)
-        ):
-            self._folded = None
-            return self.fold(rows, columns, *parts)
-        made_of = rows, columns, *((part.data_ptr(), part._version) for part in parts)
-        if self._folded is None or self._folded[0] != made_of:
-            with torch.inference_mode(False), torch.no_grad():
-                self._folded = made_of, self.fold(rows, columns, *parts)
-        return self._folded[1]
-
-    def fold(
-        self,
-        rows: int,
-        columns: int,
-        weight: torch.Tensor,
-        scale: torch.Tensor,
-        shift: torch.Tensor,
-        mean: torch.Tensor,
-        variance: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Weight and bias that do what convolution and normalisation do, the kernel with so many rows and columns of
         zeros before it.
         """
+        weight = self.convolution()
+        scale, shift, mean, variance = self.normalization()
         # Padded before the factors, since ONNX Runtime takes what is padded just before a convolution for its input.
         if rows or columns:
             weight = F.pad(weight, (columns, 0, rows, 0))
@@ -210,6 +184,7 @@ class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
     input_modalities = ["image"]
+    _no_split_modules = ["EfficientNetLiteConvolution", "EfficientNetLiteBlock"]
     # It has no attention, so whichever the model around it uses will do.
     _supports_sdpa = True
     _supports_flash_attn = True
