@@ -188,6 +188,13 @@ def test_a_saved_stream_knows_how_good_its_objects_are(tmp_path):
     assert AusmInferenceSession.load(tmp_path / "stream.safetensors").objects == session.objects
 
 
+def test_a_saved_stream_is_not_bound_by_the_length_of_the_video_it_began_with(tmp_path):
+    AusmInferenceSession(num_frames=2, video_height=16, video_width=24).save(tmp_path / "stream.safetensors")
+    loaded = AusmInferenceSession.load(tmp_path / "stream.safetensors")
+    loaded.add_prompts(4, [1], [ObjectPrompt(mask=frame_mask(A))], (16, 24))
+    assert loaded.prompts.keys() == {4}
+
+
 def test_label_set_is_the_one_asked_for():
     assert play([({}, [A])], AusmInferenceSession(label_set="ships"))[2][0].labels == ["tug"]
 

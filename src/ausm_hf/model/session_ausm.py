@@ -432,7 +432,6 @@ _FILE_TAG = "ausm_session_v1"
 
 # Attributes of a session that are saved as they are.
 _SAVED = (
-    "num_frames",
     "video_height",
     "video_width",
     "foreground_threshold",
