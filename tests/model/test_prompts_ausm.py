@@ -331,7 +331,7 @@ def test_masks_of_several_objects_in_one_array(processor):
 @pytest.mark.parametrize(
     ("obj_ids", "inputs", "message"),
     [
-        (1, {"input_points": [120, 5]}, r"x in 0..120 and y in 0..80, got \(120.0, 5.0\) for object 1"),
+        (1, {"input_points": [120, 5]}, r"0 <= x < 120 and 0 <= y < 80, got \(120.0, 5.0\) for object 1"),
         (1, {"input_points": [5, -1]}, r"input_points must lie within the frame"),
         (1, {"input_points": [5, float("nan")]}, r"input_points must lie within the frame"),
         (1, {"input_scribbles": [[5, 5], [5, 80]]}, r"input_scribbles must lie within the frame"),

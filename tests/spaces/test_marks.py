@@ -71,11 +71,14 @@ GOOD = {"frame": 0, "kind": "box", "points": [[1, 2], [30, 20]], "add": True, "r
         {"frame": 7}, {"frame": -1}, {"frame": "x"}, {"kind": "star"}, {"kind": "point"}, {"points": "here"},
         {"points": [[1, 2]]}, {"points": [[1, 2], [math.nan, 3]]}, {"points": [[1, 2], [1e9, 3]]},
         {"points": [[1, 2], [1, 20]]}, {"kind": "paint", "points": [[1, 1]] * 5000}, {"kind": "paint", "radius": 1e6},
-        {"kind": "paint", "radius": math.inf}, {"points": []},
+        {"kind": "paint", "radius": math.inf}, {"points": []}, {"kind": "point", "points": [[60, 20]]},
+        {"kind": "point", "points": [[30, 40]]},
     ],
 )  # fmt: skip
 def test_what_a_browser_can_not_have_sent_is_refused(change):
     assert read_mark(GOOD, 1).check((40, 60), 3).points == ((1, 2), (30, 20))
+    read_mark({**GOOD, "points": [[1, 2], [60, 40]]}, 1).check((40, 60), 3)  # a box may end at the edge
+    read_mark({**GOOD, "kind": "point", "points": [[59.9, 39.9]]}, 1).check((40, 60), 3)
     with pytest.raises(Refused):
         read_mark({**GOOD, **change}, 1).check((40, 60), 3)
 

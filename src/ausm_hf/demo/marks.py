@@ -51,7 +51,9 @@ class Mark:
         if not wanted[0] <= len(self.points) <= wanted[1]:
             raise Refused(f"A {self.kind} has {wanted[0]} to {wanted[1]} points; these are {len(self.points)}.")
         for x, y in self.points:
-            if not (0 <= x <= width and 0 <= y <= height):
+            has_pixel = 0 <= x < width and 0 <= y < height
+            on_edge = 0 <= x <= width and 0 <= y <= height
+            if not (has_pixel if self.kind == "point" else on_edge):
                 raise Refused(f"The point ({x:g}, {y:g}) is outside the picture of {width} x {height} pixels.")
         if not 0.5 <= self.radius <= max(size):
             raise Refused("The brush is too small or too large.")

@@ -181,10 +181,10 @@ class AusmProcessor(ProcessorMixin):
         mask to correct, all correct once more what it makes of them. Where the network passes over a point, what is
         near it and looks like it changes with it. `model.preview_prompts` shows the masks before the stream moves on.
 
-        All coordinates are (x, y) in pixels of the video, x in 0..width to the right, y in 0..height down. Nested
-        shapes are those of SAM 2, with one image: lists (ragged ones too), arrays or tensors. The image level may be
-        left out, with one object its level too, with one point that of points. `None` or `[]` stands for an object
-        that has none.
+        All coordinates are (x, y) in pixels of the video, 0 <= x < width to the right, 0 <= y < height down; what of a
+        box lies beyond is cut off. Nested shapes are those of SAM 2, with one image: lists (ragged ones too), arrays
+        or tensors. The image level may be left out, with one object its level too, with one point that of points.
+        `None` or `[]` stands for an object that has none.
 
         Args:
             inference_session ([`AusmInferenceSession`]):

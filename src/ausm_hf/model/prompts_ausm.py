@@ -135,8 +135,8 @@ class ObjectPrompt:
             for x, y in points:
                 if not (0 <= x < width and 0 <= y < height):
                     raise ValueError(
-                        f"{name} must lie within the frame, x in 0..{width} and y in 0..{height}, got "
-                        f"({x}, {y}) {of_object}"
+                        f"{name} must lie within the frame, 0 <= x < {width} and 0 <= y < {height}, got ({x}, {y}) "
+                        f"{of_object}"
                     )
 
     def signal(self, size: tuple[int, int], known: Tensor | None = None) -> Tensor:
