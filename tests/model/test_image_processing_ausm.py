@@ -151,7 +151,19 @@ def test_unresized_frames_must_fit_the_strides(processor):
         processor(noise(32, 65, 3), do_resize=False)
 
 
-@pytest.mark.parametrize("size", [64, {}, {"longest_edge": 5}, {"shortest_edge": 0}, {"height": 32}])
+@pytest.mark.parametrize(
+    "size",
+    [
+        64,
+        {},
+        {"longest_edge": 5},
+        {"shortest_edge": 0},
+        {"height": 32},
+        {"height": "64", "width": 64},
+        {"shortest_edge": 100.5},
+        {"shortest_edge": True},
+    ],
+)
 def test_wrong_size(size):
     with pytest.raises(ValueError, match="size must be a dict"):
         AusmImageProcessor(size=size)

@@ -87,6 +87,17 @@ def test_another_seed_draws_other_clips(recipe_file):
     assert torch.equal(first_clip(1), first_clip(1)) and not torch.equal(first_clip(1), first_clip(2))
 
 
+def test_gradient_checkpointing_trains_the_same_weights(recipe_file, tmp_path):
+    plain, checkpointed = (
+        AusmForUniversalSegmentation.from_pretrained(
+            train(load_recipe(recipe_file, [f"gradient_checkpointing={on}", f"output_dir={tmp_path / on}"]))
+        ).state_dict()
+        for on in ("false", "true")
+    )
+    for name, weight in plain.items():
+        torch.testing.assert_close(checkpointed[name], weight, atol=1e-5, rtol=1e-4)
+
+
 def test_two_stages(recipe_file, tmp_path):
     first = train(load_recipe(recipe_file, ["eval_every=2", "history_corruption=0.5", "ema_decay=0.9"]))
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

@@ -296,9 +296,13 @@ def _flatten(images: Any) -> list:
     return [images]
 
 
+def _is_length(side: Any) -> bool:
+    return isinstance(side, int) and not isinstance(side, bool) and side >= 1
+
+
 def _checked_size(size: dict[str, int]) -> dict[str, int]:
     allowed = ({"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"})
-    if not isinstance(size, dict) or set(size) not in allowed or any(side < 1 for side in size.values()):
+    if not isinstance(size, dict) or set(size) not in allowed or not all(map(_is_length, size.values())):
         raise ValueError(
             "size must be a dict of positive integers with the keys shortest_edge, shortest_edge and longest_edge, "
             f"or height and width, got {size}"

@@ -109,10 +109,15 @@ class HeldConv1d(nn.Conv1d):
         return self.weight, self.bias
 
 
-class HeldLinear(nn.Linear):
-    """The same for a projection."""
+class HeldLinear(nn.Module):
+    """The same for a projection. It is no `nn.Linear`: what wraps these (LoRA) or replaces them calls them with x."""
 
-    def forward(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
         return self.weight, self.bias
 
 
@@ -276,7 +281,7 @@ class TemporalMamba(TemporalMixer):
     def reset_parameters(self) -> None:
         """Initialises all parameters as `mamba_ssm.Mamba` does."""
         reset_projections(self.in_proj, self.conv1d, self.x_proj, self.out_proj)
-        bound = self.dt_proj.in_features**-0.5
+        bound = self.dt_proj.weight.shape[1] ** -0.5
         init.uniform_(self.dt_proj.weight, -bound, bound)
         init.copy_(self.dt_proj.bias, initial_dt_bias(self.dt_proj.bias))
         decays = torch.arange(1, self.A_log.shape[1] + 1, device=self.A_log.device, dtype=torch.float32)

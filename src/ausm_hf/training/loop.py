@@ -131,7 +131,8 @@ def train(
     if evaluate is None:
         evaluate = SampleWriter(dataset, collator)
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.24
+        (enable or model.gradient_checkpointing_enable)()
     if recipe.freeze_backbone:
         freeze_backbone(model)
     network: Any = model.to(accelerator.device)
