@@ -130,11 +130,14 @@ def test_model_code_needs_nothing_of_the_package(tiny_checkpoint):
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForUniversalSegmentation"}
 
 
-def test_model_saved_by_itself_loads_with_remote_code(tiny_model, tmp_path):
+def test_model_saved_by_itself_loads_with_remote_code(tiny_config, tmp_path):
     """As a training run saves it: without a pipeline."""
-    tiny_model.save_pretrained(tmp_path)
+    config = tiny_config.to_dict()
+    config.pop("auto_map", None)
+    AusmForUniversalSegmentation(AusmConfig.from_dict(config)).save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModelForUniversalSegmentation"] == "modeling_ausm.AusmForUniversalSegmentation"
+    assert auto_map["AutoModel"] == "modeling_ausm.AusmModel"
     assert (tmp_path / "temporal_mamba.py").is_file()
 
 

@@ -116,6 +116,18 @@ def test_frames_are_encoded_ahead(tiny_model, tiny_checkpoint, moving_square, en
     assert set(encoding_threads[6:]) == {threading.main_thread()}
 
 
+def test_a_source_that_can_be_read_once_is_not_read_ahead(segment, five_threads):
+    taken = []
+
+    def frames():
+        for value in range(4):
+            taken.append(value)
+            yield np.full((48, 64, 3), 10 * value, np.uint8)
+
+    next(segment(ausm_hf.read_video(frames()), stream=True))
+    assert taken == [0]
+
+
 def test_threshold(segment, moving_square):
     frames = moving_square[0]
     none, many = segment(frames, threshold=1.0), segment(frames, threshold=0.0)

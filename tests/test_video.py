@@ -325,7 +325,7 @@ def test_arrays_and_tensors_as_videos():
 
 
 def test_as_rgb_frame_takes_all_common_kinds():
-    rgb = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    rgb = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     grey = rgb[:, :, 0]
     alpha = np.dstack([rgb, np.zeros_like(grey)])
     chw = torch.from_numpy(rgb).permute(2, 0, 1)
@@ -340,6 +340,8 @@ def test_as_rgb_frame_takes_all_common_kinds():
         (chw / 255.0).requires_grad_(),
         torch.from_numpy(alpha).permute(2, 0, 1),
         np.asfortranarray(rgb),
+        np.ascontiguousarray(rgb.transpose(2, 0, 1)),
+        torch.from_numpy(rgb),
     ]
     for kind in same:
         frame = as_rgb_frame(kind)
@@ -356,14 +358,14 @@ def test_as_rgb_frame_takes_all_common_kinds():
 @pytest.mark.parametrize(
     "frame, message",
     [
-        (np.zeros((4, 6, 2), np.uint8), "shape"),
-        (np.zeros((3, 4, 6), np.uint8), "shape"),
+        (np.zeros((5, 6, 2), np.uint8), "shape"),
+        (np.zeros((5, 4, 6), np.uint8), r"shape \(5, 4, 6\)"),
         (np.zeros((1, 2, 4, 6), np.uint8), "shape"),
         (np.zeros((0, 6, 3), np.uint8), "no pixels"),
         (np.zeros((4, 6), np.int64), "dtype int64"),
         (np.full((4, 6), 200.0), "spans 200 to 200"),
         (np.full((4, 6), np.nan), "spans nan"),
-        (torch.zeros(5, 6, 3), "tensor of shape"),
+        (torch.zeros(5, 6, 2), r"shape \(5, 6, 2\)"),
         (Image.new("I;16", (6, 4)), "I;16"),
         ("frame.png", "is a str"),
         (None, "NoneType"),

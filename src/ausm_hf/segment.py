@@ -63,7 +63,7 @@ class FrameSegments:
 
 
 def load_model(
-    model: str | os.PathLike | None = None, device: str = "auto", dtype: str = "auto"
+    model: str | os.PathLike | None = None, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
 ) -> tuple[AusmForUniversalSegmentation, AusmProcessor]:
     """
     A model and its processor, ready to segment.
@@ -72,7 +72,7 @@ def load_model(
         model: Folder of a checkpoint or its id on the Hub; the checkpoint that comes with the package by default.
         device: A device of torch; `"auto"` is the accelerator if there is one, else the CPU. Among several, a process
             that `torchrun` or `accelerate launch` started takes the one of its number.
-        dtype: `"float32"`, `"bfloat16"`, `"float16"`; `"auto"` is what the checkpoint says.
+        dtype: float32, bfloat16 or float16, or the name of one; `"auto"` is what the checkpoint says.
 
     Raises:
         ValueError: if there is no such checkpoint, device or dtype, or the checkpoint is of another model type, lacks
@@ -87,6 +87,7 @@ def load_model(
         # `torchrun` and `accelerate launch` number the processes of a machine: each takes a device of its own.
         if accelerator is not None and "LOCAL_RANK" in os.environ and torch.accelerator.device_count() > 1:
             device = f"{device}:{int(os.environ['LOCAL_RANK']) % torch.accelerator.device_count()}"
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {dtype!r}; wanted is auto, float32, bfloat16 or float16")
     try:

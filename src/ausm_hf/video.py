@@ -35,6 +35,9 @@ HELD_BYTES = 256 * 2**20  # of frames, for reading backwards
 Result = TypeVar("Result")
 
 
+CHANNELS = (1, 3, 4)
+
+
 def as_rgb_frame(frame) -> np.ndarray:
     """Turns one image of any common kind into a frame.
 
@@ -42,7 +45,8 @@ def as_rgb_frame(frame) -> np.ndarray:
         frame: one of
             - a `PIL.Image` of any 8-bit mode;
             - a numpy array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4);
-            - a torch tensor (H, W), (1, H, W), (3, H, W) or (4, H, W), on any device.
+            - a torch tensor (H, W), (1, H, W), (3, H, W) or (4, H, W), on any device;
+            - either with its channels at the other end, where the numbers leave no doubt.
             Arrays and tensors are uint8 in 0..255 or floating point in 0..1. Grey is repeated over the three channels.
             A fourth channel is alpha and is dropped: what lies behind a see-through pixel is not known.
 
@@ -60,19 +64,21 @@ def as_rgb_frame(frame) -> np.ndarray:
         tensor = frame.detach().cpu()
         tensor = tensor.float() if tensor.is_floating_point() else tensor
         array = tensor.numpy()
-        if array.ndim == 3:
-            if array.shape[0] not in (1, 3, 4):
-                raise ValueError(f"frame is a tensor of shape {array.shape}; wanted is (1, 3 or 4, height, width)")
+        if array.ndim == 3 and array.shape[0] in CHANNELS:
             array = array.transpose(1, 2, 0)
     elif isinstance(frame, np.ndarray):
         array = frame
+        if array.ndim == 3 and array.shape[2] not in CHANNELS and array.shape[0] in CHANNELS:
+            array = array.transpose(1, 2, 0)
     else:
         raise ValueError(f"frame is a {type(frame).__name__}; wanted is a PIL image, a numpy array or a torch tensor")
 
     if array.ndim == 2:
         array = array[:, :, None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
-        raise ValueError(f"frame has shape {frame.shape}; wanted is (height, width) or (height, width, 1, 3 or 4)")
+    if array.ndim != 3 or array.shape[2] not in CHANNELS:
+        raise ValueError(
+            f"frame has shape {tuple(frame.shape)}; wanted is (height, width), with or without 1, 3 or 4 channels"
+        )
     if array.size == 0:
         raise ValueError(f"frame has shape {array.shape}: it has no pixels")
 

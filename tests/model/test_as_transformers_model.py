@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel, AutoModelForUniversalSegmentation
 
 from ausm_hf import AusmConfig, AusmForUniversalSegmentation, AusmModel
@@ -168,10 +169,24 @@ def test_trainer_evaluates(tiny_model, tmp_path):
         return batch | {"pixel_values_videos": torch.stack(batch["pixel_values_videos"])}
 
     arguments = TrainingArguments(
-        str(tmp_path), remove_unused_columns=False, prediction_loss_only=True, report_to=[], use_cpu=True
+        str(tmp_path),
+        remove_unused_columns=False,
+        eval_do_concat_batches=False,
+        per_device_eval_batch_size=1,
+        report_to=[],
+        use_cpu=True,
     )
-    trainer = Trainer(copy.deepcopy(tiny_model), arguments, data_collator=collate, eval_dataset=[clip] * 2)
-    assert trainer.evaluate()["eval_loss"] > 0
+    trainer = Trainer(
+        copy.deepcopy(tiny_model),
+        arguments,
+        data_collator=collate,
+        eval_dataset=[clip] * 2,
+        compute_metrics=lambda predicted: {"batches": len(predicted.predictions), "outputs": predicted.predictions},
+    )
+    found = trainer.evaluate()
+    assert found["eval_loss"] > 0 and found["eval_batches"] == 2
+    masks, classes, foreground = found["eval_outputs"][0][:3]
+    assert masks.shape[:2] == classes.shape[:2] == foreground.shape[:2] == (1, 2)
 
 
 def test_plain_tuples(tiny_model, pixels):
@@ -207,6 +222,66 @@ def test_other_labels_get_a_fresh_head(change, labels, saved, tiny_model, pixels
     torch.testing.assert_close(found.foreground_queries_logits, wanted.foreground_queries_logits)
 
 
+def test_labels_are_never_passed_over(tmp_path):
+    config = AusmConfig.from_preset("nano", id2label={0: "fish", 1: "crab"})
+    assert config.label_sets == {"coco": ["fish", "crab"], "object": ["object"]} and config.num_labels == 2
+    values = config.to_dict()
+    assert AusmConfig(**{**values, "default_label_set": "object"}).id2label == {0: "object"}
+    with pytest.raises(ValueError, match="different labels: give one, or the same in both"):
+        AusmConfig(**{**values, "id2label": {0: "cod"}})
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"0": "fish"', '"0": "cod"'))
+    with pytest.raises(ValueError, match="different labels: give one, or the same in both"):
+        AusmConfig.from_pretrained(tmp_path)
+
+
+class LowRank(nn.Module):
+    """As peft puts in place of a linear layer."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.down = nn.Linear(base_layer.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base_layer.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_all_linear_layers_take_adapters(mixer):
+    model = AusmForUniversalSegmentation(AusmConfig.from_preset("nano", temporal_mixer=mixer)).eval()
+    frame = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = model.step(frame).masks_queries_logits
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        for name in linear:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, LowRank(model.get_submodule(name)))
+        assert len(linear) > 10 and torch.equal(model.step(frame).masks_queries_logits, wanted)
+
+
+@pytest.mark.parametrize("preset", ["nano", "tiny"])
+def test_what_holds_parameters_beside_its_parts_stays_on_one_device(preset):
+    with torch.device("meta"):
+        model = AusmForUniversalSegmentation(AusmConfig.from_preset(preset))
+    whole = {name for name, part in model.named_modules() if type(part).__name__ in model._no_split_modules}
+    assert {"model.pixel_encoder", "model.history_encoder"} <= whole
+    for name, part in model.named_modules():
+        if any(True for _ in part.parameters(recurse=False)) and any(True for _ in part.children()):
+            assert any(f"{name}.".startswith(f"{outer}.") for outer in whole), name
+
+
+def test_a_network_that_only_plays_at_computing_leaves_no_trace(tiny_model):
+    frame = torch.randn(1, 3, 32, 224)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        AusmForUniversalSegmentation(tiny_model.config).eval().step(torch.rand(1, 3, 32, 224))
+    with torch.no_grad():
+        assert tiny_model.step(frame).masks_queries_logits.isfinite().all()
+
+
 def test_labels_agree_however_they_are_set():
     config = AusmConfig(label_sets={"pets": ["cat", "dog"], "cars": ["car"]})
     assert config.default_label_set == "pets" and config.label2id == {"cat": 0, "dog": 1}
@@ -231,11 +306,6 @@ def test_backbones_without_the_attention_asked_for(tmp_path):
     AusmModel(config).save_pretrained(tmp_path)
     model = AusmModel.from_pretrained(tmp_path, attn_implementation="sdpa")
     assert model.config._attn_implementation == "sdpa"
-
-
-def test_blocks_that_must_stay_whole_are_there(tiny_model):
-    names = {type(module).__name__ for module in tiny_model.modules()}
-    assert set(tiny_model._no_split_modules) <= names
 
 
 def test_it_does_not_generate(tiny_model):

@@ -386,6 +386,26 @@ def test_gradient_checkpointing_changes_nothing():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "argument",
+    [{"history": object()}, {"generator": torch.Generator()}, {"return_dict": False}, {"output_attentions": True}],
+    ids=lambda argument: next(iter(argument)),
+)
+def test_a_stream_passes_over_no_argument(argument):
+    with pytest.raises(ValueError, match="A stream "):
+        tiny_model()(inference_session=AusmInferenceSession(), frame=torch.zeros(3, 64, 64), **argument)
+
+
+@pytest.mark.parametrize("class_sets, labels", [(["object"] * 2, 1), (["shapes", "object"], 2), ([None, "object"], 2)])
+def test_class_logits_are_of_the_clips_label_set_if_it_is_one(class_sets, labels):
+    pixels, masks, switch, slots = clips()
+    model = tiny_model()
+    assert model.config.default_label_set == "shapes"
+    with torch.no_grad():
+        output = model(pixels, mask_labels=masks, switch_frames=switch, id_slots=slots, class_sets=class_sets)
+    assert output.class_queries_logits.shape[-1] == labels + 1
+
+
 def test_maps_at_other_strides_are_refused():
     sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 16, "image_size": 96}
     backbone = {"model_type": "vitdet", "out_indices": [1, 2, 3, 4], **sizes}
@@ -448,6 +468,11 @@ def test_bad_input_is_refused(change, message):
         ({"history_local_kernel": -1}, "`history_local_kernel` must be 0 or odd, got -1"),
         ({"mask_propagation_radius": -1}, "`mask_propagation_radius` must lie in 0 .. 32, got -1"),
         ({"backbone_config": {"model_type": "nothing"}}, "`backbone_config`"),
+        ({"hidden_size": 48, "pixel_encoder": "msdeform"}, "`hidden_size` must be a multiple of 32 with 'msdeform'"),
+        ({"mask_feature_size": 60, "pixel_encoder": "fpn"}, "`mask_feature_size` must be a multiple of 8 with 'fpn'"),
+        ({"duplicate_overlap": 7.0}, r"`duplicate_overlap` must lie in 0 .. 1, got 7.0"),
+        ({"class_weight": -1.0}, "`class_weight` must be at least 0 and finite, got -1.0"),
+        ({"history_gate_init": float("nan")}, "`history_gate_init` must be finite, got nan"),
     ],
 )
 def test_bad_configuration_is_refused(change, message):
@@ -839,7 +864,7 @@ def test_positions_are_mask2formers():
     embed = Mask2FormerSinePositionEmbedding(num_position_features=16, normalize=True)
     for size in [(3, 5), (32, 56)]:
         expected = embed(torch.Size((1, 32, *size)), "cpu", torch.float32)[0].flatten(1).T
-        torch.testing.assert_close(sine_positions(size, 32, torch.device("cpu"), torch.float32), expected)
+        torch.testing.assert_close(sine_positions(size, 32, torch.empty(0)), expected)
 
 
 def test_a_pointwise_convolution_is_a_convolution():

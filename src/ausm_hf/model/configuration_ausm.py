@@ -1,5 +1,6 @@
 """AUSM model configuration."""
 
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -231,6 +232,7 @@ class AusmConfig(PreTrainedConfig):
 
     model_type = "ausm"
     sub_configs = {"backbone_config": AutoConfig}
+    keys_to_ignore_at_inference = ["loss_dict", "history"]  # what Trainer can't gather
     attribute_map = {"num_hidden_layers": "num_decoder_layers"}
 
     # What is not given is filled in at once.
@@ -309,6 +311,8 @@ class AusmConfig(PreTrainedConfig):
             self.num_labels = num_labels
         # Which of the files saved beside it is the pipeline, for where this package isn't installed.
         kwargs.setdefault("custom_pipelines", CUSTOM_PIPELINES)
+        # The class that is saved names its own Auto class; the bare network loads from the same file.
+        kwargs.setdefault("auto_map", {"AutoModel": "modeling_ausm.AusmModel"})
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name: str, value: Any):
@@ -316,6 +320,9 @@ class AusmConfig(PreTrainedConfig):
         if name == "id2label" and self.default_label_set in (self.label_sets or {}):
             self.label_sets = {**self.label_sets, self.default_label_set: _in_order(value)}
             return
+        if name == "label_sets" and value and "label_sets" not in self.__dict__ and self.id2label is not None:
+            if _in_order(self.id2label) not in value.values():
+                raise ValueError("`id2label` and `label_sets` have different labels: give one, or the same in both.")
         was_known = self.default_label_set in (self.label_sets or {})
         super().__setattr__(name, value)
         if name in ("label_sets", "default_label_set") and self.label_sets:
@@ -374,6 +381,13 @@ class AusmConfig(PreTrainedConfig):
             )
         if self.hidden_size % 4:
             raise ValueError(f"`hidden_size` must be a multiple of 4 for 2-D sine positions, got {self.hidden_size}.")
+        # Channels are normalised in groups: 32 in Mask2Former's pixel decoder, 8 in the pyramid.
+        of_fpn = {"hidden_size": 8, "mask_feature_size": 8}
+        for name, group in (of_fpn if self.pixel_encoder == "fpn" else {"hidden_size": 32}).items():
+            if getattr(self, name) % group:
+                raise ValueError(
+                    f"`{name}` must be a multiple of {group} with {self.pixel_encoder!r}, got {getattr(self, name)}."
+                )
         if self.temporal_mixer == "mamba2" and (self.mamba_expand * self.hidden_size) % self.mamba_head_dim:
             raise ValueError(
                 f"`mamba_head_dim` must divide mamba_expand x hidden_size = {self.mamba_expand * self.hidden_size}, "
@@ -402,6 +416,14 @@ class AusmConfig(PreTrainedConfig):
             raise ValueError(
                 f"`default_label_set` must be one of {sorted(self.label_sets)}, got {self.default_label_set!r}."
             )
+        if not 0 <= self.duplicate_overlap <= 1:
+            raise ValueError(f"`duplicate_overlap` must lie in 0 .. 1, got {self.duplicate_overlap}.")
+        weights = ("class", "mask", "dice", "foreground", "selection", "reach", "no_object")
+        for name in (f"{part}_weight" for part in weights):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}.")
+        if not math.isfinite(self.history_gate_init):
+            raise ValueError(f"`history_gate_init` must be finite, got {self.history_gate_init}.")
         if not 0 < self.foreground_threshold < 1:
             raise ValueError(f"`foreground_threshold` must lie between 0 and 1, got {self.foreground_threshold}.")
         if self.max_age is not None and self.max_age < 1:
@@ -411,13 +433,18 @@ class AusmConfig(PreTrainedConfig):
     def from_preset(cls, preset: str, **overrides) -> "AusmConfig":
         """
         The configuration of a preset, `"nano"`, `"tiny"` (Swin-T) or `"base"` (Swin-B), with fields overridden.
+        `id2label` names the labels of its default label set.
 
         Raises:
             ValueError: If there is no such preset.
         """
         if preset not in PRESETS:
             raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
-        return cls(**{**PRESETS[preset], **overrides})
+        id2label = overrides.pop("id2label", None)
+        config = cls(**{**PRESETS[preset], **overrides})
+        if id2label is not None:
+            config.id2label = id2label
+        return config
 
 
 __all__ = ["AusmConfig"]

@@ -15,7 +15,6 @@ One set of modules runs in two forms: `forward` takes all frames of a clip at on
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -75,7 +74,12 @@ class AusmPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["AusmCompressorLayer", "AusmHistoryDecoderLayer", "AusmPixelDecoderLayer"]
+    _no_split_modules = [
+        "AusmDeformablePixelEncoder",
+        "AusmPyramidPixelEncoder",
+        "AusmHistoryEncoder",
+        "AusmPixelDecoderLayer",
+    ]
 
     def get_input_embeddings(self) -> None:
         """There are none; Accelerate asks before it shards a network."""
@@ -327,7 +331,7 @@ class AusmModel(AusmPreTrainedModel):
         history_size = size[0] * 8 // self.config.history_stride, size[1] * 8 // self.config.history_stride
         marks = over_frames(self.history_encoder.mark_vectors(id_vectors))
         marks = mark_history(marks, history_masks_seen, history_size)
-        positions = sine_positions(history_size, features.shape[1], features.device, features.dtype)
+        positions = sine_positions(history_size, features.shape[1], features)
         change, followed, states, appearance = self.history_encoder(
             features, seen_masks, id_slots, taken, marks, positions, history
         )
@@ -577,8 +581,10 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         if inference_session is not None:
             if frame is None or pixel_values_videos is not None or mask_labels is not None:
                 raise ValueError("With `inference_session` give `frame`, no `pixel_values_videos` and no labels.")
-            if output_hidden_states or output_attentions:
-                raise ValueError("A stream gives no hidden states or attentions; `step` does.")
+            if history is not None or generator is not None:
+                raise ValueError("A stream has its own history and its own `seed`: give no `history`, no `generator`.")
+            if output_hidden_states or output_attentions or return_dict is False:
+                raise ValueError("A stream gives an output with names, without hidden states or attentions.")
             return step_session(self, inference_session, frame)
         if pixel_values_videos is None:
             raise ValueError("Give `pixel_values_videos`, or `inference_session` and `frame`.")
@@ -627,73 +633,22 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             **recording,
         )
         predictions = self.layer_predictions(output)
+        label_set = names[0] if len({*names}) == 1 and names[0] is not None else self.config.default_label_set
         loss, loss_dict = self.criterion(predictions, instances, plan, names, generator, num_instances)
         result = AusmForUniversalSegmentationOutput(
             loss=loss,
             loss_dict=loss_dict,
             masks_queries_logits=output.masks_queries_logits,
-            class_queries_logits=predictions[-1]["classes"][self.config.default_label_set],
+            class_queries_logits=predictions[-1]["classes"][label_set],
             foreground_queries_logits=predictions[-1]["foreground"],
             history=output.history,
             **_recorded(output),
         )
         return result if return_dict is not False else result.to_tuple()
 
-    def propagate_in_video_iterator(
-        self,
-        inference_session: AusmInferenceSession,
-        start_frame_idx: int | None = None,
-        max_frame_num_to_track: int | None = None,
-        show_progress_bar: bool = False,
-    ) -> Iterator[AusmVideoSegmentationOutput]:
-        """
-        Runs through the video that the session was made with, frame by frame.
-
-        Yields:
-            [`AusmVideoSegmentationOutput`] for each frame; exactly `max_frame_num_to_track` of them when given and
-            the video is as long.
-        """
-        return propagate_in_video_iterator(
-            self, inference_session, start_frame_idx, max_frame_num_to_track, show_progress_bar
-        )
-
-    def preview_prompts(
-        self, inference_session: AusmInferenceSession, frame: Tensor | AusmFrameFeatures
-    ) -> dict[int, Tensor]:
-        """
-        The masks that the prompts given for the next frame will have, without moving the stream on.
-
-        Args:
-            inference_session (`AusmInferenceSession`): The stream; it stays as it is.
-            frame (`torch.Tensor` of shape `(3, H, W)` or `(1, 3, H, W)`, or `AusmFrameFeatures`): Its next frame,
-                preprocessed, or what `encode_frames` made of it.
-
-        Returns:
-            `dict[int, torch.BoolTensor]`: for each prompted object its mask, at the frame's size before preprocessing.
-
-        Raises:
-            ValueError: If the stream can't go on with the frame.
-        """
-        return preview_prompts(self, inference_session, frame)
-
-    def step_sessions(
-        self, inference_sessions: list[AusmInferenceSession], frames: list[Tensor | AusmFrameFeatures]
-    ) -> list[AusmVideoSegmentationOutput]:
-        """
-        The next frame of each of several streams, together: the results are those of one by one, but for rounding.
-
-        Args:
-            inference_sessions (`list[AusmInferenceSession]`): The streams, each once.
-            frames (`list[torch.Tensor]`, each `(3, H, W)` or `(1, 3, H, W)`): Their next frames, all of one size, or
-                what `encode_frames` made of them.
-
-        Returns:
-            A list of [`AusmVideoSegmentationOutput`], one per stream.
-
-        Raises:
-            ValueError: If a stream can't go on with its frame, or frames differ in size. No stream has then moved.
-        """
-        return step_sessions(self, inference_sessions, frames)
+    propagate_in_video_iterator = propagate_in_video_iterator
+    preview_prompts = preview_prompts
+    step_sessions = step_sessions
 
 
 __all__ = ["AusmForUniversalSegmentation", "AusmModel", "AusmPreTrainedModel"]

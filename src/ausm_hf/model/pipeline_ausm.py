@@ -229,7 +229,9 @@ class VideoSegmentationPipeline(Pipeline):
         """
         if prompts is not None and (not isinstance(prompts, Mapping) or not prompts or not set(prompts) <= PROMPTS):
             raise ValueError(f"prompts must be a dict with keys of {sorted(PROMPTS)}, got {prompts!r:.100}")
-        frames = iter(self.read_video(inputs))
+        source = self.read_video(inputs)
+        live = getattr(source, "once", isinstance(inputs, Iterator))
+        frames = iter(source)
         first = next(frames, None)
         if first is None:
             raise ValueError("inputs has no frames")
@@ -245,7 +247,7 @@ class VideoSegmentationPipeline(Pipeline):
         def step(frame, model_inputs: dict) -> list[dict]:
             return self.postprocess(self.forward(model_inputs, session=session))
 
-        results = encode_ahead(self.model, chain([first], frames), encode, step, live=isinstance(inputs, Iterator))
+        results = encode_ahead(self.model, chain([first], frames), encode, step, live=live)
         return results if stream else list(results)
 
     def _sanitize_parameters(self, **kwargs):
@@ -285,9 +287,6 @@ class VideoSegmentationPipeline(Pipeline):
             save_directory (`str` or `Path`): The folder to write; made if it doesn't exist.
             kwargs: Further arguments of the model's `save_pretrained`.
         """
-        # Each class that is saved names its own Auto class; the bare network isn't saved but loads from the same file.
-        auto_map = getattr(self.model.config, "auto_map", None) or {}
-        self.model.config.auto_map = {"AutoModel": "modeling_ausm.AusmModel", **auto_map}
         super().save_pretrained(str(save_directory), **kwargs)
         self.processor.save_pretrained(str(save_directory))
 

@@ -27,11 +27,12 @@ from .configuration_ausm import AusmConfig
 from .history_ausm import AusmAttention, AusmFeedForward, average_maps, to_tokens
 
 
-def sine_positions(size: tuple[int, int], hidden_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def sine_positions(size: tuple[int, int], hidden_size: int, like: Tensor) -> Tensor:
     """2-D sine positions of shape (S, D), as in Mask2Former; computed once per frame size."""
-    if torch.compiler.is_compiling():  # a graph under construction holds no numbers that could be kept
-        return _make_sine_positions(size, hidden_size, device, dtype)
-    return _kept_sine_positions(size, hidden_size, device, dtype)
+    # A graph under construction, or a network that only plays at computing, holds no numbers that could be kept.
+    real = type(like) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    make = _kept_sine_positions if real else _make_sine_positions
+    return make(size, hidden_size, like.device, like.dtype)
 
 
 def _make_sine_positions(size: tuple[int, int], hidden_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -48,7 +49,7 @@ def _make_sine_positions(size: tuple[int, int], hidden_size: int, device: torch.
     return torch.cat([rows, columns], dim=2).flatten(0, 1).to(dtype)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=8)
 def _kept_sine_positions(size: tuple[int, int], hidden_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         return _make_sine_positions(size, hidden_size, device, dtype)
@@ -142,7 +143,7 @@ class AusmDeformablePixelEncoder(Mask2FormerPixelDecoder):
         maps = [project(x) for project, x in zip(self.input_projections, feature_maps[::-1])]
         sizes = [(x.shape[2], x.shape[3]) for x in maps]
         tokens = torch.cat([to_tokens(x) for x in maps], dim=1).to(self.level_embed.dtype)
-        codes = [sine_positions(size, tokens.shape[2], tokens.device, tokens.dtype) for size in sizes]
+        codes = [sine_positions(size, tokens.shape[2], tokens) for size in sizes]
         positions = torch.cat([code + level for code, level in zip(codes, self.level_embed)])[None]
         boxes = self.reference_boxes(sizes, tokens)
         for layer in self.encoder.layers:
@@ -304,7 +305,7 @@ class AusmQuerySelection(nn.Module):
         chosen = ranks.topk(min(self.number, height * width), dim=1).indices
         # Of a small map that has fewer cells than there are queries, they begin again.
         chosen = chosen[:, torch.arange(self.number, device=level.device) % chosen.shape[1]]
-        positions = sine_positions((height, width), level.shape[1], level.device, level.dtype)
+        positions = sine_positions((height, width), level.shape[1], level)
         tokens = to_tokens(level)
         columns, rows = (chosen % width).float(), (chosen // width).float()
         places = torch.stack([(columns + 0.5) / width, (rows + 0.5) / height], dim=-1)
@@ -448,7 +449,7 @@ class AusmPixelDecoder(nn.Module):
         level_embeds = self.level_embed(torch.arange(len(levels), device=queries.device))
         for level_embed, level, size in zip(level_embeds, levels, sizes):
             maps.append(to_tokens(level) + level_embed)
-            positions.append(sine_positions(size, level.shape[1], level.device, level.dtype))
+            positions.append(sine_positions(size, level.shape[1], level))
             # Interpolation is linear, so it may come before the product with the mask embeddings.
             small = F.interpolate(mask_features.detach(), size=size, mode="bilinear", align_corners=False)
             small_mask_features.append(to_tokens(small).mT)

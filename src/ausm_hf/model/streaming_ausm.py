@@ -75,7 +75,7 @@ def step_session(
 
 @torch.inference_mode()
 def step_sessions(
-    model, sessions: list[AusmInferenceSession], frames: list[torch.Tensor | AusmFrameFeatures]
+    model, inference_sessions: list[AusmInferenceSession], frames: list[torch.Tensor | AusmFrameFeatures]
 ) -> list[AusmVideoSegmentationOutput]:
     """
     Segment the next frame of each of several streams, in one pass of the network (two where some are at their first
@@ -85,7 +85,7 @@ def step_sessions(
 
     Args:
         model ([`AusmForUniversalSegmentation`]): The network.
-        sessions (list of [`AusmInferenceSession`]): The streams, each once; each advances by one frame.
+        inference_sessions (list of [`AusmInferenceSession`]): The streams, each once; each advances by one frame.
         frames (list of `torch.FloatTensor` of shape `(3, H, W)` or `(1, 3, H, W)`, or of [`AusmFrameFeatures`]): The
             next frame of each, all of one size.
 
@@ -96,7 +96,7 @@ def step_sessions(
         ValueError: as [`step_session`], or if the lists differ in length, a session comes twice or frames differ in
             size. All sessions are then as they were.
     """
-    sessions, frames = list(sessions), list(frames)
+    sessions, frames = list(inference_sessions), list(frames)
     if not sessions or len(sessions) != len(frames) or len({id(session) for session in sessions}) != len(sessions):
         raise ValueError(
             f"sessions must be one or more, each once, with one frame each, got {len(sessions)} sessions "
@@ -148,7 +148,7 @@ def _step_sessions(
 
 @torch.inference_mode()
 def preview_prompts(
-    model, session: AusmInferenceSession, frame: torch.Tensor | AusmFrameFeatures
+    model, inference_session: AusmInferenceSession, frame: torch.Tensor | AusmFrameFeatures
 ) -> dict[int, torch.Tensor]:
     """
     The masks that the prompts given for the next frame will have, without moving the stream on: what a user sees while
@@ -156,7 +156,7 @@ def preview_prompts(
 
     Args:
         model ([`AusmForUniversalSegmentation`]): The network.
-        session ([`AusmInferenceSession`]): The stream; it stays as it is.
+        inference_session ([`AusmInferenceSession`]): The stream; it stays as it is.
         frame (`torch.FloatTensor` of shape `(3, H, W)` or `(1, 3, H, W)`, or [`AusmFrameFeatures`]): The next frame,
             preprocessed, or what `model.encode_frames` made of it.
 
@@ -166,6 +166,7 @@ def preview_prompts(
     Raises:
         ValueError: as [`step_session`].
     """
+    session = inference_session
     (encoded,) = _encoded_frames(model, [session], [frame])
     seen: dict[int, torch.Tensor] = {}
     if session.history is not None and session.prompts.get(session.next_frame_idx):  # it may correct what is seen
@@ -233,7 +234,7 @@ def _torch_threads(number: int):
 
 def propagate_in_video_iterator(
     model,
-    session: AusmInferenceSession,
+    inference_session: AusmInferenceSession,
     start_frame_idx: int | None = None,
     max_frame_num_to_track: int | None = None,
     show_progress_bar: bool = False,
@@ -243,7 +244,7 @@ def propagate_in_video_iterator(
 
     Args:
         model ([`AusmForUniversalSegmentation`]): The network.
-        session ([`AusmInferenceSession`]): Made with a video.
+        inference_session ([`AusmInferenceSession`]): Made with a video.
         start_frame_idx (`int`, *optional*): First frame to segment, the next one of the stream if not given. Frames
             before it are passed over.
         max_frame_num_to_track (`int`, *optional*): How many frames to segment, all that follow if not given.
@@ -256,6 +257,7 @@ def propagate_in_video_iterator(
         ValueError: if the session has no video, `start_frame_idx` is past or beyond the video or passes over a
             prompted frame, or `max_frame_num_to_track` is negative.
     """
+    session = inference_session
     if session.video is None:
         raise ValueError(
             "inference_session must be made with a video, init_video_session(video=...), to run through it; "
