@@ -255,6 +255,7 @@ def read_video(source, strict: bool = False, raw_size: tuple[int, int] | None = 
             - the URL of a network stream: `http`, `https`, `rtsp`, `rtmp`, `srt`, `tcp` or `udp`;
             - `"-"`: standard input: JPEG images one after another (MJPEG), or what else FFmpeg can read from a pipe
               (MPEG-TS, Matroska), or raw frames if `raw_size` is given;
+            - a list of paths of images, in the order of the frames;
             - an iterable of frames, each as [`as_rgb_frame`] takes them; so also arrays (T, H, W, 3) and tensors
               (T, 3, H, W);
             - one image (`PIL.Image`, array or tensor of two or three dimensions): a video of one frame;
@@ -282,6 +283,14 @@ def read_video(source, strict: bool = False, raw_size: tuple[int, int] | None = 
         return _read_stdin(strict, raw_size) if source == "-" else _read_location(os.fspath(source), strict)
     if isinstance(source, Image.Image) or ((_is_tensor(source) or isinstance(source, np.ndarray)) and source.ndim < 4):
         source = [source]
+    if isinstance(source, (list, tuple)) and source and all(isinstance(p, (str, os.PathLike)) for p in source):
+        paths = [Path(p) for p in source]
+        if no_images := [p for p in paths if p.suffix.lower() not in IMAGE_SUFFIXES]:
+            raise ValueError(
+                f"source lists {str(no_images[0])!r}, which is no image; wanted are the frames of one video, and "
+                "several videos one by one"
+            )
+        return _read_images("frames", paths, strict)
     if isinstance(source, Iterable) and not isinstance(source, (bytes, dict)):
         return VideoSource(
             "frames",
@@ -293,6 +302,8 @@ def read_video(source, strict: bool = False, raw_size: tuple[int, int] | None = 
 
 
 def _read_location(location: str, strict: bool) -> VideoSource:
+    if not location:
+        raise ValueError("source is empty; wanted is a path, URL, camera:0 or -")
     if location.startswith("camera:"):
         device = f"/dev/video{location.removeprefix('camera:')}"
         if not os.path.exists(device):
@@ -307,8 +318,10 @@ def _read_location(location: str, strict: bool) -> VideoSource:
     if path.is_dir():
         images = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
         if not images:
-            raise ValueError(f"folder {location!r} has no images ({', '.join(IMAGE_SUFFIXES)})")
-        return _read_images(path.resolve().name, images, strict)
+            files = sorted({p.suffix for p in path.iterdir() if p.is_file() and p.suffix})
+            hint = f"; videos in it are named by a pattern, such as '{path.name}/*{files[0]}'" if files else ""
+            raise ValueError(f"folder {location!r} has no images ({', '.join(IMAGE_SUFFIXES)}){hint}")
+        return _read_images(path.resolve().name, sorted(images, key=natural_order), strict)
     if path.is_file():
         return _read_file(path, strict)
     if is_pattern(location):
@@ -323,7 +336,7 @@ def _read_location(location: str, strict: bool) -> VideoSource:
                     f"pattern {location!r} matches {len(paths)} files and {p.name!r} is no image; "
                     "wanted are images (the frames of one video) or one video"
                 )
-        return _read_images(paths[0].resolve().parent.name, paths, strict)
+        return _read_images(paths[0].resolve().parent.name, sorted(paths, key=natural_order), strict)
     raise ValueError(f"source {location!r}: no such file or folder")
 
 
@@ -362,8 +375,6 @@ def _read_animation(path: Path, num_frames: int, strict: bool) -> VideoSource:
 
 
 def _read_images(name: str, paths: list[Path], strict: bool) -> VideoSource:
-    paths = sorted(paths, key=natural_order)
-
     def frames(first):
         for path in paths[first:]:
             try:
@@ -416,7 +427,16 @@ def _read_stdin(strict: bool, raw_size: tuple[int, int] | None) -> VideoSource:
         if stdin.start[:2] == b"\xff\xd8":
             # The first image says all; by default FFmpeg would wait for a hundred of them.
             options = {"format": "mjpeg", "options": {"probesize": "32", "fpsprobesize": "0"}}
-        return _read_container(stdin, "stdin", strict, live=True, has_clock=not options, **options)
+        is_mp4 = stdin.start[4:8] == b"ftyp"
+        try:
+            return _read_container(stdin, "stdin", strict, live=True, has_clock=not options, **options)
+        except ValueError as error:
+            if not is_mp4:
+                raise
+            raise ValueError(
+                f"{error}; an MP4 can come through a pipe only if its index comes first (ffmpeg's -movflags "
+                "faststart); or give the file's name"
+            ) from None
 
     def frames(first):
         num_bytes = 3 * raw_size[0] * raw_size[1]
@@ -438,7 +458,7 @@ def _read_container(
 ) -> VideoSource:
     """A video that FFmpeg reads. `live`: no second reading, and no frames held back by the decoder's threads."""
 
-    def open_stream():
+    def open_stream(in_threads: bool = not live):
         try:
             container = av.open(location, **ANY_METADATA, **options)
         except (av.FFmpegError, OSError) as error:
@@ -451,11 +471,21 @@ def _read_container(
         if stream.codec_context is None:  # of no known codec; before version 18 PyAV crashes if it is asked to decode
             container.close()
             raise ValueError(f"video {name!r} has no frames that can be decoded: its codec is unknown")
-        stream.thread_type = "SLICE" if live else "AUTO"
+        stream.thread_type = "AUTO" if in_threads else "SLICE"
         return container, stream
 
     def frames(first):
-        container, stream = opened.pop() if opened else open_stream()
+        index = yield from decoded(first, *(opened.pop() if opened else open_stream()))
+        if index < num_frames and not live:
+            # Where a file was cut off, the decoder's threads lose the frames before the end; one alone doesn't.
+            index = yield from decoded(max(first, index), *open_stream(in_threads=False))
+        if index < num_frames:
+            # Not an error: a video trimmed without coding it anew hides frames that its header still counts.
+            message = f"video {name!r} should have {num_frames} frames, {index} could be read; it may be cut short"
+            warnings.warn(message, stacklevel=2)
+
+    def decoded(first, container, stream):
+        """The frames from `first` on; returns how many there are with those before it."""
         index, start, last = 0, None, None
         step = float(1 / (fps or FPS_WHEN_UNKNOWN))
         # AVI doesn't say when frames are shown. What FFmpeg guesses is wrong where they are coded in another order.
@@ -467,7 +497,7 @@ def _read_container(
                     packet = next(packets, None)
                 except (av.FFmpegError, OSError) as error:
                     yield None, _BadFrame(error.strerror or str(error), is_end=True)
-                    return
+                    return num_frames
                 if packet is None:
                     break
                 try:
@@ -488,10 +518,7 @@ def _read_container(
                             frame = frame_array(frame)
                         yield time, frame
                     index += 1
-        if index < num_frames:
-            # Not an error: a video trimmed without coding it anew hides frames that its header still counts.
-            message = f"video {name!r} should have {num_frames} frames, {index} could be read; it may be cut short"
-            warnings.warn(message, stacklevel=2)
+        return index
 
     container, stream = _awaited(open_stream, SimpleQueue()) if live else open_stream()
     opened = [(container, stream)]  # for the first reading; later ones open the file anew
@@ -503,10 +530,16 @@ def _read_container(
     return source
 
 
+UNSPECIFIED = 2  # FFmpeg's AVCOL_SPC_UNSPECIFIED
+
+
 def frame_array(frame: av.VideoFrame) -> np.ndarray:
     """The picture as players show it: turned and mirrored as its video says."""
+    # Where a video doesn't say what its colours are, players take those of HD for HD, FFmpeg those of SD for all.
+    unknown = frame.colorspace == UNSPECIFIED and not frame.format.is_rgb
+    hd = unknown and (frame.width >= 1280 or frame.height > 576)
     # Frames are too small for more threads of the colour conversion to pay.
-    array = frame.to_ndarray(format="rgb24", threads=1)
+    array = frame.to_ndarray(format="rgb24", src_colorspace="ITU709" if hd else None, threads=1)
     return np.rot90(array[::-1] if _is_mirrored(frame) else array, round(frame.rotation / 90))
 
 

@@ -145,7 +145,9 @@ def upright(frame) -> np.ndarray:
     from av.sidedata.sidedata import SideDataContainer
 
     side_data: Any = SideDataContainer  # a frame and its own `side_data` would keep each other alive
-    picture = frame.to_ndarray(format="rgb24")
+    # 2: the video doesn't say what its colours are. Players take those of HD then, FFmpeg those of SD.
+    hd = frame.colorspace == 2 and not frame.format.is_rgb and (frame.width >= 1280 or frame.height > 576)
+    picture = frame.to_ndarray(format="rgb24", src_colorspace="ITU709" if hd else None)
     try:
         matrix = side_data(frame).get("DISPLAYMATRIX")
     except ValueError:  # PyAV gives none of it where it doesn't know all of it
