@@ -1,5 +1,5 @@
 # make demo [VIDEO=path]   segment a video, and say where the results lie
-# make space               start the demo in a browser
+# make space               serve the demo's page for a browser
 # make test                run the tests
 # make train-smoke         train the paper's three stages in a tiny size: killed, resumed, evaluated, pushed, loaded
 # make bench               time and memory on the CPU, beside the peers (about 15 minutes): benchmarks/README.md

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -175,7 +176,9 @@ BAD = {
     "only negative points": (["CLIP", "--points", "1:-2,3"], "negative points alone"),
     "box of a marked object": (["CLIP", "--masks", "MASK", "--boxes", "3:2,2,9,9"], "which masks has too"),
     "prompted frame beyond": (["CLIP", "--boxes", "1:2,2,9,9", "--prompt-frame", "6"], "the video has 6 frames"),
-    "backward without prompts": (["CLIP", "--backward"], "without masks or prompts"),
+    "backward without prompts": (["CLIP", "--backward"], "--backward is for objects that --boxes, --points or"),
+    "no name": ([""], "source is empty"),
+    "URL among several": (["CLIP", "http://127.0.0.1:9/a.mp4"], "a URL, a camera or - is among several inputs"),
     "size of a file": (["CLIP", "--raw-size", "64x48"], "it is for raw frames on standard input"),
     "size of one number": (["-", "--raw-size", "64"], "--raw-size is '64'; wanted is WIDTHxHEIGHT, as in 640x360"),
     "prompts for several": (["CLIP", "CLIP", "--boxes", "1:2,2,9,9"], "--boxes is for one video; INPUT names several"),
@@ -201,6 +204,39 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     last = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ausm: error: ")]
     assert len(last) == 1 and message in last[0]
     assert not list(tmp_path.iterdir()) and sorted(bad.rglob("*")) == before
+
+
+def test_a_video_is_not_replaced_by_its_own_result(clip, tiny_checkpoint, tmp_path, capsys):
+    video = tmp_path / "overlay.mp4"
+    shutil.copy(clip[0], video)
+    with pytest.raises(SystemExit):
+        ausm("segment", video, "--model", tiny_checkpoint, "--output", tmp_path)
+    assert "would be replaced by its own result" in capsys.readouterr().err
+    assert video.read_bytes() == clip[0].read_bytes()
+    ausm("segment", video, "--model", tiny_checkpoint, "--output", tmp_path, "--formats", " PNG, json")
+
+
+def test_results_of_an_earlier_run_that_stay_are_told(clip, tiny_checkpoint, tmp_path):
+    ausm("segment", clip[0], "--model", tiny_checkpoint, "--output", tmp_path, "--formats", "png,json")
+    (tmp_path / "masks" / ".DS_Store").touch()  # somebody looked at them
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ausm("segment", clip[0], "--model", tiny_checkpoint, "--output", tmp_path)
+    with pytest.warns(UserWarning, match="keeps overlay.mp4, masks of an earlier run; this one writes others"):
+        ausm("segment", clip[0], "--model", tiny_checkpoint, "--output", tmp_path, "--formats", "json")
+
+
+def test_nothing_found_is_told(clip, tiny_checkpoint, tmp_path, capsys):
+    ausm("segment", clip[0], "--model", tiny_checkpoint, "--output", tmp_path, "--threshold", "1")
+    assert "ausm: nothing was found; a --threshold below 1 finds more\n" in capsys.readouterr().err
+
+
+def test_warnings_stand_on_lines_of_their_own(bad, tiny_checkpoint, tmp_path):
+    command = [sys.executable, "-m", "ausm_hf.cli", "segment", str(bad / "half"), "--model", str(tiny_checkpoint)]
+    done = subprocess.run([*command, "--output", str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 0
+    (line,) = [line for line in re.split(r"[\r\n]", done.stderr) if "warning" in line]
+    assert line.startswith("ausm: warning: frame ")
 
 
 def test_output_in_the_way(clip, tiny_checkpoint, tmp_path, capsys):

@@ -26,8 +26,14 @@ def test_palette_is_that_of_pascal_voc():
     ]  # fmt: skip
     assert davis_palette()[255].tolist() == [224, 224, 192]
     assert len(np.unique(davis_palette(), axis=0)) == 256
-    assert color_of(1) == (128, 0, 0)
-    assert color_of(256) == color_of(1) and color_of(510) == color_of(255) and color_of(1000) != (0, 0, 0)
+
+
+def test_objects_are_drawn_in_colours_that_people_tell_apart():
+    assert color_of(0) == (0, 0, 0) and color_of(17) == color_of(1)
+    colors = np.array([color_of(object_id) for object_id in range(1, 17)], int)
+    apart = np.abs(colors[:, None] - colors).sum(-1) + 1000 * np.eye(16, dtype=int)
+    assert apart[:10, :10].min() > 120 and apart.min() > 70
+    assert (colors.max(1) - colors.min(1)).min() >= 60  # none is grey
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.uint16, np.int64])

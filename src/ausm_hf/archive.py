@@ -45,7 +45,7 @@ from glob import glob
 from pathlib import Path, PurePosixPath
 
 from .files import IMAGE_SUFFIXES
-from .video import is_pattern
+from .video import STREAM_SCHEMES, is_pattern
 
 LEASE = 60.0  # seconds after which a claim that nobody touches is dead
 MANIFEST_EVERY = 10.0  # seconds between two writings of the manifest
@@ -102,6 +102,8 @@ def find_videos(inputs: Iterable[str | os.PathLike], output: str | os.PathLike |
         elif os.path.exists(location):
             paths.append(location)
             roots.append(os.path.dirname(os.path.abspath(location)))
+        elif location == "-" or location.startswith((*STREAM_SCHEMES, "camera:")):  # a URL may hold a password
+            raise ValueError("a URL, a camera or - is among several inputs; wanted is one such at a time")
         else:
             raise ValueError(f"source {location!r}: no such file or folder")
     if not paths:

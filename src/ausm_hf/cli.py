@@ -1,17 +1,19 @@
 """The command `ausm`. Each command is one call into the library, which is imported only when the command runs."""
 
 import argparse
+import os
 import re
 import signal
 import sys
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .video import VideoSource
 
-BOXES = "ID:X0,Y0,X1,Y1 for each object, as in '1:10,20,110,220 2:200,40,260,90'"
+BOXES = "ID:X0,Y0,X1,Y1 for each object, in pixels from the upper left corner, as in '1:10,20,110,220 2:200,40,260,90'"
 POINTS = "ID:X,Y;X,Y for each object, with - before a point that is not on it, as in '1:120,80;-30,40 2:60,60'"
 
 
@@ -33,8 +35,13 @@ def segment(args: argparse.Namespace):
     from .video import read_video
 
     prompts = parse_prompts(args.boxes, args.points)
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise ValueError(f"--threshold is {args.threshold:g}; wanted is 0 to 1")
     if are_many(args.input):
         return _segment_many(args)
+    if (args.backward or args.prompt_frame) and not (args.boxes or args.points or args.masks):
+        option = "--backward" if args.backward else "--prompt-frame"
+        raise ValueError(f"{option} is for objects that --boxes, --points or --masks mark; none is marked")
     source = read_video(args.input[0], args.strict, args.raw_size and parse_raw_size(args.raw_size))
 
     # What takes seconds to import only now: most mistakes are found by then.
@@ -42,7 +49,8 @@ def segment(args: argparse.Namespace):
 
     from .segment import check_formats, load_model, read_mask, save_segments, segment_video
 
-    formats = check_formats(args.formats.split(","))
+    formats = check_formats(_formats(args.formats))
+    _check_output(args.input[0], args.output, formats)
     masks = None if args.masks is None else read_mask(args.masks)
     model, processor = load_model(args.model, args.device, args.dtype)
     results = segment_video(
@@ -57,10 +65,36 @@ def segment(args: argparse.Namespace):
         backward=args.backward,
     )
     until_interrupted = _until_interrupted(source) if source.once else nullcontext()
+    found: set[int] = set()
+
+    def noted(results):
+        for result in results:
+            found.update(item["id"] for item in result.objects)
+            yield result
+
     with until_interrupted, tqdm(results, total=source.num_frames, unit="frame", desc=source.name) as results:
-        paths = save_segments(results, args.output, formats, source.fps, source.name, source.pixel_aspect)
+        paths = save_segments(noted(results), args.output, formats, source.fps, source.name, source.pixel_aspect)
     for path in paths:
         print(path)
+    if not found:
+        threshold = model.config.foreground_threshold if args.threshold is None else args.threshold
+        _say(f"ausm: nothing was found; a --threshold below {threshold:g} finds more")
+
+
+def _formats(text: str) -> list[str]:
+    return [name.strip().lower() for name in text.split(",")]
+
+
+def _check_output(location: str, output: str, formats: list[str]):
+    """Raises ValueError where a result would replace the video itself; warns of other results that are there."""
+    from .segment import FORMATS
+
+    paths = {name: Path(output) / FORMATS[name] for name in FORMATS}
+    for name in formats:
+        if os.path.exists(location) and os.path.realpath(location) == os.path.realpath(paths[name]):
+            raise ValueError(f"INPUT {location!r} would be replaced by its own result; wanted is another --output")
+    if left := [path.name for name, path in paths.items() if name not in formats and path.exists()]:
+        warnings.warn(f"{output!r} keeps {', '.join(left)} of an earlier run; this one writes others", stacklevel=2)
 
 
 def _segment_many(args: argparse.Namespace):
@@ -70,20 +104,36 @@ def _segment_many(args: argparse.Namespace):
 
     from tqdm import tqdm
 
+    from .archive import find_videos
     from .segment import check_formats, load_model, segment_videos
 
-    formats = check_formats(args.formats.split(","))
+    formats = check_formats(_formats(args.formats))
+    videos = find_videos(args.input, args.output)
     model, processor = load_model(args.model, args.device, args.dtype)
     lines = segment_videos(args.input, args.output, model, processor, formats, args.threshold, strict=args.strict)
     num_videos, failed = 0, []
-    for num_videos, line in enumerate(tqdm(lines, unit="video"), 1):  # noqa: B007
+    for num_videos, line in enumerate(tqdm(lines, total=len(videos), unit="video"), 1):  # noqa: B007
         if line["status"] == "failed":
             failed.append(line["video"])
-            print(f"ausm: failed: {line['video']}: {line['error']}", file=sys.stderr)
+            _say(f"ausm: failed: {line['video']}: {line['error']}")
     print(f"{args.output}/manifest.jsonl")
     if failed:
-        print(f"ausm: {len(failed)} of {num_videos} videos failed", file=sys.stderr)
+        _say(f"ausm: {len(failed)} of {num_videos} videos failed")
         sys.exit(1)
+
+
+def _say(text: str):
+    """Writes a line to standard error, above any progress bar."""
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
+    else:
+        print(text, file=sys.stderr)
+
+
+def _format_warning(message, *_, **__) -> str:
+    for bar in list(sys.modules["tqdm"].tqdm._instances) if "tqdm" in sys.modules else []:
+        bar.clear()  # it is drawn again, below
+    return f"ausm: warning: {' '.join(str(message).split())}\n"
 
 
 @contextmanager
@@ -206,9 +256,9 @@ def build_parser() -> argparse.ArgumentParser:
         "input",
         metavar="INPUT",
         nargs="+",
-        help="video file, folder of frames, glob pattern of images, URL, camera:0, or - for standard input; "
-        "of several, or of a glob pattern of videos, each becomes a folder within --output, also when several "
-        "processes share the work",
+        help="video file, folder of frames, glob pattern of images, URL, camera:0, or - for standard input; of "
+        "several files or folders, or of a glob pattern of videos, each becomes a folder within --output, also when "
+        "several processes share the work",
     )
     added.add_argument("--model", metavar="ID_OR_PATH", help="checkpoint (default: the ausm-nano of the package)")
     added.add_argument("--masks", metavar="FRAME.png", help="indexed image: pixel = object id, 0 = background")
@@ -280,7 +330,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None):
     """Runs the command line. What the user can mend becomes one line on stderr and exit code 2."""
-    warnings.formatwarning = lambda message, *_, **__: f"ausm: warning: {' '.join(str(message).split())}\n"
+    warnings.formatwarning = _format_warning
     terminated = 0
 
     def terminate(number, _):

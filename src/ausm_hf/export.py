@@ -83,7 +83,7 @@ class PngMaskWriter(_ResultWriter, WholeFolder):
         super().__init__(path)
         if self.path.exists():
             for file in self.path.iterdir():
-                if not re.fullmatch(r"\d+\.png", file.name):
+                if not re.fullmatch(r"\d+\.png|\..*|Thumbs\.db|desktop\.ini", file.name):  # or of who looked at it
                     raise ValueError(f"folder {str(path)!r} holds {file.name!r}, so it isn't replaced by masks")
 
     def write(self, frame_index, frame, indexed_mask, objects, time=None) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -37,7 +37,15 @@ from .model.session_ausm import AusmInferenceSession
 from .model.streaming_ausm import encode_ahead
 from .video import read_video
 
-FORMATS = ("mp4", "png", "json", "jsonl", "coco", "youtube_vis")
+# And what each is written to, within the folder of the results.
+FORMATS = {
+    "mp4": "overlay.mp4",
+    "png": "masks",
+    "json": "objects.json",
+    "jsonl": "frames.jsonl",
+    "coco": "coco.json",
+    "youtube_vis": "youtube_vis.json",
+}
 USUAL_FORMATS = ("mp4", "png", "json")
 
 
@@ -308,18 +316,16 @@ def save_segments(
         raise ValueError("results is empty; wanted is at least one frame")
     # Where each frame has its time, the rate is but a name: that of a time-lapse may be less than can be written.
     overlay_fps = max(fps, 0.01) if fps is not None and fps > 0 and first.time is not None else fps
-    writers = {
-        "mp4": lambda: OverlayVideoWriter(
-            output / "overlay.mp4", overlay_fps, first.masks.shape, pixel_aspect=pixel_aspect
-        ),
-        "png": lambda: PngMaskWriter(output / "masks"),
-        "json": lambda: ObjectsJsonWriter(output / "objects.json", name, fps),
-        "jsonl": lambda: JsonlWriter(output / "frames.jsonl"),
-        "coco": lambda: CocoWriter(output / "coco.json", name, fps),
-        "youtube_vis": lambda: YoutubeVisWriter(output / "youtube_vis.json", name, fps),
+    writers: dict[str, Callable] = {
+        "mp4": lambda path: OverlayVideoWriter(path, overlay_fps, first.masks.shape, pixel_aspect=pixel_aspect),
+        "png": PngMaskWriter,
+        "json": lambda path: ObjectsJsonWriter(path, name, fps),
+        "jsonl": JsonlWriter,
+        "coco": lambda path: CocoWriter(path, name, fps),
+        "youtube_vis": lambda path: YoutubeVisWriter(path, name, fps),
     }
     with ExitStack() as stack:
-        opened = [stack.enter_context(writers[key]()) for key in formats]
+        opened = [stack.enter_context(writers[key](output / FORMATS[key])) for key in formats]
 
         def write(result: FrameSegments):
             for writer in opened:

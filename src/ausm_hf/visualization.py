@@ -39,15 +39,38 @@ def indexed_image(masks: np.ndarray) -> Image.Image:
     return image
 
 
+# Colours that people tell apart, the easiest first. (In DAVIS's palette 1, 8 and 9 are dark reds and 7 is grey.)
+DRAWN_COLORS = np.array(
+    [
+        (0, 0, 0),  # the background
+        (230, 25, 75),
+        (60, 180, 75),
+        (67, 99, 216),
+        (255, 225, 25),
+        (245, 130, 49),
+        (66, 212, 244),
+        (240, 50, 230),
+        (191, 239, 69),
+        (145, 30, 180),
+        (250, 190, 212),
+        (0, 150, 150),
+        (154, 99, 36),
+        (220, 190, 255),
+        (170, 255, 195),
+        (128, 0, 0),
+        (128, 128, 0),
+    ],
+    np.uint8,
+)
+
+
 def color_of(object_id: int) -> tuple[int, int, int]:
-    """The RGB colour in which an object is drawn. Ids above 255 take the colours of 1 to 255 again; 0 is black."""
-    return tuple(davis_palette()[_palette_index(np.asarray(object_id))].tolist())
+    """The RGB colour in which an object is drawn. There are 16, taken in turn; 0 is black."""
+    return tuple(DRAWN_COLORS[_color_index(np.asarray(object_id))].tolist())
 
 
-def _palette_index(ids: np.ndarray) -> np.ndarray:
-    if ids.max(initial=0) > 255 or ids.min(initial=0) < 0:
-        ids = np.where(ids == 0, 0, (ids - 1) % 255 + 1)
-    return ids.astype(np.uint8, copy=False)
+def _color_index(ids: np.ndarray) -> np.ndarray:
+    return np.where(ids == 0, 0, (ids - 1) % (len(DRAWN_COLORS) - 1) + 1).astype(np.uint8)
 
 
 def object_labels(objects: list[dict]) -> dict[int, str]:
@@ -98,15 +121,15 @@ def draw_overlay(
     height, width = masks.shape
 
     # Pillow looks colours up and mixes them several times faster than numpy's indexing does.
-    index = _palette_index(masks)
+    index = _color_index(masks)
     colors = Image.fromarray(index)
-    colors.putpalette(davis_palette().tobytes())
+    colors.putpalette(DRAWN_COLORS.tobytes())
     strength = Image.fromarray((masks != 0).astype(np.uint8) * np.uint8(round(alpha * 255)))
     out = np.array(Image.composite(colors.convert("RGB"), Image.fromarray(frame), strength))
 
     if contour:
         edges = _inner_edges(masks, thickness=max(1, round(height / 480)))
-        out[edges] = davis_palette()[index[edges]] // 2 + 128
+        out[edges] = DRAWN_COLORS[index[edges]] // 2 + 128
 
     for object_id, text in (labels or {}).items():
         mine = masks == object_id

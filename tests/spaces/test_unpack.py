@@ -58,6 +58,20 @@ def test_a_video_becomes_its_frames(frames, tmp_path):
         clip.frame(7)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "codec", "plays"), [("mp4", "libx264", True), ("avi", "libx264", False), ("mp4", "mpeg4", False)]
+)
+def test_whether_browsers_play_it_is_known(frames, tmp_path, suffix, codec, plays):
+    path = tmp_path / f"clip.{suffix}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    assert by_child(path, tmp_path / "out").plays == plays
+
+
 def test_the_first_frame_comes_before_the_others(tmp_path):
     rng = np.random.default_rng(0)
     path = write_video(tmp_path / "clip.mp4", [rng.integers(0, 256, (480, 640, 3), dtype=np.uint8)] * 60)

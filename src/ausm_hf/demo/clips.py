@@ -35,6 +35,7 @@ class Clip:
         fps (`float` or `None`): Frames per second, if known.
         times (`list[float]` or `None`): Seconds since the first frame, if known.
         pixel_aspect (`Fraction`): Width by height of a pixel as it is meant to be shown.
+        plays (`bool`): Whether all browsers play such files.
     """
 
     folder: Path
@@ -44,6 +45,7 @@ class Clip:
     fps: float | None
     times: list[float] | None
     pixel_aspect: Fraction = Fraction(1)
+    plays: bool = True
 
     @property
     def shown_size(self) -> tuple[int, int]:
@@ -119,8 +121,8 @@ def unpack_clip(file: str | os.PathLike, folder: Path, limits: Limits) -> Iterat
     if child.returncode != 0:  # out of memory, out of time, or a decoder that crashed
         raise Refused("The video could not be decoded with the memory and the time that there are for it here.")
     facts = json.loads((folder / "clip.json").read_text())
-    aspect = Fraction(facts["pixel_aspect"])
-    yield Clip(folder, file.stem, tuple(facts["size"]), facts["num_frames"], facts["fps"], facts["times"], aspect)
+    facts |= {"size": tuple(facts["size"]), "pixel_aspect": Fraction(facts["pixel_aspect"])}
+    yield Clip(folder, file.stem, **facts)
 
 
 class Rooms:

@@ -22,6 +22,7 @@ from .visits import Visit, Visits
 
 logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent
+CANNOT_PLAY = " Not all browsers play such a file; if the player above says so, it can be followed all the same."
 
 CANVAS = """<div class="ausm-tools" role="toolbar" aria-label="Tools to mark with">
 <button type="button" data-kind="point" data-add="1">+ On the object</button>
@@ -87,8 +88,8 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
     with gr.Blocks(title="AUSM: follow objects in a video", analytics_enabled=False, fill_width=True) as page:
         page.sweep = visits.sweep
         gr.HTML(
-            "<h1>Follow objects in a video</h1><p>Mark things in a frame, and they are followed through the whole "
-            "video, pixel by pixel. Or mark nothing, and what is there is found and followed.</p>",
+            "<h1>Follow objects in a video</h1><p>Mark things in a frame, and they are followed from there to the end "
+            "of the video, pixel by pixel. Or mark nothing, and what is there is found and followed.</p>",
             elem_classes="ausm-head",
         )
         with gr.Row():
@@ -125,7 +126,7 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
                     add = gr.Button("Another object", min_width=120)
                     undo = gr.Button("Undo", min_width=80)
                     clear = gr.Button("Clear all marks", min_width=120)
-                follow = gr.Button("Follow through the video", variant="primary", elem_id="follow")
+                follow = gr.Button("Follow to the end of the video", variant="primary", elem_id="follow")
             with gr.Tab("Find everything"):
                 gr.Markdown("Nothing to mark: objects are found, named and followed from the first frame on.")
                 with gr.Row():
@@ -204,7 +205,9 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
                     seconds = item.time(item.num_frames - 1) + 1 / (item.fps or 24)
                     yield {
                         canvas: marked(visit, 0, 1),
-                        facts: f"{width} x {height} pixels, {item.num_frames} frames, {seconds:.1f} seconds.",
+                        facts: f"{width} x {height} pixels, {item.num_frames} "
+                        f"frame{'s' * (item.num_frames != 1)}, {seconds:.1f} seconds."
+                        + ("" if item.plays else CANNOT_PLAY),
                         frame: gr.Slider(
                             maximum=max(1, item.num_frames - 1), value=0, interactive=item.num_frames > 1
                         ),

@@ -63,6 +63,7 @@ class Limits:
 # FFmpeg's demuxers. Others read playlists, lists of files and images, or addresses; these read only the file itself.
 # GIFs are read, but not asked for: programs can send them, and Gradio's page takes no file of that type.
 DEMUXERS = {"mov": "MP4 or MOV", "matroska": "WebM or MKV", "avi": "AVI", "gif": ""}
+PLAYED = ("h264", "av1", "libdav1d", "vp8", "vp9", "libvpx", "libvpx-vp9")  # by browsers, in MP4, MOV, WebM or MKV
 DECODERS = ("h264", "hevc", "av1", "libdav1d", "vp8", "vp9", "libvpx", "libvpx-vp9", "mpeg4", "mjpeg", "gif")
 
 
@@ -136,6 +137,7 @@ def unpack(path: str | os.PathLike, folder: Path, limits: Limits):
     known_times = [time for time in times if time is not None]
     in_order = known_times == times == sorted(known_times)
     clip = {"size": size, "fps": float(fps) if fps else None, "num_frames": len(times), "pixel_aspect": str(aspect)}
+    clip["plays"] = demuxer in ("mov", "matroska") and codec.name in PLAYED
     with _room_on_the_disk():
         (folder / "clip.json").write_text(json.dumps({**clip, "times": times if in_order else None}))
 

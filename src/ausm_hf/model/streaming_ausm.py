@@ -341,7 +341,10 @@ def _checked_frame(
     prompted = {x.object_id for x in session.objects if x.prompted}
     prompted |= set(session.prompts.get(session.next_frame_idx, {}))
     if len(prompted) > num_slots:
-        raise ValueError(f"obj_ids must be at most {num_slots}, the number of ID vectors, got {len(prompted)} objects")
+        raise ValueError(
+            f"obj_ids must be at most {num_slots}, the number of ID vectors, got {len(prompted)} objects (in an image "
+            "of masks every value is one: soft edges make many)"
+        )
     return frame
 
 
