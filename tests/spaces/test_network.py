@@ -261,6 +261,6 @@ def test_pixels_that_are_no_squares_are_shown_as_they_are_meant(network, clip, m
     for path in (*result.key_frames(), *key_frames):
         with Image.open(path) as picture:
             assert picture.size == (64, 36)
-    live = base64.b64decode(news[-1].pictures[-1].split(",")[1])
+    live = base64.b64decode([picture for one in news for picture in one.pictures][-1].split(",")[1])
     assert Image.open(io.BytesIO(live)).size == (64, 36)
     assert result.mask(0).shape == (48, 64)
