@@ -190,6 +190,9 @@ def test_a_finished_run_is_left_as_it_is(tiny, tmp_path, monkeypatch, capsys):
             tiny.run(run, "optim.max_steps=2", "optim.lr=0.5", "data.batch_size=1")
     assert files(run) == left
     tiny.run(run, "optim.max_steps=4", "optim.lr=0.5")  # goes on
+    assert "going on from" in (said := capsys.readouterr().out) and " with other values of optim.lr\n" in said
+    with pytest.raises(ValueError, match="^output_dir: .* a run that had other values of model.preset; want another"):
+        tiny.run(run, "optim.max_steps=5", "model.preset=tiny")
     assert [line["step"] for line in log_lines(run)] == [1, 2, 3, 4]
     assert_same(weights(final), weights(run / "step-00000004"))
 

@@ -387,9 +387,16 @@ def _source(stored: dict):
     return stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
 
 
-def open_image(stored: dict) -> PILImage.Image:
-    """The image of a frame or a mask, not decoded yet; to be closed."""
-    return PILImage.open(_source(stored))
+@contextmanager
+def open_image(stored: dict) -> Iterator[PILImage.Image]:
+    """The image of a frame or a mask, not decoded yet. What is wrong with it is a ValueError that names it."""
+    try:
+        with PILImage.open(_source(stored)) as image:
+            yield image
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError) as error:  # SyntaxError: a broken PNG
+        raise ValueError(f"{stored['path']} can't be read: {error}") from error
 
 
 def _as_index(image: PILImage.Image) -> np.ndarray:

@@ -40,7 +40,7 @@ def coco(root: str, split: str = "train2017", annotations: str | None = None, la
                 for number, annotation in enumerate(by_image.pop(image["id"], []), start=1):
                     segmentation = encode_rle(annotation["segmentation"], image["height"], image["width"])
                     label = label_of(annotation, labels, source)
-                    objects.append(clip_object(number, label, bool(annotation["iscrowd"]), [segmentation]))
+                    objects.append(clip_object(number, label, bool(annotation.get("iscrowd", 0)), [segmentation]))
                 if objects:
                     yield clip_row(
                         f"{split}/{image['id']:012d}",

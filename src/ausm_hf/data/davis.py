@@ -44,6 +44,7 @@ def davis(
             frames / name,
             masks / name,
             [clip_object(1)] if year == 2016 else [],
+            every_frame=year == 2016 or split in ("train", "val"),
             binary_masks=year == 2016,
             exhaustive=year == 2016,
             first_frame_given=year == 2017,

@@ -34,6 +34,7 @@ def youtube_vos(root: str, split: str = "train") -> Dataset:
                 folder / "JPEGImages" / name,
                 folder / "Annotations" / name,
                 [clip_object(i, obj.get("category")) for i, obj in video["objects"].items()],
+                names=[name for obj in video["objects"].values() for name in obj.get("frames", [])],
                 exhaustive=False,
                 first_frame_given=True,
             )

@@ -126,21 +126,22 @@ def _ovis(root: str, split: str, mode: str) -> tuple[Iterable[dict], dict]:
 
 def _video_instances(images: Path, source: Path, label_set: str) -> tuple[Iterable[dict], dict]:
     """Rows of the videos of a YouTube-VIS JSON, and its content."""
-    from ..data.clips import clip_row, file
+    from ..data.clips import clip_row, file, reading
     from ..data.vis_json import category_names
 
-    content = json.loads(source.read_text())
-    category_names(content["categories"], label_set, source)
-    rows = [
-        clip_row(str(video["id"]), [file(images / name) for name in video["file_names"]], [])
-        for video in content["videos"]
-    ]
+    with reading(source):
+        content = json.loads(source.read_text())
+        category_names(content["categories"], label_set, source)
+        rows = [
+            clip_row(str(video["id"]), [file(images / name) for name in video["file_names"]], [])
+            for video in content["videos"]
+        ]
     return rows, content
 
 
 def _coco(root: str, split: str, mode: str) -> tuple[Iterable[dict], dict]:
     """Images as videos of one frame; all images of the JSON, those without objects too."""
-    from ..data.clips import clip_row, file
+    from ..data.clips import clip_row, file, reading
     from ..data.mask_folders import need
     from ..data.vis_json import category_names
 
@@ -148,27 +149,28 @@ def _coco(root: str, split: str, mode: str) -> tuple[Iterable[dict], dict]:
     source = folder / f"image_info_{split}.json"  # of test sets
     if not source.is_file():
         source = need(folder / f"instances_{split}.json", f"split {split!r} of COCO")
-    content = json.loads(source.read_text())
-    category_names(content["categories"], "coco", source)
     images = Path(root) / split.replace("test-dev", "test")
-    rows = [clip_row(str(image["id"]), [file(images / image["file_name"])], []) for image in content["images"]]
-    annotations = {
-        "videos": [
-            {"id": image["id"], "height": image["height"], "width": image["width"], "length": 1}
-            for image in content["images"]
-        ],
-        "categories": content["categories"],
-        "annotations": [
-            {
-                "id": item["id"],
-                "video_id": item["image_id"],
-                "category_id": item["category_id"],
-                "iscrowd": item["iscrowd"],
-                "segmentations": [item["segmentation"]],
-            }
-            for item in content.get("annotations", [])
-        ],
-    }
+    with reading(source):
+        content = json.loads(source.read_text())
+        category_names(content["categories"], "coco", source)
+        rows = [clip_row(str(image["id"]), [file(images / image["file_name"])], []) for image in content["images"]]
+        annotations = {
+            "videos": [
+                {"id": image["id"], "height": image["height"], "width": image["width"], "length": 1}
+                for image in content["images"]
+            ],
+            "categories": content["categories"],
+            "annotations": [
+                {
+                    "id": item["id"],
+                    "video_id": item["image_id"],
+                    "category_id": item["category_id"],
+                    "iscrowd": item.get("iscrowd", 0),
+                    "segmentations": [item["segmentation"]],
+                }
+                for item in content.get("annotations", [])
+            ],
+        }
     return rows, annotations
 
 
@@ -258,16 +260,35 @@ def load_benchmark(name: str, root: str | os.PathLike, split: str = "val", mode:
     # What is to be found needs no masks.
     checked = rows if mode == "prompted" else [row | {"annotated": [True] * len(row["frames"])} for row in rows]
     check_clips(checked, name=f"{name} {split}")
+    if annotations is not None:
+        _check_sizes(rows, annotations["videos"])
     seen = _seen_objects(rows, Path(root)) if protocol is _YOUTUBE_VOS else None
     return Benchmark(name, split, mode, rows, annotations, protocol.label_set, seen)
 
 
+def _check_sizes(rows: list[dict], videos: list[dict]):
+    """Raises ValueError if frames aren't of the size that masks are scored in: a resized copy of the data set."""
+    from ..data.clips import open_image
+
+    for row, video in zip(rows, videos, strict=True):
+        with open_image(row["frames"][0]) as image:
+            sizes = image.size, image.size[::-1]  # a photograph may lie on its side
+        if (video["width"], video["height"]) not in sizes:
+            raise ValueError(
+                f"{row['frames'][0]['path']} is {image.width} x {image.height} pixels (width x height), annotated are "
+                f"{video['width']} x {video['height']}; wanted are the frames as they are published"
+            )
+
+
 def _seen_objects(rows: list[dict], root: Path) -> dict[str, dict[int, bool]] | None:
+    from ..data.clips import reading
+
     training = root / "train" / "meta.json"
     if not training.is_file():
         return None
-    videos = json.loads(training.read_text())["videos"].values()
-    categories = {item.get("category") for video in videos for item in video["objects"].values()}
+    with reading(training):
+        videos = json.loads(training.read_text())["videos"].values()
+        categories = {item.get("category") for video in videos for item in video["objects"].values()}
     return {row["video_id"]: {item["id"]: item["label"] in categories for item in row["objects"]} for row in rows}
 
 

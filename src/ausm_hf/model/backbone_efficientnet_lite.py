@@ -184,7 +184,7 @@ class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
     input_modalities = ["image"]
-    _no_split_modules = ["EfficientNetLiteConvolution", "EfficientNetLiteBlock"]
+    _no_split_modules = ["EfficientNetLiteBlock"]
     # It has no attention, so whichever the model around it uses will do.
     _supports_sdpa = True
     _supports_flash_attn = True

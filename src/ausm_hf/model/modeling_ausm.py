@@ -74,12 +74,8 @@ class AusmPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = [
-        "AusmDeformablePixelEncoder",
-        "AusmPyramidPixelEncoder",
-        "AusmHistoryEncoder",
-        "AusmPixelDecoderLayer",
-    ]
+    # Those of the parts are added. FSDP takes them for its units, so each must be called whole.
+    _no_split_modules = ["AusmCompressorLayer", "AusmHistoryDecoderLayer", "AusmPixelDecoderLayer"]
 
     def get_input_embeddings(self) -> None:
         """There are none; Accelerate asks before it shards a network."""

@@ -118,6 +118,7 @@ class AusmDeformablePixelEncoder(Mask2FormerPixelDecoder):
 
     # Half precision rounds the places to sample by up to a cell, and on a CPU torch's sampling is wrong in it.
     _keep_in_fp32_modules_strict = ("pixel_encoder.encoder", "pixel_encoder.level_embed")
+    _no_split_modules = ("AusmDeformableEncoderLayer",)
 
     adapter_1: nn.Module
     layer_1: nn.Module

@@ -98,7 +98,7 @@ def train(
 
     Raises:
         ValueError: the recipe can't work (names the key), or `output_dir` holds a run that is finished, of another
-            recipe; before anything is loaded.
+            recipe, or one of another network; before anything is loaded.
         FloatingPointError: the gradient has not been finite for many steps.
     """
     recipe.validate()
@@ -157,7 +157,10 @@ def train(
         newest = checkpoints(output_dir)[-1]
         first_step = load_training_state(newest, network, optimizer, ema, accelerator.scaler)
         restore_rng_state(newest, accelerator.process_index)
-        accelerator.print(f"going on from {newest}")
+        changed = _changed(recipe, output_dir)
+        accelerator.print(
+            f"going on from {newest}" + (f" with other values of {', '.join(changed)}" if changed else "")
+        )
     # After the checkpoint was found to fit: a recipe that doesn't wasn't trained.
     if accelerator.is_main_process and first_step <= recipe.optim.max_steps:
         _write_text(output_dir / "recipe.yaml", yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))
@@ -268,24 +271,39 @@ def _build_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
+def _changed(recipe: Recipe, output_dir: Path) -> list[str]:
+    """What the recipe has other values of than the run in `output_dir`, but for its length and place."""
+    noted = output_dir / "recipe.yaml"
+    if not noted.is_file():
+        return []
+    both = yaml.safe_load(noted.read_text()), recipe_to_dict(recipe)
+    # Through YAML, which has no tuples, and sorts keys.
+    earlier, now = (_flatten(yaml.safe_load(yaml.safe_dump(values))) for values in both)
+    return sorted({key for key, _ in earlier.items() ^ now.items()} - {"output_dir", "optim.max_steps"})
+
+
 def _is_finished(recipe: Recipe, final: Path) -> bool:
-    """Whether the recipe's last step is done and `final` written. Raises ValueError if another recipe did the step."""
+    """
+    Whether the recipe's last step is done and `final` written. Raises ValueError if another recipe did the steps, or
+    those before them with another network.
+    """
     there = checkpoints(final.parent)
-    if not there or int(there[-1].name.removeprefix("step-")) < recipe.optim.max_steps:
+    if not there:
         return False
-    noted = final.parent / "recipe.yaml"
-    if noted.is_file():
-        both = yaml.safe_load(noted.read_text()), recipe_to_dict(recipe)
-        # Through YAML, which has no tuples, and sorts keys.
-        earlier, now = (_flatten(yaml.safe_load(yaml.safe_dump(values))) for values in both)
-        changed = {key for key, _ in earlier.items() ^ now.items()} - {"output_dir", "optim.max_steps"}
-        if changed:
-            raise ValueError(
-                f"output_dir: {final.parent} holds a run that is finished and had other values of "
-                f"{', '.join(sorted(changed))}; want another output_dir, or a larger optim.max_steps to go on"
-            )
+    is_done = int(there[-1].name.removeprefix("step-")) >= recipe.optim.max_steps
+    changed = _changed(recipe, final.parent)
+    if is_done and changed:
+        raise ValueError(
+            f"output_dir: {final.parent} holds a run that is finished and had other values of {', '.join(changed)}; "
+            "want another output_dir, or a larger optim.max_steps to go on"
+        )
+    if of_network := [key for key in changed if key.split(".")[0] == "model"]:
+        raise ValueError(
+            f"output_dir: {final.parent} holds a run that had other values of {', '.join(of_network)}; want another "
+            "output_dir"
+        )
     # A run that was killed before it wrote `final` may have that of fewer steps.
-    return final.is_dir() and final.stat().st_mtime >= there[-1].stat().st_mtime
+    return is_done and final.is_dir() and final.stat().st_mtime >= there[-1].stat().st_mtime
 
 
 def _forward_and_backward(
@@ -327,6 +345,9 @@ def build_config(recipe: Recipe) -> AusmConfig:
 def _build_config(recipe: Recipe) -> AusmConfig:
     if recipe.model.path is not None:
         values, _ = AusmConfig.get_config_dict(recipe.model.path)
+        values = {
+            key: value for key, value in values.items() if key not in ("id2label", "label2id")
+        }  # of `label_sets`
         config = AusmConfig.from_dict(values)
     else:
         config = AusmConfig.from_preset(str(recipe.model.preset))

@@ -255,15 +255,22 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         ValueError: unknown key, wrong type, missing path, value out of range; names the key.
         FileNotFoundError: there is no such file.
     """
-    values = yaml.safe_load(Path(path).read_text())
+    values = _from_yaml(Path(path).read_text(), f"recipe {path}")
     if not isinstance(values, dict):
         raise ValueError(f"recipe {path}: want keys and values, got {type(values).__name__}")
     for override in overrides or []:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ValueError(f"override {override!r}: want key=value")
-        _set_dotted(values, key, yaml.safe_load(text))
+        _set_dotted(values, key, _from_yaml(text, f"override {override!r}"))
     return recipe_from_dict(values)
+
+
+def _from_yaml(text: str, what: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{what} is no YAML: {error}") from error
 
 
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:
