@@ -87,6 +87,15 @@ def test_run_lengths_may_overlap_and_crowds_are_ignored(frames):
     assert clip.annotated.all()
 
 
+@pytest.mark.parametrize("kept", [20, 300])
+def test_a_broken_image_is_named(tmp_path, kept):
+    path = tmp_path / "a.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=f"^{path} can't be read: "):
+        load_frames(clip_row("v", [file(path)], []), [0])
+
+
 def test_a_mask_of_another_size_is_an_error(tmp_path, frames):
     write_mask(tmp_path / "0.png", np.ones((10, 10), dtype=np.uint8))
     row = row_of(frames=frames[:1], objects=[], annotations=[file(tmp_path / "0.png")])

@@ -760,6 +760,51 @@ def test_one_report_of_all_missing_files(davis2017, tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("gone", ["JPEGImages/480p/bear/00003.jpg", "Annotations/480p/swan/00002.png"])
+def test_half_a_data_set_is_not_taken_for_a_whole_one(gone, davis2017, tiny, tmp_path):
+    shutil.copytree(davis2017, tmp_path / "data")
+    (tmp_path / "data" / gone).unlink()
+    with pytest.raises(ValueError, match=rf"1 missing:\n .*/{gone}"):
+        evaluate("davis2017", tmp_path / "data", model=tiny, output=tmp_path / "out")
+
+
+def test_frames_that_the_list_of_a_data_set_has_must_be_there(tiny, tmp_path):
+    write_youtube_vos(tmp_path, "valid", full=False)
+    listed = {"1": {"category": "penguin", "frames": ["00000", "00005"]}}
+    (tmp_path / "valid" / "meta.json").write_text(json.dumps({"videos": {"abc": {"objects": listed}}}))
+    (tmp_path / "valid" / "JPEGImages" / "abc" / "00005.jpg").unlink()
+    with pytest.raises(ValueError, match=r"1 missing:\n .*/abc/00005.jpg"):
+        evaluate("youtube_vos_2019", tmp_path, model=tiny, output=tmp_path / "out")
+
+
+def test_frames_of_another_size_than_their_annotations(save_tiny, tmp_path):
+    source = write_vis(tmp_path / "data", "ovis", "ovis", annotated=False) / "annotations_valid.json"
+    video = json.loads(source.read_text())["videos"][0]
+    path = source.parent / "valid" / video["file_names"][0]
+    with Image.open(path) as image:
+        image.resize((image.width // 2, image.height // 2)).save(path)
+    with pytest.raises(
+        ValueError, match=rf"annotated are {video['width']} x {video['height']}; wanted are the frames"
+    ):
+        evaluate("ovis", tmp_path / "data", split="valid", model=save_tiny("ovis"), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"videos": [', "can't be read: Expecting value"),
+        ('{"videos": []}', "it lacks 'categories'"),
+        ("[]", "indices"),
+    ],
+)
+def test_annotations_that_are_none_are_named(content, message, tiny, tmp_path):
+    source = write_vis(tmp_path / "data", "ovis", "ovis", annotated=False) / "annotations_valid.json"
+    source.write_text(content)
+    with pytest.raises(ValueError, match=f"{source}.*{message}"):
+        evaluate("ovis", tmp_path / "data", model=tiny, output=tmp_path / "out")
+
+
 def test_one_report_of_all_videos_that_fail_and_the_rest_is_kept(davis2017, tiny, tmp_path):
     root = tmp_path / "data"
     shutil.copytree(davis2017, root)

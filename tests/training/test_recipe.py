@@ -37,6 +37,15 @@ def test_overrides_reach_into_lists(tmp_path):
         load_recipe(tmp_path / "r.yaml", ["data.sources.2.weight=0.5"])
 
 
+def test_what_is_no_yaml_is_told(tmp_path):
+    (tmp_path / "r.yaml").write_text("output_dir: runs/x\nmodel: {preset: nano}\n")
+    with pytest.raises(ValueError, match=r"^override 'data.size=\[32,64' is no YAML: "):
+        load_recipe(tmp_path / "r.yaml", ["data.size=[32,64"])
+    (tmp_path / "r.yaml").write_text("output_dir: [runs/x\n")
+    with pytest.raises(ValueError, match=r"^recipe .*r.yaml is no YAML: "):
+        load_recipe(tmp_path / "r.yaml")
+
+
 def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
     (tmp_path / "r.yaml").write_text("output_dir: runs/x\nmodel: {preset: nano}\noptim: {lr: 1e-4}\n")
     assert load_recipe(tmp_path / "r.yaml").optim.lr == 1e-4
