@@ -1,5 +1,6 @@
 """`pipeline("video-segmentation")`."""
 
+import functools
 import threading
 import types
 from pathlib import Path
@@ -227,6 +228,21 @@ def test_frames_that_change_size_without_the_package(tiny_model):
     segment = Plain(tiny_model, processor=AusmProcessor(AusmImageProcessor(size={"height": 32, "width": 32})))
     with pytest.raises(ValueError, match=r"frame of \(40, 64\) \(height, width\) after frames of \(48, 64\)"):
         segment([np.zeros((48, 64, 3), np.uint8), np.zeros((40, 64, 3), np.uint8)])
+
+
+def test_made_with_arguments(tiny_checkpoint, segment, moving_square):
+    made = functools.partial(pipeline, "video-segmentation", model=str(tiny_checkpoint), device="cpu")
+    least = made(threshold=0.0, stream=True)
+    results = least(moving_square[0])
+    assert isinstance(results, types.GeneratorType)
+    wanted = segment(moving_square[0], threshold=0.0)
+    assert as_arrays(results) == as_arrays(wanted) and wanted[0]
+    assert least(moving_square[0], threshold=1.0, stream=False) == [[]] * 6
+    for wrong in ("batch_size", "num_workers"):
+        with pytest.raises(ValueError, match=f"{wrong} is given; frames of a video follow each other"):
+            made(**{wrong: 2})
+    with pytest.raises(ValueError, match="unknown arguments .'mask_threshold'.; wanted are threshold and stream"):
+        made(mask_threshold=0.5)
 
 
 def test_unknown_argument(segment, moving_square):

@@ -184,6 +184,8 @@ class VideoSegmentationPipeline(Pipeline):
     read_video: Callable[[Any], Iterable] = staticmethod(read_frames)
 
     def __init__(self, *args, **kwargs):
+        if wrong := sorted({"batch_size", "num_workers"} & {name for name in kwargs if kwargs[name] is not None}):
+            raise ValueError(f"{wrong[0]} is given; frames of a video follow each other, and are decoded as they come")
         super().__init__(*args, **kwargs)
         if self.model.config.model_type != "ausm":
             raise ValueError(f"model is of type {self.model.config.model_type!r}; wanted is 'ausm'")
@@ -195,7 +197,7 @@ class VideoSegmentationPipeline(Pipeline):
         inputs: Any,
         prompts: dict[str, Any] | None = None,
         threshold: float | None = None,
-        stream: bool = False,
+        stream: bool | None = None,
     ) -> list[list[dict]] | Iterator[list[dict]]:
         """
         Segment one video.
@@ -214,10 +216,11 @@ class VideoSegmentationPipeline(Pipeline):
                   1 by default;
                 - **scribbles** -- a dict from object id to the points of a line on it.
             threshold (`float`, *optional*):
-                Foreground probability above which something is an object; that of the model's configuration by
-                default. Prompted objects are not thresholded.
-            stream (`bool`, *optional*, defaults to `False`):
-                Yield the results frame by frame, in constant memory, rather than return them all.
+                Foreground probability above which something is an object; by default what the pipeline was made with,
+                or else that of the model's configuration. Prompted objects are not thresholded.
+            stream (`bool`, *optional*):
+                Yield the results frame by frame, in constant memory, rather than return them all, as is the default
+                where the pipeline was not made with it.
 
         Returns:
             For each frame a list with, for each object that is seen in it,
@@ -234,6 +237,8 @@ class VideoSegmentationPipeline(Pipeline):
         source = self.read_video(inputs)
         live = getattr(source, "once", isinstance(inputs, Iterator))
         frames = iter(source)
+        made_with = self._forward_params
+        threshold = made_with.get("threshold") if threshold is None else threshold
         first = next(frames, None)
         if first is None:
             raise ValueError("inputs has no frames")
@@ -250,12 +255,12 @@ class VideoSegmentationPipeline(Pipeline):
             return self.postprocess(self.forward(model_inputs, session=session))
 
         results = encode_ahead(self.model, chain([first], frames), encode, step, live=live)
-        return results if stream else list(results)
+        return results if (made_with.get("stream") if stream is None else stream) else list(results)
 
     def _sanitize_parameters(self, **kwargs):
-        if kwargs:
-            raise ValueError(f"unknown arguments {sorted(kwargs)}; a call takes prompts, threshold and stream")
-        return {}, {}, {}
+        if unknown := sorted(set(kwargs) - {"threshold", "stream"}):
+            raise ValueError(f"unknown arguments {unknown}; wanted are threshold and stream, in a call also prompts")
+        return {}, kwargs, {}
 
     def preprocess(self, frame, size: tuple[int, int] | None = None) -> dict:
         inputs = self.processor(images=frame)
