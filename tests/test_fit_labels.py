@@ -41,7 +41,8 @@ def root(tmp_path):
 def checkpoint(tmp_path, tiny_config):
     """Of a random network whose heads read the queries' states alone, stored in float16."""
     content = {**tiny_config.to_dict(), "mask_pooling": False, "default_label_set": "object"}
-    config = AusmConfig.from_dict({**content, "label_sets": {"object": ["object"], "coco": COCO_LABELS}})
+    content["label_sets"] = {"object": ["object"], "coco": COCO_LABELS}
+    config = AusmConfig.from_dict({**content, "id2label": None, "label2id": None})
     torch.manual_seed(0)
     model = AusmForUniversalSegmentation(config)
     folder = tmp_path / "checkpoint"

@@ -37,7 +37,7 @@ def test_queries_are_the_features_of_the_best_peaks(selection):
                     peaks.append((float(scores[y, x]), y, x))
         best = sorted(peaks, reverse=True)[:4]
         assert len(best) == 4
-        positions = sine_positions((7, 9), 16, torch.device("cpu"), torch.float32).view(7, 9, 16)
+        positions = sine_positions((7, 9), 16, level).view(7, 9, 16)
         for q, (_, y, x) in enumerate(best):
             assert torch.allclose(selected.queries[n, q], features[n, :, y, x], atol=1e-5)
             assert torch.equal(selected.positions[n, q], positions[y, x])

@@ -55,7 +55,7 @@ def folder_row(
     images = sorted([*images, *(frames / f"{name}{suffix}" for name in missing)], key=natural_order)
     if not parts:
         by_name = {p.stem: file(p) for p in mask_files(masks)}
-        if every_frame and masked - {images[0].stem}:
+        if every_frame and masked - {image.stem for image in images[:1]}:
             by_name = {image.stem: file(masks / f"{image.stem}.png") for image in images} | by_name
         annotations = [by_name.get(image.stem) for image in images]
         return clip_row(video_id, [file(p) for p in images], list(known), annotations=annotations, **flags)
