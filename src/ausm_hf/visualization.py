@@ -70,7 +70,9 @@ def color_of(object_id: int) -> tuple[int, int, int]:
 
 
 def _color_index(ids: np.ndarray) -> np.ndarray:
-    return np.where(ids == 0, 0, (ids - 1) % (len(DRAWN_COLORS) - 1) + 1).astype(np.uint8)
+    if ids.max(initial=0) >= len(DRAWN_COLORS) or ids.min(initial=0) < 0:
+        ids = np.where(ids == 0, 0, (ids - 1) % (len(DRAWN_COLORS) - 1) + 1)
+    return ids.astype(np.uint8, copy=False)
 
 
 def object_labels(objects: list[dict]) -> dict[int, str]:
