@@ -433,6 +433,7 @@ def test_broken_sources(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match="has no images [^;]*$"):
         read_video(tmp_path / "folder")
+    (tmp_path / "folder" / "a.json").touch()
     (tmp_path / "folder" / "one.mp4").touch()
     with pytest.raises(ValueError, match="has no images .*; videos in it are named by a pattern, .*'folder/\\*.mp4'"):
         read_video(tmp_path / "folder")

@@ -111,14 +111,14 @@ def _segment_many(args: argparse.Namespace):
     videos = find_videos(args.input, args.output)
     model, processor = load_model(args.model, args.device, args.dtype)
     lines = segment_videos(args.input, args.output, model, processor, formats, args.threshold, strict=args.strict)
-    num_videos, failed = 0, []
-    for num_videos, line in enumerate(tqdm(lines, total=len(videos), unit="video"), 1):  # noqa: B007
+    failed = []
+    for line in tqdm(lines, total=len(videos), unit="video"):
         if line["status"] == "failed":
             failed.append(line["video"])
             _say(f"ausm: failed: {line['video']}: {line['error']}")
     print(f"{args.output}/manifest.jsonl")
     if failed:
-        _say(f"ausm: {len(failed)} of {num_videos} videos failed")
+        _say(f"ausm: {len(failed)} of {len(videos)} videos failed")
         sys.exit(1)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from av.sidedata.sidedata import SideDataContainer
 from PIL import Image, ImageOps
 
-from .files import IMAGE_SUFFIXES, WholeOrNothing, natural_order
+from .files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, WholeOrNothing, natural_order
 
 STREAM_SCHEMES = tuple(f"{x}://" for x in ("http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "srt", "tcp", "udp"))
 FPS_WHEN_UNKNOWN = 24
@@ -318,8 +318,8 @@ def _read_location(location: str, strict: bool) -> VideoSource:
     if path.is_dir():
         images = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
         if not images:
-            files = sorted({p.suffix for p in path.iterdir() if p.is_file() and p.suffix})
-            hint = f"; videos in it are named by a pattern, such as '{path.name}/*{files[0]}'" if files else ""
+            videos = sorted({p.suffix for p in path.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES})
+            hint = f"; videos in it are named by a pattern, such as '{path.name}/*{videos[0]}'" if videos else ""
             raise ValueError(f"folder {location!r} has no images ({', '.join(IMAGE_SUFFIXES)}){hint}")
         return _read_images(path.resolve().name, sorted(images, key=natural_order), strict)
     if path.is_file():

@@ -8,8 +8,6 @@ from pathlib import Path
 from ..files import IMAGE_SUFFIXES, natural_order
 from .clips import clip_object, clip_row, file
 
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
-
 
 def image_files(folder: Path) -> list[Path]:
     """The images of a folder, numbers in their names counting as numbers; none if the folder isn't there."""

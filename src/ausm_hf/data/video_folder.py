@@ -9,8 +9,9 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..files import VIDEO_SUFFIXES
 from .clips import clip_object, clip_row, clips_from_rows, file, reading
-from .mask_folders import VIDEO_SUFFIXES, folder_row, image_files, mask_files, need, visible
+from .mask_folders import folder_row, image_files, mask_files, need, visible
 
 
 def video_folder(

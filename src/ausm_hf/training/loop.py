@@ -345,9 +345,8 @@ def build_config(recipe: Recipe) -> AusmConfig:
 def _build_config(recipe: Recipe) -> AusmConfig:
     if recipe.model.path is not None:
         values, _ = AusmConfig.get_config_dict(recipe.model.path)
-        values = {
-            key: value for key, value in values.items() if key not in ("id2label", "label2id")
-        }  # of `label_sets`
+        # They follow from `label_sets`, which may be replaced below.
+        values = {key: value for key, value in values.items() if key not in ("id2label", "label2id")}
         config = AusmConfig.from_dict(values)
     else:
         config = AusmConfig.from_preset(str(recipe.model.preset))
