@@ -39,7 +39,7 @@ def main() -> None:
     data = {"root": str(arguments.videos), "exhaustive": exhaustive}
     model = {"path": str(arguments.model)}
     if (arguments.videos / "labels.json").is_file():
-        objects = json.loads((arguments.videos / "labels.json").read_text()).values()
+        objects = json.loads((arguments.videos / "labels.json").read_text(encoding="utf-8-sig")).values()
         model["label_sets"] = {"mine": sorted({label for labels in objects for label in labels.values() if label})}
         data["label_set"] = "mine"
     source = {"dataset": "video_folder", "arguments": data, "strides": [1, 2, 3], "paste": 0.3, "donor": True}

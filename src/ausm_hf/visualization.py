@@ -107,7 +107,8 @@ def draw_overlay(
     Args:
         frame: uint8 RGB array (H, W, 3); it is not changed.
         masks: integer array (H, W): 0 background, else the id of the object that the pixel belongs to.
-        labels: text to write at the top of each object, by id; those of objects not in `masks` are left out.
+        labels: text to write at the top of each object, by id, or below another's text that is there already; those
+            of objects not in `masks` are left out.
         alpha: how much of the colour is mixed in, 0 (none) to 1 (all).
         contour: whether to draw the objects' outlines, half way from their colour to white.
 
@@ -133,13 +134,15 @@ def draw_overlay(
         edges = _inner_edges(masks, thickness=max(1, round(height / 480)))
         out[edges] = DRAWN_COLORS[index[edges]] // 2 + 128
 
+    plates: list[tuple[slice, slice]] = []
     for object_id, text in (labels or {}).items():
         mine = masks == object_id
         first = int(mine.argmax())
         row = first // width
         if mine[row, first % width]:
             columns = np.flatnonzero(mine[row])
-            _write(out, text, bottom=row, center=int(columns[0] + columns[-1]) // 2, color=color_of(object_id))
+            center = int(columns[0] + columns[-1]) // 2
+            plates.append(_write(out, text, bottom=row, center=center, color=color_of(object_id), others=plates))
     return out
 
 
@@ -163,18 +166,36 @@ def _inner_edges(masks: np.ndarray, thickness: int) -> np.ndarray:
     return edges
 
 
-def _write(image: np.ndarray, text: str, bottom: int, center: int, color: tuple[int, int, int]):
-    """Writes `text` into `image` on a plate of `color` whose lower edge is at row `bottom`, moved to fit the image."""
+def _write(
+    image: np.ndarray,
+    text: str,
+    bottom: int,
+    center: int,
+    color: tuple[int, int, int],
+    others: list[tuple[slice, slice]],
+) -> tuple[slice, slice]:
+    """
+    Writes `text` into `image` on a plate of `color` whose lower edge is at row `bottom`, moved to fit the image, and
+    down until it covers none of the `others` as long as there is room. Returns the plate's rows and columns.
+    """
     height, width = image.shape[:2]
     text, font = _with_font(text, max(10, height // 30))
     glyphs = np.concatenate([_glyphs(word, font) for word in text.split() or [""]], axis=1)[:height, :width]
     plate_height, plate_width = glyphs.shape
     top = max(0, bottom - plate_height)
     left = min(max(0, center - plate_width // 2), width - plate_width)
+    below = top
+    for rows, columns in sorted(others, key=lambda plate: plate[0].start):
+        if columns.start < left + plate_width and left < columns.stop and rows.start < below + plate_height:
+            below = max(below, rows.stop)
+    if below + plate_height <= height:
+        top = below
     ink = 0 if np.dot(color, (0.299, 0.587, 0.114)) > 128 else 255
     strength = glyphs[:, :, None] / np.float32(255)
     plate = np.array(color, np.float32) * (1 - strength) + ink * strength
-    image[top : top + plate_height, left : left + plate_width] = plate.astype(np.uint8)
+    place = slice(top, top + plate_height), slice(left, left + plate_width)
+    image[place] = plate.astype(np.uint8)
+    return place
 
 
 @lru_cache(maxsize=1024)  # words, not whole labels: a score of two digits is soon seen before

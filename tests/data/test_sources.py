@@ -17,6 +17,7 @@ from ausm_hf.data.labels import COCO_LABELS, LABEL_SETS
 from ausm_hf.data.mose import mose
 from ausm_hf.data.ovis import ovis
 from ausm_hf.data.sa_v import sa_v
+from ausm_hf.data.sampling import sample_clip
 from ausm_hf.data.stills import stills
 from ausm_hf.data.video_folder import video_folder
 from ausm_hf.data.vis_json import vis_json
@@ -159,6 +160,9 @@ def test_sa_v_train(tmp_path, no_reading):
     assert clips.map(resolve_row, load_from_cache_file=False)[0] == row
     with pytest.raises(ValueError, match=r"holds no \*_auto.json"):
         sa_v(str(tmp_path), annotations="auto")
+    (folder / "sav_000001_manual.json").write_text(json.dumps({**content, "masklet": [], "masklet_id": []}))
+    with pytest.raises(ValueError, match="sav_000001 has no frames"):
+        sample_clip(resolve_row(sa_v(str(tmp_path / "sav_train"))[0]), 3, 1, False, np.random.default_rng(0))
 
 
 def test_sa_v_val(tmp_path, no_reading):

@@ -67,6 +67,15 @@ def test_kinds_of_png(tmp_path):
     assert score_folder(tmp_path / "found", tmp_path / "white", binary=True)["J"] == 1
 
 
+def test_frames_count_in_their_natural_order(tmp_path):
+    """The last frame, which DAVIS leaves out, is 10.png and not 9.png."""
+    for folder, last in (("gt", SQUARE), ("pred", EMPTY)):
+        write(tmp_path / folder / "a", [SQUARE] * 10 + [last])
+        for path in (tmp_path / folder / "a").iterdir():
+            path.rename(path.with_stem(str(int(path.stem))))
+    assert score_folder(tmp_path / "pred", tmp_path / "gt")["J"] == 1
+
+
 def test_sparse_ground_truth(folders):
     pred, gt = folders
     (gt / "a" / "00001.png").unlink()

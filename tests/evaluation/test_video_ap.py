@@ -204,6 +204,7 @@ def test_bad_json_is_reported_at_once():
         {**good, "score": "high"},
         {**good, "segmentations": [rle, {"size": [5, 4], "counts": [20]}]},
         {"video_id": 1},
+        {**good, "segmentations": [rle, [[1, 2]]]},
     ]
     with pytest.raises(ValueError) as error:
         score_tracks(bad, annotations)
@@ -213,6 +214,7 @@ def test_bad_json_is_reported_at_once():
         "result 2: unknown video 2",
         "result 5: mask of 5 x 4 in frame 1 of video 1, which is 4 x 4",
         "result 6: lacks category_id, score, segmentations",
+        "result 7: frame 1 of video 1: a polygon is [1, 2], want x and y of each of its points",
         "prediction 4 has score 'high'",
         "prediction 3 has unknown category 9",
     ):
@@ -221,6 +223,18 @@ def test_bad_json_is_reported_at_once():
         score_tracks([good], {"videos": [], "annotations": []})
     with pytest.raises(ValueError, match="`results` must be a list"):
         score_tracks({"AP": 1}, annotations)
+
+
+def test_lines_among_polygons_have_no_area():
+    square = [1, 1, 3, 1, 3, 3, 1, 3]
+    annotation = {"id": 1, "video_id": 1, "category_id": 1, "segmentations": [[[0, 0, 1, 1], square], [[0, 0, 3, 3]]]}
+    annotations = {
+        "videos": [{"id": 1, "height": 4, "width": 4, "length": 2}],
+        "categories": [{"id": 1}],
+        "annotations": [annotation],
+    }
+    found = {"video_id": 1, "category_id": 1, "score": 0.5, "segmentations": [[square], None]}
+    assert score_tracks([found], annotations)["AP"] == pytest.approx(1)
 
 
 # ---------------------------------------------------------------------------------- against the official tools

@@ -62,7 +62,7 @@ def test_a_folder_of_videos_becomes_a_checkpoint(videos, start, moving_square, t
     """Without labels from the checkpoint of the package, with labels from another."""
     arguments = [videos, tmp_path / "run", "--steps", 2, "--frames", 2, "--size", 32, 64]
     if labels is not None:
-        (videos / "labels.json").write_text(json.dumps(labels))
+        (videos / "labels.json").write_text(json.dumps(labels), encoding="utf-8-sig")  # as Windows' editors do
         arguments += ["--model", start]
     run(monkeypatch, *arguments)
     final = tmp_path / "run" / "final"

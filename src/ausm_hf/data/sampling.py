@@ -35,6 +35,8 @@ def sample_clip(row: dict, num_frames: int, stride: int, reverse: bool, rng: np.
     four): in the history of a clip an object without a mask is one that is away. Otherwise frames without it come too,
     but of ten draws the first is taken that begins with ground truth: training starts from masks.
     """
+    if not row["annotated"]:
+        raise ValueError(f"{row['video_id']} has no frames")
     annotated = [t for t, known in enumerate(row["annotated"]) if known]
     if len(annotated) >= min(num_frames, 2):
         return load_clip(row, [annotated[t] for t in sample_indices(len(annotated), num_frames, stride, reverse, rng)])

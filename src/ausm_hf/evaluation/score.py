@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..files import WholeOrNothing
+from ..files import WholeOrNothing, natural_order
 from .metrics.jf import COUNT_FROM, MODES, SequenceScorer, report_problems, summarize
 
 
@@ -78,7 +78,7 @@ def score_folder(
 
     scores = {}
     for name in sequences:
-        frames = sorted((gt_dir / name).glob("*.png"))
+        frames = sorted((gt_dir / name).glob("*.png"), key=natural_order)
         if not frames:
             problems.append(f"{name}: no ground truth (no PNG in {gt_dir / name})")
             continue

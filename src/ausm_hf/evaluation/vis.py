@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pycocotools import mask as mask_utils
-
+from ..data.clips import encode_rle
 from .metrics.video_ap import VideoAP
 
 
@@ -27,7 +26,7 @@ def score_tracks(results: str | Path | list[dict], annotations: str | Path | dic
 
     Raises:
         ValueError: One report of everything that is wrong: tracks that lack something, unknown videos and categories,
-            wrong numbers of frames, wrong sizes, broken RLEs.
+            wrong numbers of frames, wrong sizes, broken RLEs and polygons.
     """
     found, truth = _content(results), _content(annotations)
     if not isinstance(found, list) or not all(isinstance(track, dict) for track in found):
@@ -81,6 +80,11 @@ def _track_problem(track: dict, wanted: set[str], videos: dict[int, dict]) -> st
         count = len(segmentations) if isinstance(segmentations, list) else "no"
         return f"{count} segmentations for the {_length(video)} frames of video {video['id']}"
     for t, mask in enumerate(segmentations):
+        if isinstance(mask, list):
+            try:
+                encode_rle(mask, video["height"], video["width"])
+            except ValueError as error:
+                return f"frame {t} of video {video['id']}: {error}"
         if isinstance(mask, dict) and "size" in mask and tuple(mask["size"]) != (video["height"], video["width"]):
             height, width = mask["size"]
             return (
@@ -93,5 +97,5 @@ def _track_problem(track: dict, wanted: set[str], videos: dict[int, dict]) -> st
 def _segment(index: int, track: dict, t: int, video: dict) -> dict:
     mask = track["segmentations"][t] or None
     if isinstance(mask, list):  # polygons
-        mask = mask_utils.merge(mask_utils.frPyObjects(mask, video["height"], video["width"]))
+        mask = encode_rle(mask, video["height"], video["width"])
     return {"id": index, "category_id": track["category_id"], "mask": mask, "iscrowd": track.get("iscrowd", 0)}
