@@ -594,7 +594,8 @@ def test_interrupt_completes_the_files_while_no_frame_comes(kind, moving_square,
         child.join(20)
         assert child.exitcode == 0
     assert sorted(path.name for path in out.iterdir()) == ["frames.jsonl", "objects.json", "overlay.mp4"]
-    assert len((out / "frames.jsonl").read_text().splitlines()) == seen == len(list(read_video(out / "overlay.mp4")))
+    written = (out / "frames.jsonl").read_text().splitlines()
+    assert seen <= len(written) == len(list(read_video(out / "overlay.mp4")))  # one may have been under way
 
 
 def test_a_second_interrupt_stops_everything():

@@ -223,7 +223,7 @@ def train(args: argparse.Namespace):
 
 
 def evaluate(args: argparse.Namespace):
-    with _extra("eval", "evaluation", "datasets", "evaluate", "matplotlib"):
+    with _extra("eval", "evaluation", "datasets", "matplotlib"):
         from .evaluation.report import format_results
         from .evaluation.run import evaluate
 

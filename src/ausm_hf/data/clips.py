@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -140,13 +141,8 @@ def clip_row(
 
 def clips_from_rows(rows: Iterable[dict]) -> Dataset:
     """The rows as a `datasets.Dataset` with the features of the clip format."""
-    chunks, chunk = [], []
-    for row in rows:
-        chunk.append(row)
-        if len(chunk) == ROWS_PER_CHUNK:
-            chunks.append(Dataset.from_list(chunk, features=FEATURES))
-            chunk = []
-    if chunk:
+    rows, chunks = iter(rows), []
+    while chunk := list(islice(rows, ROWS_PER_CHUNK)):
         chunks.append(Dataset.from_list(chunk, features=FEATURES))
     if not chunks:
         return Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES)

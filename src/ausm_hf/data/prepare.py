@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
-import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from PIL import Image
+
+from ..files import WholeFolder
 
 DEV_SEQUENCES = ("breakdance-flare", "car-turn", "dog-agility", "horsejump-low", "lucia")
 
@@ -35,15 +35,9 @@ def prepare(source: str | Path, destination: str | Path) -> None:
 
 
 def _build(folder: Path, unpack: Callable[[Path, Path], None], source: Path) -> None:
-    if folder.exists():
-        return
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
-        unpack(source, temporary)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if not folder.exists():
+        with WholeFolder(folder) as whole:
+            unpack(source, whole.partial)
 
 
 def _unpack_zip(source: Path, folder: Path) -> None:

@@ -8,6 +8,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..data.check import check_clips
+from ..data.clips import clip_row, file, open_image, reading
+from ..data.davis import davis
+from ..data.mask_folders import folder_row, need
+from ..data.mose import mose
+from ..data.sa_v import sa_v
+from ..data.vis_json import category_names
+from ..data.youtube_vis import youtube_vis_files
+from ..data.youtube_vos import youtube_vos
+
 
 @dataclass
 class Benchmark:
@@ -65,17 +75,11 @@ class Protocol:
 
 
 def _davis_2016(root: str, split: str, mode: str) -> Iterable[dict]:
-    from ..data.davis import davis
-    from ..data.mask_folders import need
-
     need(Path(root) / "Annotations", "masks of DAVIS 2016")
     return davis(root, 2016, split)
 
 
 def _davis_2017(root: str, split: str, mode: str) -> Iterable[dict]:
-    from ..data.davis import davis
-    from ..data.mask_folders import folder_row, need
-
     if mode == "prompted":
         return davis(root, 2017, split)
     masks = Path(root) / "Annotations_unsupervised"  # those for prompts are of other objects
@@ -88,21 +92,7 @@ def _davis_2017(root: str, split: str, mode: str) -> Iterable[dict]:
     return davis(root, 2017, split, annotations=masks.name)
 
 
-def _youtube_vos(root: str, split: str, mode: str) -> Iterable[dict]:
-    from ..data.youtube_vos import youtube_vos
-
-    return youtube_vos(root, split)
-
-
-def _mose(root: str, split: str, mode: str) -> Iterable[dict]:
-    from ..data.mose import mose
-
-    return mose(root, split)
-
-
 def _sa_v(root: str, split: str, mode: str) -> Iterable[dict]:
-    from ..data.sa_v import sa_v
-
     if split == "train":
         raise ValueError("split is 'train'; wanted is one of SA-V that is scored, 'val' or 'test'")
     return sa_v(root, split)
@@ -110,25 +100,18 @@ def _sa_v(root: str, split: str, mode: str) -> Iterable[dict]:
 
 def _youtube_vis(year: int) -> Callable:
     def index(root: str, split: str, mode: str) -> tuple[Iterable[dict], dict]:
-        from ..data.youtube_vis import youtube_vis_files
-
         return _video_instances(*youtube_vis_files(root, split), f"youtube_vis_{year}")
 
     return index
 
 
 def _ovis(root: str, split: str, mode: str) -> tuple[Iterable[dict], dict]:
-    from ..data.mask_folders import need
-
     annotations = need(Path(root) / f"annotations_{split}.json", f"split {split!r} of OVIS")
     return _video_instances(Path(root) / split, annotations, "ovis")
 
 
 def _video_instances(images: Path, source: Path, label_set: str) -> tuple[Iterable[dict], dict]:
     """Rows of the videos of a YouTube-VIS JSON, and its content."""
-    from ..data.clips import clip_row, file, reading
-    from ..data.vis_json import category_names
-
     with reading(source):
         content = json.loads(source.read_text())
         category_names(content["categories"], label_set, source)
@@ -141,10 +124,6 @@ def _video_instances(images: Path, source: Path, label_set: str) -> tuple[Iterab
 
 def _coco(root: str, split: str, mode: str) -> tuple[Iterable[dict], dict]:
     """Images as videos of one frame; all images of the JSON, those without objects too."""
-    from ..data.clips import clip_row, file, reading
-    from ..data.mask_folders import need
-    from ..data.vis_json import category_names
-
     folder = Path(root) / "annotations"
     source = folder / f"image_info_{split}.json"  # of test sets
     if not source.is_file():
@@ -178,7 +157,7 @@ _SKIP_ENDS = {"skip_first": True, "skip_last": True, "count_from": "start"}
 _ALL_FRAMES = {"skip_first": False, "skip_last": False, "count_from": "start"}
 _YOUTUBE_VOS = Protocol(
     modes=("prompted",),
-    index=_youtube_vos,
+    index=lambda root, split, mode: youtube_vos(root, split),
     splits={"val": "valid"},
     scorers={"prompted": {"J&F": {**_ALL_FRAMES, "mode": "prompted", "count_from": "first_annotated"}}},
 )
@@ -208,7 +187,7 @@ PROTOCOLS = {
     "youtube_vos_2019": _YOUTUBE_VOS,
     "mose": Protocol(
         modes=("prompted",),
-        index=_mose,
+        index=lambda root, split, mode: mose(root, split),
         splits={"val": "valid"},
         scorers={"prompted": {"J&F": {**_SKIP_ENDS, "mode": "prompted", "count_from": "first_seen"}}},
     ),
@@ -244,7 +223,6 @@ def load_benchmark(name: str, root: str | os.PathLike, split: str = "val", mode:
     Raises:
         ValueError: if there is no such benchmark, mode or split; one report of all files that are missing or empty.
     """
-    from ..data.check import check_clips
 
     if name not in PROTOCOLS:
         raise ValueError(f"benchmark is {name!r}; wanted is one of {', '.join(PROTOCOLS)}")
@@ -268,7 +246,6 @@ def load_benchmark(name: str, root: str | os.PathLike, split: str = "val", mode:
 
 def _check_sizes(rows: list[dict], videos: list[dict]):
     """Raises ValueError if frames aren't of the size that masks are scored in: a resized copy of the data set."""
-    from ..data.clips import open_image
 
     for row, video in zip(rows, videos, strict=True):
         with open_image(row["frames"][0]) as image:
@@ -281,8 +258,6 @@ def _check_sizes(rows: list[dict], videos: list[dict]):
 
 
 def _seen_objects(rows: list[dict], root: Path) -> dict[str, dict[int, bool]] | None:
-    from ..data.clips import reading
-
     training = root / "train" / "meta.json"
     if not training.is_file():
         return None

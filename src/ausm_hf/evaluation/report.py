@@ -14,8 +14,7 @@ from ..data.clips import encode_rle, load_frames, load_masks
 from ..files import WholeOrNothing
 from ..visualization import contact_sheet, draw_overlay
 from .benchmarks import PROTOCOLS, Benchmark
-from .metrics import load_metric
-from .metrics.jf import ObjectScore, SequenceScorer, report_problems, summarize
+from .metrics.jf import ObjectScore, SequenceScorer, report_problems, seen_and_unseen, summarize
 from .metrics.video_ap import MEASURES
 from .runner import frame_name, has_mask_folders, has_truth, id_offset
 from .score import format_table, read_mask
@@ -60,7 +59,7 @@ def write_report(output: Path, benchmark: Benchmark) -> dict:
         if scores:
             _plot_j_over_time(output / "j_over_time.png", objects, benchmark)
         if scores and benchmark.seen is not None:
-            scores["G"] = _score_g(output, benchmark)
+            scores["G"] = seen_and_unseen(scores["J&F"], benchmark.seen)
     _write_contact_sheet(output, benchmark, per_video, title)
     return {"scores": scores, "not_scored": not_scored}
 
@@ -162,20 +161,6 @@ def _pairs_of_files(row: dict) -> list[tuple[int | None, list[tuple[str, str]]]]
         )
         for obj in row["objects"]
     ]
-
-
-def _score_g(output: Path, benchmark: Benchmark) -> dict[str, float | None]:
-    """G of YouTube-VOS and its parts."""
-    metric = load_metric("youtube_vos_g")
-    scored = [row for row in benchmark.rows if has_truth(row)]
-    for row in scored:
-        ((_, frames),) = _pairs_of_files(row)
-        for file, truth in frames:
-            pred, gt = read_mask(benchmark.place(output, row) / file), read_mask(truth)
-            metric.add(prediction=pred, reference=gt, sequence=row["video_id"])
-    result = metric.compute(seen=benchmark.seen)
-    del result["sequences"]
-    return result
 
 
 def _score_tracks(output: Path, benchmark: Benchmark) -> dict[str, dict]:

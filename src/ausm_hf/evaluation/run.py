@@ -20,6 +20,7 @@ from ..segment import fingerprint, load_model
 from .benchmarks import PROTOCOLS, Benchmark, load_benchmark
 from .report import write_report
 from .runner import Inference, write_masks, write_tracks
+from .submission import write_submission, write_track_list
 
 
 def evaluate(
@@ -71,8 +72,6 @@ def evaluate(
         ValueError: before anything is computed, for arguments or data that can't be; at the end, one report of all
             videos that failed, the others being finished.
     """
-    from .submission import write_submission, write_track_list
-
     inference = _check_arguments(benchmark, passes, traversal, top_k, threshold, seed)
     found = load_benchmark(benchmark, root, split, mode)
     inference = replace(inference, mode=found.mode, label_set=found.label_set)
@@ -133,9 +132,8 @@ def evaluate(
 def _check_arguments(
     benchmark: str, passes: int, traversal: bool, top_k: int | str, threshold: float | None, seed: int
 ) -> Inference:
-    missing = [name for name in ("datasets", "evaluate", "matplotlib") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"not installed: {', '.join(missing)}; wanted is: pip install 'ausm-hf[eval]'")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("matplotlib is not installed; wanted is: pip install 'ausm-hf[eval]'")
     if benchmark not in PROTOCOLS:
         raise ValueError(f"benchmark is {benchmark!r}; wanted is one of {', '.join(PROTOCOLS)}")
     if passes not in (1, 2, 3):

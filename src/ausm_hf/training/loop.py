@@ -17,7 +17,7 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import DistributedType, gather_object, send_to_device, set_seed
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -56,7 +56,7 @@ from .history import (
     switch_frames_of_clip,
 )
 from .initialization import load_imagenet_weights
-from .optimizer import build_optimizer, is_backbone_parameter, learning_rate_factor, set_learning_rate
+from .optimizer import build_optimizer, learning_rate_factor, set_learning_rate
 from .recipe import Recipe, recipe_to_dict
 from .samples import SampleWriter
 
@@ -134,7 +134,7 @@ def train(
         enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.24
         (enable or model.gradient_checkpointing_enable)()
     if recipe.freeze_backbone:
-        freeze_backbone(model)
+        find_backbone(model).requires_grad_(False)
     network: Any = model.to(accelerator.device)
     ema: Any = copy.deepcopy(network).eval().requires_grad_(False) if recipe.ema_decay is not None else None
     optimizer = build_optimizer(network, recipe.optim)
@@ -176,7 +176,7 @@ def train(
             passes = [next(batches) for _ in range(recipe.gradient_accumulation_steps)]
         num_instances = instances_per_pass(recipe, passes, accelerator)
         for indices, batch in passes:
-            batch = _to_device(batch, accelerator.device)
+            batch = send_to_device(batch, accelerator.device, non_blocking=True)
             with accelerator.accumulate(model):
                 with accelerator.autocast():
                     inputs = training_inputs(recipe, network, indices, batch)
@@ -439,7 +439,6 @@ def load_batches(
         sampler=numbers,
         batch_size=None,
         num_workers=recipe.data.workers,
-        worker_init_fn=_init_worker,
         pin_memory=torch.cuda.is_available(),
         # Its own generator: the loader must not draw from the one that dropout uses, or resuming would not be exact.
         generator=torch.Generator(),
@@ -550,14 +549,6 @@ def find_backbone(model: nn.Module) -> nn.Module:
     raise ValueError("model: has no submodule named 'backbone'")
 
 
-def freeze_backbone(model: nn.Module) -> None:
-    """Takes the gradient from the backbone's parameters."""
-    find_backbone(model)
-    for name, parameter in model.named_parameters():
-        if is_backbone_parameter(name):
-            parameter.requires_grad_(False)
-
-
 def train_mode(model: nn.Module, recipe: Recipe) -> None:
     """Training mode; a frozen backbone stays in evaluation mode (no stochastic depth, no statistics)."""
     model.train()
@@ -579,20 +570,6 @@ def _clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float 
     """Clips and returns the norm before clipping."""
     norm = accelerator.clip_grad_norm_(model.parameters(), max_norm if max_norm is not None else float("inf"))
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def _init_worker(worker: int) -> None:
-    torch.set_num_threads(1)
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, list):
-        return [_to_device(item, device) for item in value]
-    if isinstance(value, dict):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    return value
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -9,11 +9,12 @@ to its cache and runs the copy, with or without this package installed: so these
 """
 
 import html
-import os
 import re
 import shutil
 import tempfile
 from pathlib import Path
+
+from ...files import WholeFolder
 
 METRICS = ("vos_jf", "youtube_vos_g", "vis_ap", "davis16_unsupervised")
 
@@ -68,24 +69,23 @@ def write_space(name: str, folder: str | Path) -> Path:
     requirements = ["evaluate", "datasets", "numpy", "pycocotools" if "video_ap" in neighbours else "scipy"]
     sections = {"Use": info.inputs_description, "Citation": info.citation}
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-    for file in [source, *(source.with_name(f"{neighbour}.py") for neighbour in neighbours)]:
-        shutil.copyfile(file, temporary / file.name)
-    (temporary / "requirements.txt").write_text("".join(f"{line}\n" for line in requirements))
-    (temporary / "README.md").write_text(
-        f"---\ntitle: {name}\nsdk: static\nlicense: apache-2.0\ntags:\n- evaluate\n- metric\n---\n\n# {name}\n"
-        f"{info.description}\n"
-        + "\n".join(f"## {title}\n\n```text\n{text.strip()}\n```\n" for title, text in sections.items())
-    )
-    (temporary / "index.html").write_text(
-        f'<!doctype html><meta charset="utf-8"><title>{name}</title>\n<h1>{name}</h1>\n'
-        f"<p>{html.escape(info.description.strip())}</p>\n"
-        + "\n".join(f"<h2>{title}</h2>\n<pre>{html.escape(text.strip())}</pre>" for title, text in sections.items())
-        + "\n"
-    )
-    os.chmod(temporary, 0o755)  # `mkdtemp` makes it private
-    os.replace(temporary, folder)
+    with WholeFolder(folder) as whole:
+        for file in [source, *(source.with_name(f"{neighbour}.py") for neighbour in neighbours)]:
+            shutil.copyfile(file, whole.partial / file.name)
+        (whole.partial / "requirements.txt").write_text("".join(f"{line}\n" for line in requirements))
+        (whole.partial / "README.md").write_text(
+            f"---\ntitle: {name}\nsdk: static\nlicense: apache-2.0\ntags:\n- evaluate\n- metric\n---\n\n# {name}\n"
+            f"{info.description}\n"
+            + "\n".join(f"## {title}\n\n```text\n{text.strip()}\n```\n" for title, text in sections.items())
+        )
+        (whole.partial / "index.html").write_text(
+            f'<!doctype html><meta charset="utf-8"><title>{name}</title>\n<h1>{name}</h1>\n'
+            f"<p>{html.escape(info.description.strip())}</p>\n"
+            + "\n".join(
+                f"<h2>{title}</h2>\n<pre>{html.escape(text.strip())}</pre>" for title, text in sections.items()
+            )
+            + "\n"
+        )
     return folder
 
 

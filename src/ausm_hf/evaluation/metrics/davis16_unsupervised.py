@@ -1,6 +1,6 @@
 """J&F of DAVIS 2016 unsupervised (one primary object, nobody says which), as an `evaluate` module."""
 
-from .jf import SequenceScorer, report_problems, summarize
+from .jf import DataSetScorer, summarize
 from .streaming import StreamingMetric, info_of_masks
 
 _DESCRIPTION = """
@@ -46,17 +46,10 @@ class Davis16Unsupervised(StreamingMetric):
         return info_of_masks(_DESCRIPTION, _INPUTS, _CITATION, "https://davischallenge.org/davis2016/code.html")
 
     def _start(self):
-        self._scorers = {}
+        self._scorer = DataSetScorer("union")
 
     def _add_frame(self, predictions, references, sequence):
-        if sequence not in self._scorers:
-            self._scorers[sequence] = SequenceScorer(sequence, "union")
-        self._scorers[sequence].add(predictions, references)
+        self._scorer.add(sequence, predictions, references)
 
     def _result(self, skip_first=True, skip_last=True):
-        scores, problems = {}, []
-        for name, scorer in self._scorers.items():
-            scores[name], of_sequence = scorer.result_or_problems(skip_first, skip_last, "start")
-            problems += of_sequence
-        report_problems(problems)
-        return summarize(scores)
+        return summarize(self._scorer.result(skip_first, skip_last, "start"))

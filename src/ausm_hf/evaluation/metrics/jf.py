@@ -229,6 +229,33 @@ class SequenceScorer:
         return {objects[column]: tracks[row] for row, column in zip(rows, columns)}
 
 
+class DataSetScorer:
+    """Scores sequences whose frames come in any order of the sequences, each by its own [`SequenceScorer`].
+
+    Args:
+        mode (`str`): See [`SequenceScorer`].
+    """
+
+    def __init__(self, mode: str):
+        self.mode = mode
+        self._sequences: dict[str, SequenceScorer] = {}
+
+    def add(self, sequence: str, pred: np.ndarray, gt: np.ndarray) -> None:
+        """Adds the next frame of a sequence: see [`SequenceScorer.add`]."""
+        if sequence not in self._sequences:
+            self._sequences[sequence] = SequenceScorer(sequence, self.mode)
+        self._sequences[sequence].add(pred, gt)
+
+    def result(self, skip_first: bool, skip_last: bool, count_from: str) -> dict[str, dict[int, ObjectScore]]:
+        """Scores by sequence and object: see [`SequenceScorer.result`]. Raises one report over all sequences."""
+        scores, problems = {}, []
+        for name, scorer in self._sequences.items():
+            scores[name], of_sequence = scorer.result_or_problems(skip_first, skip_last, count_from)
+            problems += of_sequence
+        report_problems(problems)
+        return scores
+
+
 def score_sequence(
     pred_masks: Iterable[np.ndarray],
     gt_masks: Iterable[np.ndarray],
@@ -323,6 +350,38 @@ def summarize(scores: dict[str, dict[int, ObjectScore]]) -> dict:
 def mean_of(rows: list[dict]) -> dict[str, float]:
     """Mean of each measure over objects."""
     return {measure: float(np.mean([row[measure] for row in rows])) for measure in MEASURES}
+
+
+def seen_and_unseen(summary: dict, seen: dict[str, dict[int, bool]]) -> dict[str, float | None]:
+    """G of YouTube-VOS: the mean of J and F over objects of seen and over those of unseen categories.
+
+    Args:
+        summary (`dict`): As [`summarize`] makes it.
+        seen (`dict[str, dict[int, bool]]`): Sequence -> object -> is its category in the training set?
+
+    Returns:
+        `dict`: `G`, `J_seen`, `F_seen`, `J_unseen`, `F_unseen`: fractions of 1. Where there is no object of a kind,
+        its J and F are `None` and G is the mean of the others.
+
+    Raises:
+        ValueError: If `seen` lacks objects; all are named.
+    """
+    rows: dict[str, list[dict]] = {"seen": [], "unseen": []}
+    problems = []
+    for name, of_sequence in summary["sequences"].items():
+        for object_id, row in of_sequence["objects"].items():
+            if object_id in seen.get(name, {}):
+                rows["seen" if seen[name][object_id] else "unseen"].append(row)
+            else:
+                problems.append(f"{name}: `seen` does not say whether object {object_id} is of a seen category")
+    report_problems(problems)
+    parts = {
+        f"{measure}_{kind}": mean_of(of_kind)[measure] if of_kind else None
+        for kind, of_kind in rows.items()
+        for measure in ("J", "F")
+    }
+    known = [value for value in parts.values() if value is not None]
+    return {"G": sum(known) / len(known), **parts}
 
 
 def report_problems(problems: list[str]) -> None:

@@ -1,6 +1,6 @@
 """J&F of video object segmentation, as an `evaluate` module."""
 
-from .jf import SequenceScorer, report_problems, summarize
+from .jf import DataSetScorer, summarize
 from .streaming import StreamingMetric, info_of_masks
 
 _DESCRIPTION = """
@@ -60,20 +60,13 @@ class VosJf(StreamingMetric):
         return info_of_masks(_DESCRIPTION, _INPUTS, _CITATION, "https://davischallenge.org")
 
     def _start(self):
-        self._scorers = {}
+        self._scorer = DataSetScorer(self.config_name)
 
     def _add_frame(self, predictions, references, sequence):
-        if sequence not in self._scorers:
-            self._scorers[sequence] = SequenceScorer(sequence, self.config_name)
-        self._scorers[sequence].add(predictions, references)
+        self._scorer.add(sequence, predictions, references)
 
     def _result(self, skip_first=None, skip_last=None, count_from="start"):
         skip = self.config_name == "prompted"
         skip_first = skip if skip_first is None else skip_first
         skip_last = skip if skip_last is None else skip_last
-        scores, problems = {}, []
-        for name, scorer in self._scorers.items():
-            scores[name], of_sequence = scorer.result_or_problems(skip_first, skip_last, count_from)
-            problems += of_sequence
-        report_problems(problems)
-        return summarize(scores)
+        return summarize(self._scorer.result(skip_first, skip_last, count_from))

@@ -1,6 +1,6 @@
 """G of YouTube-VOS, as an `evaluate` module."""
 
-from .jf import SequenceScorer, mean_of, report_problems, summarize
+from .jf import DataSetScorer, seen_and_unseen, summarize
 from .streaming import StreamingMetric, info_of_masks
 
 _DESCRIPTION = """
@@ -46,33 +46,11 @@ class YoutubeVosG(StreamingMetric):
         return info_of_masks(_DESCRIPTION, _INPUTS, _CITATION, "https://youtube-vos.org")
 
     def _start(self):
-        self._scorers = {}
+        self._scorer = DataSetScorer("prompted")
 
     def _add_frame(self, predictions, references, sequence):
-        if sequence not in self._scorers:
-            self._scorers[sequence] = SequenceScorer(sequence)
-        self._scorers[sequence].add(predictions, references)
+        self._scorer.add(sequence, predictions, references)
 
     def _result(self, seen):
-        scores, problems = {}, []
-        for name, scorer in self._scorers.items():
-            scores[name], of_sequence = scorer.result_or_problems(False, False, "first_annotated")
-            problems += of_sequence
-            for object_id in scores[name]:
-                if object_id not in seen.get(name, {}):
-                    problems.append(f"{name}: `seen` does not say whether object {object_id} is of a seen category")
-        report_problems(problems)
-
-        summary = summarize(scores)
-        result: dict[str, float | None] = {}
-        for kind, wanted in (("seen", True), ("unseen", False)):
-            rows = [
-                row
-                for name, of_sequence in summary["sequences"].items()
-                for object_id, row in of_sequence["objects"].items()
-                if bool(seen[name][object_id]) == wanted
-            ]
-            mean = mean_of(rows) if rows else {"J": None, "F": None}
-            result |= {f"J_{kind}": mean["J"], f"F_{kind}": mean["F"]}
-        parts = [value for value in result.values() if value is not None]
-        return {"G": sum(parts) / len(parts), **result, "sequences": summary["sequences"]}
+        summary = summarize(self._scorer.result(False, False, "first_annotated"))
+        return {**seen_and_unseen(summary, seen), "sequences": summary["sequences"]}
