@@ -112,13 +112,16 @@ def _register_processor():
 
 
 def _register_pipeline():
+    from transformers import AutoModelForUniversalSegmentation
     from transformers.pipelines import PIPELINE_REGISTRY
 
     from .model.pipeline_ausm import VideoSegmentationPipeline
 
     # Not `register_pipeline`: it would also write the path of the default checkpoint into every saved pipeline.
     PIPELINE_REGISTRY.supported_tasks[TASK] = {
-        **VideoSegmentationPipeline._registered_impl[TASK],
+        "impl": VideoSegmentationPipeline,
+        "pt": (AutoModelForUniversalSegmentation,),
+        "type": "video",
         "default": {"model": (str(BUNDLED_CHECKPOINT), "main")},
     }
 

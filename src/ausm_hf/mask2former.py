@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
-from .model.configuration_ausm import COCO_LABELS, PRESETS, AusmConfig
+from .model.configuration_ausm import COCO_LABELS, AusmConfig
 from .model.modeling_ausm import AusmForUniversalSegmentation
 
 # Mask2Former's checkpoints for COCO instances on the Hub spell six labels as Pascal VOC does.
@@ -81,9 +81,7 @@ def from_mask2former(
     if set(in_coco.values()) <= set(COCO_LABELS):  # not of another data set
         their_labels = in_coco
     label_sets = {"coco": [their_labels[index] for index in range(len(their_labels))]}
-    if preset not in PRESETS:
-        raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
-    config = AusmConfig(**{**PRESETS[preset], "label_sets": label_sets, **overrides, **sizes})
+    config = AusmConfig.from_preset(preset, **{"label_sets": label_sets, **overrides, **sizes})
     model = AusmForUniversalSegmentation(config)
 
     weights = _model_weights(source)

@@ -406,3 +406,5 @@ def test_what_the_user_marks_stands_before_the_first_frame_only():
     assert shown(result.history_masks) == [[[0, 1], []], [[0], [3]], [[0], [3]]]
     with pytest.raises(ValueError, match=r"prompt_masks\[0\]. must have shape \(2, 8, 8\)"):
         pad_instances(frames, [masks], None, None, None, None, prompt_masks=[box[:1]])
+    batch = pad_instances(frames, masks[None], None, masks[None], None, None)  # in one tensor
+    assert batch.history_masks.equal(instances.history_masks)

@@ -431,6 +431,7 @@ def test_maps_at_other_strides_are_refused():
         ({"class_sets": ["shapes", "colours"]}, "`label_set` must be one of"),
         ({"class_sets": ["shapes"]}, "`class_sets` needs one entry per clip: 2, got 1"),
         ({"mask_labels": None}, "want `mask_labels` too"),
+        ({"history_masks": []}, "`history_masks` needs one entry per clip: 2, got 0"),
         (
             {"mask_labels": [torch.zeros(7, 5, 64, 64)] * 2, "switch_frames": None, "id_slots": None},
             "only 6 ID vectors",
@@ -494,6 +495,8 @@ def test_presets():
         # The paper's form
         assert config.history_local_kernel == config.mask_propagation_radius == config.remember_appearance == 0
         assert not config.mask_pooling and not config.query_selection
+        config.backbone_config.depths[2] = 1
+        assert AusmConfig.from_preset(preset).backbone_config.depths[2] > 1  # each config has its own
 
 
 def test_how_a_network_starts():

@@ -12,13 +12,11 @@ from transformers.models.sam2_video.processing_sam2_video import Sam2VideoProces
 from ausm_hf import AusmImageProcessor, AusmProcessor
 from ausm_hf.model.prompts_ausm import (
     ObjectPrompt,
-    draw_scribble,
     fill_box,
     heed_points,
     refine_signals,
     signal_of_marks,
     signal_radius,
-    stamp_points,
 )
 
 SIZE = (80, 120)  # height, width; the radius is 2
@@ -43,21 +41,23 @@ def test_filled_box_is_what_a_slice_is():
     assert filled.equal(expected)
     assert fill_box(SIZE, (-5, -5, 500, 500)).all()
     assert fill_box(SIZE, (10.6, 20, 10.9, 22)).nonzero().tolist() == [[20, 10], [21, 10]]  # between two centres
+    for box, column in (((-20, 20, 0.4, 22), 0), ((SIZE[1] - 0.4, 20, SIZE[1] + 9, 22), SIZE[1] - 1)):
+        assert fill_box(SIZE, box).nonzero().tolist() == [[20, column], [21, column]]  # enters the frame
 
 
 def test_points_are_discs():
     points = [(3.2, 4.7), (100, 79.9)]
-    assert stamp_points(SIZE, points).equal(near(points, 2))
-    assert stamp_points(SIZE, torch.tensor([[60.0, 40.0]])).sum() == 12  # about pi 2^2
-    assert not stamp_points(SIZE, []).any()
+    assert ObjectPrompt(points=points, labels=(1, 1)).signal(SIZE).equal(near(points, 2))
+    assert ObjectPrompt(points=((60.0, 40.0),), labels=(1,)).signal(SIZE).sum() == 12  # about pi 2^2
+    assert not ObjectPrompt().signal(SIZE).any()
 
 
 def test_scribble_is_a_line_of_discs():
     corners = np.array([(10, 10), (50, 30), (50, 30), (20, 70)], dtype=float)  # one of them twice
     share = np.linspace(0, 1, 2001)[:, None]
     line = np.concatenate([a + share * (b - a) for a, b in zip(corners, corners[1:])])
-    assert draw_scribble(SIZE, corners).equal(near(line, 2))
-    assert draw_scribble(SIZE, corners[:1]).equal(stamp_points(SIZE, corners[:1]))
+    assert ObjectPrompt(scribble=corners).signal(SIZE).equal(near(line, 2))
+    assert ObjectPrompt(scribble=corners[:1]).signal(SIZE).equal(near(corners[:1], 2))
 
 
 def test_signal_is_everything_together_less_the_negative_points():
@@ -164,7 +164,7 @@ def test_refined_masks_come_from_a_history_of_one_signal_alone_and_do_not_overla
     model = SimpleNamespace(step=step, init_history=tiny_model.init_history)
     with torch.no_grad():
         frame = tiny_model.encode_frames(torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)))
-    signals = [fill_box(SIZE, (0, 0, 60, 40)), stamp_points(SIZE, [(100, 70)])]
+    signals = [fill_box(SIZE, (0, 0, 60, 40)), ObjectPrompt(points=((100, 70),), labels=(1,)).signal(SIZE)]
     prompts = [ObjectPrompt(), ObjectPrompt(box=(62, 0, 120, 80))]
     with torch.no_grad():
         masks = refine_signals(model, frame, signals, prompts)

@@ -92,6 +92,6 @@ def test_the_check_tells_right_from_wrong(wrong_in, factor, monkeypatch):
     def wrong(x, dt, *rest):
         return triton_scan(x, dt * factor if dt.dtype == wrong_in else dt, *rest)
 
-    assert check_triton_scan(DEVICE, selective_scan)
+    assert check_triton_scan(DEVICE)
     monkeypatch.setattr(temporal_mamba_triton, "triton_scan", wrong)
-    assert not check_triton_scan(DEVICE, selective_scan)
+    assert not check_triton_scan(DEVICE)

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
+from transformers.utils import can_return_tuple
 
 
 @strict
@@ -224,17 +225,14 @@ class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
             # depthwise ones do so by fan-in, not by the fan-out of torch, which ignores their groups.
             init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
 
-    def forward(
-        self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None
-    ) -> BackboneOutput | tuple:
+    @can_return_tuple
+    def forward(self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None) -> BackboneOutput:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
                 Normalised frames of any size.
             output_hidden_states (`bool`, *optional*):
                 Also return the output of every stage, the stem's included.
-            return_dict (`bool`, *optional*):
-                Whether to return a [`BackboneOutput`] rather than a tuple.
 
         Returns:
             [`BackboneOutput`] whose `feature_maps` are, for each of `out_features`, a tensor of shape
@@ -242,9 +240,6 @@ class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if return_dict is None:
-            return_dict = self.config.return_dict
-
         hidden_states = self.stem(pixel_values)
         all_stages: tuple[torch.Tensor, ...] = ()
         for stage in self.stages:
@@ -253,8 +248,6 @@ class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
         feature_maps = tuple(
             feature for name, feature in zip(self.stage_names, all_stages) if name in self.out_features
         )
-        if not return_dict:
-            return (feature_maps, all_stages) if output_hidden_states else (feature_maps,)
         return BackboneOutput(
             feature_maps=feature_maps,  # type: ignore[arg-type]  # transformers says that there is one map
             hidden_states=all_stages if output_hidden_states else None,  # type: ignore[arg-type]

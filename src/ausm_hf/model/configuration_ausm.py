@@ -1,5 +1,6 @@
 """AUSM model configuration."""
 
+import copy
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -291,7 +292,7 @@ class AusmConfig(PreTrainedConfig):
         if self.backbone_config is None:
             self.backbone_config = PRESETS["base"]["backbone_config"]
         if isinstance(self.backbone_config, dict):
-            values = dict(self.backbone_config)
+            values = copy.deepcopy(self.backbone_config)  # its lists may be a preset's
             model_type = values.pop("model_type", None)
             if model_type == EfficientNetLiteConfig.model_type:
                 self.backbone_config = EfficientNetLiteConfig(**values)

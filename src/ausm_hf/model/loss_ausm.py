@@ -84,8 +84,8 @@ def pad_instances(
     for name, values in (
         ("mask_labels", mask_labels),
         ("class_labels", class_labels),
-        ("history_masks", history_masks or mask_labels),
-        ("prompt_masks", prompt_masks or mask_labels),
+        ("history_masks", mask_labels if history_masks is None else history_masks),
+        ("prompt_masks", mask_labels if prompt_masks is None else prompt_masks),
     ):
         if len(values) != batch:
             raise ValueError(f"`{name}` needs one entry per clip: {batch}, got {len(values)}.")
@@ -191,7 +191,7 @@ def draw_switch_frames(
     frames = torch.arange(1, length + 1)
     # The next frame from `drawn` on that shows the instance
     candidates = torch.where(present & (frames >= drawn[..., None]), frames, length)
-    switch = candidates.amin(dim=-1) if length else drawn
+    switch = candidates.amin(dim=-1)
     first = torch.where(present, frames, length).amin(dim=-1)
     given = torch.where(present[..., 0], 0, first)
     switch = torch.where(prompted & present[..., 0], 0, switch)
@@ -335,7 +335,6 @@ def selection_loss(logits: Tensor, instances: Instances, plan: TeacherForcing) -
     known = average_maps(instances.pixel_weights, size) > 0.5
     everywhere = (plan.searched & plan.exhaustive[:, None])[..., None, None]
     counted = (everywhere & known) | ((cover > 0.5) & wanted).any(dim=2)
-    logits = logits.float()
     probability = logits.sigmoid()
     found = -F.logsigmoid(logits) * (1 - probability).square() * positive
     false = -F.logsigmoid(-logits) * probability.square() * (1 - near) ** 4 * counted * (1 - positive)
@@ -358,7 +357,6 @@ def reach_loss(ellipses: Tensor, masks: Tensor) -> Tensor:
         middles.append((first + last) / (2 * length))
         radii.append((last - first) / (2**0.5 * length))
     middle, radius = torch.stack(middles, dim=1), torch.stack(radii, dim=1)
-    ellipses = ellipses.float()
     shift = (ellipses[:, :2] - middle) / radius
     return (shift.abs() + (ellipses[:, 2:].log() - radius.log()).abs()).sum()
 
@@ -396,11 +394,7 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def _in_float32(prediction: dict) -> dict:
-    """In float32, but for what is float64."""
-    return {
-        name: _in_float32(x) if isinstance(x, dict) else x.to(torch.promote_types(x.dtype, torch.float32))
-        for name, x in prediction.items()
-    }
+    return {name: _in_float32(x) if isinstance(x, dict) else x.float() for name, x in prediction.items()}
 
 
 class AusmLoss(nn.Module):
@@ -483,7 +477,7 @@ class AusmLoss(nn.Module):
     def _match(self, prediction, instances, plan, label_sets, generator):
         config = self.config
         count = instances.valid.shape[1]
-        logits = prediction["masks"][:, :, count:].detach().float()
+        logits = prediction["masks"][:, :, count:].detach()
         targets = instances.small_masks.transpose(1, 2)
         weights = instances.pixel_weights
         if config.train_num_points is None:
@@ -518,7 +512,7 @@ class AusmLoss(nn.Module):
             if name is None:
                 continue
             labels = instances.class_labels[clip]
-            classes = prediction["classes"][name][clip, :, count:].detach().float().softmax(-1)
+            classes = prediction["classes"][name][clip, :, count:].detach().softmax(-1)
             known = (labels >= 0).to(classes.dtype)
             cost[clip] -= config.class_weight * classes[..., labels.clamp(min=0)] * known
         return match_detections(cost, plan.detected)
@@ -536,7 +530,6 @@ class AusmLoss(nn.Module):
         objects = torch.cat([objects, detected_objects])
         if len(clips) == 0:
             return {"mask": 0.0 * masks.sum(), "dice": 0.0 * masks.sum()}
-        logits = logits.float()
         weights = instances.pixel_weights[clips, frames]
         if self.config.train_num_points is None:
             targets = instances.small_masks[clips, objects, frames].flatten(1)
@@ -575,7 +568,7 @@ class AusmLoss(nn.Module):
     def _label_losses(self, prediction, instances, plan, matched, label_sets):
         """Foreground and class. Both are one target and one weight per query; a weight of 0 leaves a query out."""
         config = self.config
-        foreground = prediction["foreground"].float()
+        foreground = prediction["foreground"]
         count = instances.valid.shape[1]
         present = instances.present.transpose(1, 2)
         clips, frames, queries, objects = matched
@@ -604,7 +597,7 @@ class AusmLoss(nn.Module):
             class_weights = torch.ones(no_object + 1, device=logits.device)
             class_weights[no_object] = config.no_object_weight
             total = total + F.cross_entropy(
-                logits.float().flatten(0, 2), target.flatten(), class_weights, reduction="sum", ignore_index=-100
+                logits.flatten(0, 2), target.flatten(), class_weights, reduction="sum", ignore_index=-100
             )
         losses["class"] = total
         return losses

@@ -214,14 +214,14 @@ class AusmModel(AusmPreTrainedModel):
         _check_frames(pixel_values.unsqueeze(1))
         # Channels last: convolutions are faster so, and maps become tokens without a copy.
         images = pixel_values.to(self.dtype, memory_format=torch.channels_last)
-        feature_maps = check_strides(self.backbone(images).feature_maps, images)
+        feature_maps = self.backbone(images).feature_maps
+        check_strides(feature_maps, images)
         return AusmFrameFeatures(tuple(self.pixel_encoder(feature_maps)), feature_maps[0])
 
     def step(
         self,
         pixel_values: Tensor | AusmFrameFeatures,
         history: AusmHistory | None = None,
-        output_intermediate: bool = False,
     ) -> AusmModelOutput:
         """
         One frame of a stream, the recurrent form.
@@ -236,18 +236,9 @@ class AusmModel(AusmPreTrainedModel):
             [`AusmModelOutput`] without the T axis. It is the caller who decides what `A_t` and `M_t` are.
         """
         frames = pixel_values if isinstance(pixel_values, AusmFrameFeatures) else self.encode_frames(pixel_values)
-        if history is None:
-            history = AusmHistory.empty(len(frames.stride_4), frames.stride_4.device, self.dtype)
-        output = self(
-            frame_features=frames,
-            history_masks=history.masks.unsqueeze(1),
-            id_slots=history.slots,
-            taken=history.taken.unsqueeze(1),
-            history=history,
-            output_intermediate=output_intermediate,
-            return_dict=True,
-        )
-        return AusmModelOutput(**{k: v if k in self._can_record_outputs else _drop_time(v) for k, v in output.items()})
+        output = self(frame_features=frames, history=history, return_dict=True)
+        of_frame: dict[str, Any] = {k: v.squeeze(1) if isinstance(v, Tensor) else v for k, v in output.items()}
+        return AusmModelOutput(**of_frame)
 
     @capture_outputs
     def forward(
@@ -399,13 +390,6 @@ def _check_frames(frames: Tensor):
         )
 
 
-def _drop_time(value):
-    """Removes the T axis of length 1 from a tensor or a tuple of tensors."""
-    if isinstance(value, Tensor):
-        return value.squeeze(1)
-    return tuple(x.squeeze(1) for x in value) if isinstance(value, tuple) else value
-
-
 def _recorded(output: AusmModelOutput) -> dict[str, Any]:
     """Hidden states and attentions, where they were asked for."""
     return {name: output[name] for name in AusmModel._can_record_outputs if name in output}
@@ -487,7 +471,9 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             ValueError: If a shape is wrong or the label set is unknown.
         """
         head = self._class_head(label_set)
-        output = self.model.step(pixel_values, history)
+        return self._last_predictions(self.model.step(pixel_values, history), head)
+
+    def _last_predictions(self, output: AusmModelOutput, head: nn.Linear) -> AusmForUniversalSegmentationOutput:
         return AusmForUniversalSegmentationOutput(
             masks_queries_logits=output.masks_queries_logits,
             class_queries_logits=head(output.class_features),
@@ -591,14 +577,8 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         recording = {name: value for name, value in recording.items() if value is not None}
         if mask_labels is None:
             output = self.model(pixel_values_videos, history=history, return_dict=True, **recording)
-            result = AusmForUniversalSegmentationOutput(
-                masks_queries_logits=output.masks_queries_logits,
-                class_queries_logits=self._class_head(None)(output.class_features),
-                foreground_queries_logits=self.foreground_head(output.query_hidden_states).squeeze(-1),
-                history=output.history,
-                **_recorded(output),
-            )
-            return result if return_dict is not False else result.to_tuple()
+            result = self._last_predictions(output, self._class_head(None))
+            return result if return_dict else result.to_tuple()
 
         names = [self.config.default_label_set] * len(mask_labels) if class_sets is None else class_sets
         if len(names) != len(mask_labels):

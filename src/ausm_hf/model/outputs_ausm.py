@@ -65,7 +65,7 @@ class AusmForUniversalSegmentationOutput(ModelOutput):
     Output of [`AusmForUniversalSegmentation`]. `step` has no T axis.
 
     Attributes:
-        loss (`torch.Tensor` of shape `(1,)`, *optional*):
+        loss (`torch.Tensor` of shape `()`, *optional*):
             Weighted sum of `loss_dict`, when `mask_labels` are given.
         loss_dict (`dict[str, torch.Tensor]`, *optional*):
             Its terms, weighted, summed over layers; without gradient.

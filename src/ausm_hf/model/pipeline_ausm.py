@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from transformers import AutoModelForUniversalSegmentation, Pipeline
+from transformers import Pipeline
 
 from .processing_ausm import AusmProcessor
 from .session_ausm import AusmInferenceSession
@@ -297,14 +297,5 @@ class VideoSegmentationPipeline(Pipeline):
         super().save_pretrained(str(save_directory), **kwargs)
         self.processor.save_pretrained(str(save_directory))
 
-
-# What `Pipeline.save_pretrained` writes down about the pipeline.
-VideoSegmentationPipeline._registered_impl = {
-    "video-segmentation": {
-        "impl": VideoSegmentationPipeline,
-        "pt": (AutoModelForUniversalSegmentation,),
-        "type": "video",
-    }
-}
 
 __all__ = ["VideoSegmentationPipeline", "read_frames", "start_session"]

@@ -90,20 +90,14 @@ class AusmFrameFeatures:
         return cls(levels, torch.cat([frame.stride_4 for frame in frames]))
 
 
-def check_strides(feature_maps: tuple[Tensor, ...], images: Tensor) -> tuple[Tensor, ...]:
-    """
-    The backbone's maps as they are.
-
-    Raises:
-        ValueError: If they are not at strides 4, 8, 16 and 32 of the images (N, 3, H, W).
-    """
+def check_strides(feature_maps: tuple[Tensor, ...], images: Tensor) -> None:
+    """Raises ValueError if the backbone's maps are not at strides 4, 8, 16 and 32 of the images (N, 3, H, W)."""
     sizes = [tuple(maps.shape[-2:]) for maps in feature_maps]
     if sizes != [(images.shape[-2] // stride, images.shape[-1] // stride) for stride in (4, 8, 16, 32)]:
         raise ValueError(
             f"`backbone_config` must give feature maps at strides 4, 8, 16 and 32; got sizes {sizes} for frames of "
             f"{tuple(images.shape[-2:])}."
         )
-    return feature_maps
 
 
 class AusmDeformableEncoderLayer(GradientCheckpointingLayer, Mask2FormerPixelDecoderEncoderLayer):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .history_ausm import binarize
-from .masks_ausm import main_piece, marked_pieces
+from .masks_ausm import exclusive, main_piece, marked_pieces
 from .pixels_ausm import AusmFrameFeatures
 
 SIGNAL_RADIUS = 0.025  # of a stamped point and of a scribble's line, as a share of the frame's shorter side
@@ -41,19 +41,9 @@ def fill_box(size: tuple[int, int], box: Sequence[float] | Tensor) -> Tensor:
     def covered(start: float, end: float, length: int) -> Tensor:
         centres = torch.arange(length, dtype=torch.float32) + 0.5
         inside = (centres >= start) & (centres <= end)
-        return inside if inside.any() else torch.arange(length) == int((start + end) / 2)
+        return inside if inside.any() else torch.arange(length) == int((max(start, 0) + min(end, length)) / 2)
 
     return covered(y0, y1, height)[:, None] & covered(x0, x1, width)[None, :]
-
-
-def stamp_points(size: tuple[int, int], points: Sequence | Tensor) -> Tensor:
-    """Points `(number, 2)`, each stamped as a disc."""
-    return _distance(size, points, line=False) <= signal_radius(size)
-
-
-def draw_scribble(size: tuple[int, int], points: Sequence | Tensor) -> Tensor:
-    """The line through points `(number, 2)` in their order, as thick as a stamped point is wide."""
-    return _distance(size, points, line=True) <= signal_radius(size)
 
 
 @dataclass(frozen=True)
@@ -260,10 +250,8 @@ def refine_signals(
         logits = F.interpolate(logits[None, None], signal.shape, mode="bilinear")[0, 0]
         reach = prompt.reach((signal.shape[0], signal.shape[1])).to(maps.device)
         answers.append(logits.masked_fill(~reach, -torch.inf))
-    logits = torch.stack(answers)
-    whole = logits > 0
-    exclusive = whole & (logits.argmax(0) == torch.arange(len(logits), device=logits.device)[:, None, None])
-    return [mask if prompt.agrees(mask) else own for prompt, mask, own in zip(prompts, exclusive, whole)]
+    masks = exclusive(answers)
+    return [mask if prompt.agrees(mask) else own > 0 for prompt, mask, own in zip(prompts, masks, answers)]
 
 
 def heed_points(logits: Tensor, features: Tensor, points: Tensor, labels: Tensor) -> Tensor:
@@ -324,12 +312,10 @@ def _distance(size: tuple[int, int], points: Sequence | Tensor, line: bool) -> T
 
 __all__ = [
     "ObjectPrompt",
-    "draw_scribble",
     "fill_box",
     "heed_points",
     "history_mask",
     "refine_signals",
     "signal_of_marks",
     "signal_radius",
-    "stamp_points",
 ]

@@ -599,7 +599,7 @@ def _finish(
         logits |= {
             x.object_id: torch.where(of_bystanders, -logits[x.object_id].abs(), logits[x.object_id]) for x in asked_for
         }
-    result = _describe(session, asked_for, logits, scores, prompts, labels, size)
+    result = _describe(session, asked_for, logits, scores, prompts, labels)
     session.next_frame_idx += 1
     return result
 
@@ -653,12 +653,12 @@ def _make_room(
     return [x for x in objects if x.object_id not in let_go]
 
 
-def _describe(session, seen, logits, scores, prompts, labels, size) -> AusmVideoSegmentationOutput:
+def _describe(session, seen, logits, scores, prompts, labels) -> AusmVideoSegmentationOutput:
     """The output for the objects seen in this frame."""
     if seen:
         pred_masks = torch.stack([logits[x.object_id] for x in seen])[:, None]
     else:
-        pred_masks = session.history.masks.new_zeros((0, 1, *size), dtype=torch.float32)
+        pred_masks = session.history.masks[0, :0, None].float()
     if prompts:
         pred_masks = F.interpolate(pred_masks, session.video_size, mode="bilinear")
         for i, followed in enumerate(seen):

@@ -6,12 +6,11 @@ and a single step when there is one frame. The regime is unusual for Mamba: sequ
 thousands of them.
 
 Letters: N sequences (pixels x batch), T frames (1 to 64), D hidden size, C inner channels, K frames the convolution
-sees, S state size; in Mamba-2 also H heads of P channels, C = H P, and G groups of heads.
+sees, S state size; in Mamba-2 also H heads of P channels, C = H P.
 """
 
 import functools
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ MixerState = tuple[Tensor, Tensor]
 # Fused kernels
 
 
-def without_kernels(package: str, install: str) -> None:
+def warn_without_kernels(package: str, install: str) -> None:
     logger.warning_once(
         f"`{package}` is not importable: the temporal mixer runs without its kernels on this GPU, which gives the same"
         f" result with more memory and time. Install it with `{install}`."
@@ -53,7 +52,7 @@ def mamba_kernels(device_type: str):
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
     except ImportError:
         # In an isolated build mamba-ssm doesn't see the installed torch, and comes without its CUDA part.
-        without_kernels("mamba_ssm", "pip install --no-build-isolation mamba-ssm")
+        warn_without_kernels("mamba_ssm", "pip install --no-build-isolation mamba-ssm")
         return None
     return selective_scan_fn, mamba_chunk_scan_combined
 
@@ -66,7 +65,7 @@ def conv_kernel(device_type: str):
     try:
         from causal_conv1d import causal_conv1d_fn
     except ImportError:
-        without_kernels("causal_conv1d", "pip install --no-build-isolation causal-conv1d")
+        warn_without_kernels("causal_conv1d", "pip install --no-build-isolation causal-conv1d")
         return None
     return causal_conv1d_fn
 
@@ -85,7 +84,7 @@ def checked_triton_kernel():
     if triton is None:
         return None
     try:
-        right = check_triton_scan("cuda", selective_scan)
+        right = check_triton_scan("cuda")
         fault = "they give wrong numbers"
     except Exception as error:  # Triton has many kinds, one for each thing that may be amiss with compiler or driver
         right, fault = False, repr(error)
@@ -168,8 +167,8 @@ def fused_ssd_scan(
             x[rows],
             dt[rows],
             A,
-            B[rows],
-            C[rows],
+            B[rows, :, None],
+            C[rows, :, None],
             chunk,
             D=D,
             dt_bias=dt_bias,
@@ -186,17 +185,14 @@ def fused_ssd_scan(
 
 
 class GatedRMSNorm(nn.Module):
-    """RMSNorm of `x * silu(gate)` within each of `n_groups` groups of channels."""
+    """RMSNorm of `x * silu(gate)`."""
 
-    def __init__(self, channels: int, n_groups: int, eps: float = 1e-5):
+    def __init__(self, channels: int):
         super().__init__()
-        self.n_groups = n_groups
-        self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        x = (x * F.silu(gate)).unflatten(-1, (self.n_groups, -1))
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps).flatten(-2) * self.weight
+        return F.rms_norm(x * F.silu(gate), x.shape[-1:], eps=1e-5) * self.weight
 
 
 def reset_projections(*layers: nn.Linear | nn.Conv1d) -> None:
@@ -246,7 +242,6 @@ class TemporalMamba(TemporalMixer):
         state_size: S, numbers kept per inner channel.
         conv_kernel: K, frames that the short convolution sees.
         expand: inner channels per hidden channel.
-        dt_rank: rank of the projection to time steps; `"auto"` is D / 16, rounded up.
     """
 
     def __init__(
@@ -255,14 +250,10 @@ class TemporalMamba(TemporalMixer):
         state_size: int = 16,
         conv_kernel: int = 4,
         expand: int = 2,
-        dt_rank: int | Literal["auto"] = "auto",
     ):
         super().__init__()
         inner = expand * hidden_size
-        if dt_rank == "auto":
-            dt_rank = math.ceil(hidden_size / 16)
-        if not isinstance(dt_rank, int) or dt_rank < 1:
-            raise ValueError(f"`dt_rank` must be 'auto' or a positive int, got {dt_rank!r}")
+        dt_rank = math.ceil(hidden_size / 16)
         self.hidden_size = hidden_size
         self.ssm_shape = (inner, state_size)
         self.splits = [dt_rank, state_size, state_size]
@@ -351,7 +342,6 @@ class TemporalMamba2(TemporalMixer):
         conv_kernel: K, frames that the short convolution sees.
         expand: inner channels per hidden channel.
         head_dim: P, channels that share one decay. Must divide `expand * hidden_size`.
-        n_groups: G, groups of heads that share B and C. Must divide the number of heads.
     """
 
     def __init__(
@@ -361,18 +351,14 @@ class TemporalMamba2(TemporalMixer):
         conv_kernel: int = 4,
         expand: int = 2,
         head_dim: int = 64,
-        n_groups: int = 1,
     ):
         super().__init__()
         inner = expand * hidden_size
         if inner % head_dim:
             raise ValueError(f"`head_dim` must divide expand * hidden_size = {inner}, got {head_dim}")
         heads = inner // head_dim
-        if heads % n_groups:
-            raise ValueError(f"`n_groups` must divide the number of heads, {heads}, got {n_groups}")
-        channels = inner + 2 * n_groups * state_size
+        channels = inner + 2 * state_size
         self.hidden_size = hidden_size
-        self.n_groups = n_groups
         self.ssm_shape = (heads, head_dim, state_size)
         self.splits = [inner, channels, heads]
         self.in_proj = nn.Linear(hidden_size, sum(self.splits), bias=False)
@@ -382,7 +368,7 @@ class TemporalMamba2(TemporalMixer):
         self.D = nn.Parameter(torch.empty(heads))
         for parameter in (self.dt_bias, self.A_log, self.D):
             parameter._no_weight_decay = True
-        self.norm = GatedRMSNorm(inner, n_groups)
+        self.norm = GatedRMSNorm(inner)
         self.out_proj = nn.Linear(inner, hidden_size, bias=False)
         self.reset_parameters()
 
@@ -419,9 +405,8 @@ class TemporalMamba2(TemporalMixer):
         dtype = scan_dtype(projected) if kernels is None else projected.dtype
         gate, xBC, dt = projected.to(dtype).split(self.splits, dim=-1)
         xBC, conv_state = causal_conv(xBC, self.conv1d, conv_state)
-        u, B, C = xBC.split([heads * head_dim] + 2 * [self.n_groups * state_size], dim=-1)
+        u, B, C = xBC.split([heads * head_dim, state_size, state_size], dim=-1)
         u = u.unflatten(-1, (heads, head_dim))
-        B, C = B.unflatten(-1, (self.n_groups, state_size)), C.unflatten(-1, (self.n_groups, state_size))
         A = -torch.exp(self.A_log.to(scan_dtype(u)))
         D, dt_bias = self.D.to(A.dtype), self.dt_bias.to(A.dtype)
         with torch.autocast(x.device.type, enabled=False):

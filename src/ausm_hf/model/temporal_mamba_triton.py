@@ -11,11 +11,11 @@ frames at a time from checkpoints in a scratch memory whose size depends on the 
 Letters as in `temporal_mamba.py`: N sequences, T frames, C channels, S state size.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .temporal_scan import selective_scan
 
 try:
     import triton
@@ -311,11 +311,8 @@ def triton_scan(
     return y, state.mT
 
 
-def check_triton_scan(device: torch.device | str, selective_scan: Callable) -> bool:
+def check_triton_scan(device: torch.device | str) -> bool:
     """Whether the kernels are there and give on this device what plain torch gives in float64, gradients too."""
-    if triton is None:
-        return False
-
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:

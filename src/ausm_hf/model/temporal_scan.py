@@ -1,7 +1,7 @@
 """The scans over time in plain torch: the convolution before them, Mamba-1's and Mamba-2's, over a clip and one frame.
 
 Letters as in `temporal_mamba.py`: N sequences, T frames, C channels, K frames the convolution sees, S state size, H
-heads of P channels, G groups of heads.
+heads of P channels.
 """
 
 import math
@@ -238,15 +238,14 @@ def ssd_chunk(
     """State-space duality: the scan over a short chunk as attention without softmax, quadratic in T.
 
     Args:
-        x: `(N, T, H, P)`. dt: `(N, T, H)`, positive. A: `(H,)`, negative. B, C: `(N, T, G, S)`. D: `(H,)`.
+        x: `(N, T, H, P)`. dt: `(N, T, H)`, positive. A: `(H,)`, negative. B, C: `(N, T, S)`. D: `(H,)`.
         state: `(N, H, P, S)` before the first frame, or `None` for zeros.
 
     Returns:
         y `(N, T, H, P)` and the state after the last frame `(N, H, P, S)`.
     """
     n, t, h, p = x.shape
-    g, s = B.shape[2:]
-    x, dt, B, C = x.transpose(1, 2), dt.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
+    x, dt = x.transpose(1, 2), dt.transpose(1, 2)
     log_decay = dt * A[:, None]  # (N, H, T)
     causal = torch.ones(t, t, dtype=torch.bool, device=x.device).tril()
     # decay[t, s]: what is left at frame t of what came at frame s. Summing the log decays between the two, rather
@@ -254,14 +253,12 @@ def ssd_chunk(
     later = log_decay[..., None].masked_fill(~causal.tril(-1), 0)
     decay = later.cumsum(-2).masked_fill(~causal, -torch.inf).exp()
     inflow = decay * dt[..., None, :]
-    weights = ((C @ B.mT)[:, :, None] * inflow.view(n, g, h // g, t, t)).view(n, h, t, t)
+    weights = (C @ B.mT)[:, None] * inflow
     y = (weights + torch.diag_embed(D[:, None].expand(h, t))) @ x
-    new_state = (x * inflow[..., -1, :, None]).mT.reshape(n, g, h // g * p, t) @ B
-    new_state = new_state.view(n, h, p, s)
+    new_state = ((x * inflow[..., -1, :, None]).mT.reshape(n, h * p, t) @ B).view(n, h, p, -1)
     if state is not None:
         since_start = log_decay.cumsum(-1).exp()
-        from_state = C @ state.reshape(n, g, h // g * p, s).mT  # (N, G, T, H/G * P)
-        from_state = from_state.view(n, g, t, h // g, p).transpose(2, 3).reshape(n, h, t, p)
+        from_state = (C @ state.reshape(n, h * p, -1).mT).view(n, t, h, p).transpose(1, 2)
         y = y + from_state * since_start[..., None]
         new_state = new_state + state * since_start[..., -1, None, None]
     return y.transpose(1, 2), new_state
@@ -283,13 +280,11 @@ def ssd_scan(
 def ssd_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One frame: x `(N, H, P)`, dt `(N, H)`, B and C `(N, G, S)`, state as in `ssd_chunk`."""
+    """One frame: x `(N, H, P)`, dt `(N, H)`, B and C `(N, S)`, state as in `ssd_chunk`."""
     n, h, p = x.shape
-    g, s = B.shape[1:]
-    # Each group of heads is a sequence of its own; all channels of a head decay alike.
-    inflow = (x * dt[..., None]).view(n * g, 1, -1)
-    decays = (dt * A).exp()[..., None].expand(n, h, p).reshape(n * g, 1, -1)
+    inflow = (x * dt[..., None]).view(n, 1, h * p)
+    decays = (dt * A).exp()[..., None].expand(n, h, p).reshape(n, 1, h * p)  # all channels of a head decay alike
     if state is not None:
-        state = state.reshape(n * g, -1, s).mT
-    y, state = advance(state, lambda rows: decays[rows], inflow, B.reshape(n * g, s, 1), C.reshape(n * g, 1, s))
-    return torch.addcmul(y.view(n, h, p), x, D[:, None]), state.mT.reshape(n, h, p, s)
+        state = state.reshape(n, h * p, -1).mT
+    y, state = advance(state, lambda rows: decays[rows], inflow, B[..., None], C[:, None])
+    return torch.addcmul(y.view(n, h, p), x, D[:, None]), state.mT.reshape(n, h, p, -1)
