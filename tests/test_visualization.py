@@ -128,6 +128,22 @@ def test_labels_beyond_ascii(system_fonts):
     assert len(rows) > 1.4 * len(usual)  # all words in it, not only that with the letter
 
 
+def test_labels_of_near_objects_do_not_cover_each_other():
+    """Three objects that begin at about the same place: each label can be read whole, the first at its own place."""
+    masks = np.zeros((240, 426), np.uint8)
+    for number in (1, 2, 3):
+        masks[60 + 4 * number : 200, 100 + 20 * number : 120 + 20 * number] = number
+    frame, labels = np.zeros((240, 426, 3), np.uint8), {n: f"{n} person 0.9{n}" for n in (1, 2, 3)}
+    together = draw_overlay(frame, masks, labels, contour=False)
+    for number in labels:
+        alone = draw_overlay(frame, masks, {number: labels[number]}, contour=False)
+        plate = (alone == color_of(number)).all(axis=2)
+        rows, columns = np.flatnonzero(plate.sum(axis=1) > 30), np.flatnonzero(plate.sum(axis=0) > 5)
+        text = alone[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        down = [(together[top : top + len(text), columns[0] : columns[-1] + 1] == text).all() for top in range(200)]
+        assert any(down) and (number > 1 or down[rows[0]])
+
+
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 200), (5, 5), (200, 1), (12, 300)])
 def test_labels_fit_into_any_frame(height, width):
     masks = np.ones((height, width), np.uint8)
