@@ -140,6 +140,15 @@ print(peaks[2], peaks[3])
     assert long < 1.05 * short  # 1700 more frames would be 390 MB
 
 
+def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
+    def forbidden(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    with pytest.raises(ValueError, match="can't be read: Permission denied"):
+        read_video(tmp_path)
+
+
 def test_sources_are_read_again_or_say_that_they_cannot(tmp_path):
     frames = smooth_frames(4)
     for source in (read_video(write(tmp_path / "a.mp4", frames)), read_video(frames)):
@@ -791,6 +800,8 @@ def test_other_stdin():
         read_video("video.mp4", raw_size=(48, 64))
     with pytest.raises(ValueError, match="raw_size is"):
         read_video("-", raw_size=(0, 64))
+    with pytest.raises(ValueError, match="raw_size is given"):
+        read_video(np.zeros((2, 48, 64, 3), np.uint8), raw_size=(48, 64))
 
 
 def test_mp4_on_stdin_needs_its_index_first(tmp_path):

@@ -21,10 +21,10 @@ from typing import Any, TypeVar, cast
 
 import av
 import numpy as np
-from av.sidedata.sidedata import SideDataContainer
 from PIL import Image, ImageOps
 
 from .files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, WholeOrNothing, natural_order
+from .model.upright_ausm import upright
 
 STREAM_SCHEMES = tuple(f"{x}://" for x in ("http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "srt", "tcp", "udp"))
 FPS_WHEN_UNKNOWN = 24
@@ -275,7 +275,7 @@ def read_video(source, strict: bool = False, raw_size: tuple[int, int] | None = 
     """
     if raw_size is not None and (len(raw_size) != 2 or min(raw_size) < 1):
         raise ValueError(f"raw_size is {raw_size}; wanted is (height, width), both positive")
-    if raw_size is not None and source != "-":
+    if raw_size is not None and not (isinstance(source, str) and source == "-"):
         raise ValueError("raw_size is given; it is for raw frames on standard input, source '-'")
     if isinstance(source, VideoSource):
         return source
@@ -316,9 +316,13 @@ def _read_location(location: str, strict: bool) -> VideoSource:
 
     path = Path(location)
     if path.is_dir():
-        images = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
+        try:
+            inside = list(path.iterdir())
+        except OSError as error:
+            raise ValueError(f"folder {location!r} can't be read: {error.strerror}") from error
+        images = [p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
         if not images:
-            videos = sorted({p.suffix for p in path.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES})
+            videos = sorted({p.suffix for p in inside if p.suffix.lower() in VIDEO_SUFFIXES})
             hint = f"; videos in it are named by a pattern, such as '{path.name}/*{videos[0]}'" if videos else ""
             raise ValueError(f"folder {location!r} has no images ({', '.join(IMAGE_SUFFIXES)}){hint}")
         return _read_images(path.resolve().name, sorted(images, key=natural_order), strict)
@@ -515,7 +519,7 @@ def _read_container(
                     if index >= first:
                         if not isinstance(frame, _BadFrame):
                             turned.add(round(frame.rotation / 90) % 2 == 1)
-                            frame = frame_array(frame)
+                            frame = upright(frame)
                         yield time, frame
                     index += 1
         return index
@@ -528,28 +532,6 @@ def _read_container(
     source = VideoSource(name, frames, fps or None, num_frames or None, once=live, strict=strict, live=live)
     source.pixel_aspect = 1 / aspect if True in turned else aspect
     return source
-
-
-UNSPECIFIED = 2  # FFmpeg's AVCOL_SPC_UNSPECIFIED
-
-
-def frame_array(frame: av.VideoFrame) -> np.ndarray:
-    """The picture as players show it: turned and mirrored as its video says."""
-    # Where a video doesn't say what its colours are, players take those of HD for HD, FFmpeg those of SD for all.
-    unknown = frame.colorspace == UNSPECIFIED and not frame.format.is_rgb
-    hd = unknown and (frame.width >= 1280 or frame.height > 576)
-    # Frames are too small for more threads of the colour conversion to pay.
-    array = frame.to_ndarray(format="rgb24", src_colorspace="ITU709" if hd else None, threads=1)
-    return np.rot90(array[::-1] if _is_mirrored(frame) else array, round(frame.rotation / 90))
-
-
-def _is_mirrored(frame: av.VideoFrame) -> bool:
-    side_data: Any = SideDataContainer  # a frame and its own `side_data` would keep each other alive
-    try:
-        matrix = side_data(frame).get("DISPLAYMATRIX")
-    except ValueError:  # PyAV gives none of it where it doesn't know all of it, as the EXIF data of JPEGs
-        return False
-    return matrix is not None and np.linalg.det(np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2]) < 0
 
 
 def _is_tensor(x) -> bool:

@@ -26,6 +26,8 @@ from datasets import Dataset, Features, Image, List, Value, Video, concatenate_d
 from PIL import Image as PILImage
 from PIL import ImageOps
 
+from ..model.upright_ausm import upright
+
 IGNORE_VALUE = 255  # pixel value of an indexed PNG that means "no ground truth here", unless an object has that id
 ROWS_PER_CHUNK = 2000  # rows held as Python objects while indexing
 ANNOTATED_EVERY = 4  # videos of SA-V run at 24 frames per second and are annotated at 6
@@ -438,8 +440,6 @@ def open_video(stored: dict):
 
 def _read_video(stored: dict, wanted: list[int]) -> list[np.ndarray]:
     """Decode frames of a video file by number, in any order; they are counted as `ausm_hf.read_video` shows them."""
-    from ..video import frame_array  # imports av: where all clips are images it may be missing
-
     found = {}
     with open_video(stored) as (container, stream):
         stream.thread_type = "NONE"  # loader workers are the parallelism
@@ -454,7 +454,7 @@ def _read_video(stored: dict, wanted: list[int]) -> list[np.ndarray]:
             container.seek(min(missing), stream=stream)
             for frame in container.decode(stream):
                 if frame.pts in missing:
-                    found[missing.pop(frame.pts)] = np.ascontiguousarray(frame_array(frame))
+                    found[missing.pop(frame.pts)] = upright(frame)
                 if not missing:
                     break
     if not found.keys() >= set(wanted):
@@ -465,8 +465,6 @@ def _read_video(stored: dict, wanted: list[int]) -> list[np.ndarray]:
 def _count_frames(stored: dict, wanted: list[int]) -> dict[int, np.ndarray]:
     """Decode frames of a video file by number, all those before them too: slow, but right whatever times it tells."""
     import av
-
-    from ..video import frame_array
 
     found: dict[int, np.ndarray] = {}
     number = 0
@@ -479,7 +477,7 @@ def _count_frames(stored: dict, wanted: list[int]) -> dict[int, np.ndarray]:
                 decoded = [None]  # it counts, though it can't be shown
             for frame in decoded:
                 if frame is not None and number in wanted:
-                    found[number] = np.ascontiguousarray(frame_array(frame))
+                    found[number] = upright(frame)
                 number += 1
             if found.keys() >= set(wanted):
                 return found

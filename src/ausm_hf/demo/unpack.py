@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 
@@ -86,7 +85,8 @@ def unpack(path: str | os.PathLike, folder: Path, limits: Limits):
     """Writes the frames of a video and what is known of them. Raises Refused."""
     import av
 
-    from ..video import ANY_METADATA, frame_array
+    from ..model.upright_ausm import upright
+    from ..video import ANY_METADATA
 
     options = {
         "protocol_whitelist": "file",
@@ -119,14 +119,14 @@ def unpack(path: str | os.PathLike, folder: Path, limits: Limits):
                 start = frame.time if start is None else start
                 time = None if frame.time is None or start is None else frame.time - start
                 limits.check_length(len(times) + 1, time or 0)
-                picture = frame_array(frame)
+                picture = upright(frame)
                 if size is None:
                     size = picture.shape[:2]
                     aspect = 1 / aspect if round(frame.rotation / 90) % 2 else aspect
                 if picture.shape[:2] != size:
                     raise Refused("The pictures change their size on the way; wanted is one size for all.")
                 with _room_on_the_disk():
-                    _save(Image.fromarray(np.ascontiguousarray(picture)), folder / f"{len(times):05d}.jpg")
+                    _save(Image.fromarray(picture), folder / f"{len(times):05d}.jpg")
                 times.append(time)
     except (av.FFmpegError, OSError, MemoryError) as error:
         # A file that is cut short still shows what it has.

@@ -14,6 +14,7 @@ from transformers import Pipeline
 from .processing_ausm import AusmProcessor
 from .session_ausm import AusmInferenceSession
 from .streaming_ausm import encode_ahead
+from .upright_ausm import upright
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 PROMPTS = {"masks", "boxes", "points", "labels", "scribbles"}
@@ -138,23 +139,6 @@ def read_frames(source: Any) -> Iterable:
             raise ValueError(f"video {str(path)!r} can't be decoded: {error}") from error
 
     return decode()
-
-
-def upright(frame) -> np.ndarray:
-    """PyAV's frame as players show it, turned and mirrored as its video says: uint8 RGB `(height, width, 3)`."""
-    from av.sidedata.sidedata import SideDataContainer
-
-    side_data: Any = SideDataContainer  # a frame and its own `side_data` would keep each other alive
-    # 2: the video doesn't say what its colours are. Players take those of HD then, FFmpeg those of SD.
-    hd = frame.colorspace == 2 and not frame.format.is_rgb and (frame.width >= 1280 or frame.height > 576)
-    picture = frame.to_ndarray(format="rgb24", src_colorspace="ITU709" if hd else None)
-    try:
-        matrix = side_data(frame).get("DISPLAYMATRIX")
-    except ValueError:  # PyAV gives none of it where it doesn't know all of it
-        matrix = None
-    if matrix is not None and np.linalg.det(np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2]) < 0:
-        picture = picture[::-1]
-    return np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90)))
 
 
 class VideoSegmentationPipeline(Pipeline):
