@@ -117,6 +117,17 @@ def test_a_mark_that_makes_no_mask_is_not_kept(visit, signals_are_masks):
     assert (picture[20, 20] != picture[35, 50]).any() and len(visit.marks) == 1
 
 
+def test_a_refused_mark_leaves_those_like_it_where_they_were(visit, signals_are_masks):
+    """The same box again would leave nothing of the one drawn over it; those before stay in their order."""
+    outer, inner = (Mark(0, n, "box", corners) for n, corners in ((1, ((5, 5), (35, 35))), (2, ((10, 10), (20, 20)))))
+    visit.mark(outer, signals_are_masks)
+    visit.mark(inner, signals_are_masks)
+    with pytest.raises(Refused, match="Nothing of object 2 is left"):
+        visit.mark(Mark(0, 1, "box", ((5, 5), (35, 35))), signals_are_masks)
+    assert visit.marks == [outer, inner]
+    visit.picture(0, signals_are_masks)
+
+
 def test_a_later_frame_shows_what_was_followed_and_takes_corrections(visit, signals_are_masks):
     from PIL import Image
 

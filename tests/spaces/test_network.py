@@ -51,7 +51,7 @@ def test_files_of_a_followed_object(network, clip, moving_square, tmp_path):
     # The library, asked the same
     session = network.processor.init_video_session(find_new_objects=False, seed=0)
     network.processor.add_inputs_to_inference_session(session, 0, [3], input_masks=[mask], original_size=(48, 64))
-    wanted = [r.masks for r in segment_video(list(clip.frames()), network.model, network.processor, session=session)]
+    wanted = [r.masks for r in segment_video(list(clip), network.model, network.processor, session=session)]
     for index, ids in enumerate(wanted):
         np.testing.assert_array_equal(result.mask(index), ids)
     np.testing.assert_array_equal(result.mask(0) == 3, mask)
@@ -97,7 +97,7 @@ def test_scores_are_of_labels_only_where_labels_are_read(
     network.processor.add_inputs_to_inference_session(
         session, 0, [3, 4], input_masks=list(marked.values()), original_size=(48, 64)
     )
-    frames = list(segment_video(list(clip.frames()), network.model, network.processor, session=session))
+    frames = list(segment_video(list(clip), network.model, network.processor, session=session))
     for row in result.objects:
         scores = [item["score"] for r in frames for item in r.objects if item["id"] == row["id"]]
         assert row["score"] == pytest.approx(np.mean(scores))

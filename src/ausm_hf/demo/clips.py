@@ -58,7 +58,7 @@ class Clip:
             raise Refused(f"There is no frame {index}; the video has the frames 0 to {self.num_frames - 1}.")
         return _read(self.folder / f"{index:05d}.jpg")
 
-    def frames(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[np.ndarray]:
         return (self.frame(index) for index in range(self.num_frames))
 
     def time(self, index: int) -> float:

@@ -160,7 +160,7 @@ class Network:
             self.processor.add_inputs_to_inference_session(
                 session, frame_index, list(of_frame), input_masks=list(of_frame.values()), original_size=clip.size
             )
-        results = segment_video(clip.frames(), self.model, self.processor, session=session, max_objects=max_objects)
+        results = segment_video(clip, self.model, self.processor, session=session, max_objects=max_objects)
         areas: dict[int, list[float]] = defaultdict(lambda: [0.0] * clip.num_frames)
         stop = folder / "stop"
         started = told = time.monotonic()
@@ -228,7 +228,7 @@ def show_alone(clip: Clip, result: Result, object_id: int) -> tuple[Path, list[P
         (result.folder / key).mkdir()
         wanted = {frame.stem for frame in result.key_frames()}
         with VideoWriter(path, clip.fps, clip.size, clip.pixel_aspect) as writer:
-            for index, frame in enumerate(clip.frames()):
+            for index, frame in enumerate(clip):
                 alone = np.where((result.mask(index) == object_id)[:, :, None], frame, frame // 5)
                 writer.write(alone, clip.times[index] if clip.times else None)
                 if f"{index:05d}" in wanted:

@@ -1,13 +1,13 @@
 """What is kept for each visitor while the page is open."""
 
 import shutil
-import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from pycocotools import mask as rle_tools
 
 from ..visualization import draw_overlay
 from .clips import Clip, Rooms, touch, unpack_clip
@@ -29,10 +29,10 @@ class Visit:
         num_objects (`int`): How many objects there are to mark.
         result (`Result`, *optional*): Of the last run.
         followed (`Result`, *optional*): The same, if it followed marked objects: what later marks correct.
-        before (`dict`): What was followed when an object was first marked in a frame, by `(object_id, frame)`: see
-            `pack_mask`; `None` for nothing. All marks of the object in that frame correct this, whatever was followed
+        before (`dict`): What was followed when an object was first marked in a frame, by `(object_id, frame)`, as
+            COCO's run lengths. All marks of the object in that frame correct this, whatever was followed
             by them since, so that they can be undone, and followed again.
-        camera (`AusmInferenceSession`, *optional*): The stream of the webcam.
+        camera (`CameraStream`, *optional*): The stream of the webcam.
     """
 
     room: Path
@@ -42,7 +42,7 @@ class Visit:
     num_objects: int = 1
     result: Result | None = None
     followed: Result | None = None
-    before: dict[tuple[int, int], bytes | None] = field(default_factory=dict)
+    before: dict[tuple[int, int], dict] = field(default_factory=dict)
     camera: object = None
     running: Path | None = None
     num_folders: int = 0
@@ -92,13 +92,13 @@ class Visit:
         mark.check(clip.size, clip.num_frames)
         key = (mark.object_id, mark.frame)
         if key not in self.before:
-            known = None if self.followed is None else self.followed.mask(mark.frame) == mark.object_id
-            self.before[key] = pack_mask(known) if known is not None and known.any() else None
+            ids = np.zeros(clip.size, np.int32) if self.followed is None else self.followed.mask(mark.frame)
+            self.before[key] = rle_tools.encode(np.asfortranarray(ids == mark.object_id, np.uint8))
         self.marks.append(mark)
         try:
             return self.picture(mark.frame, network)
         except BaseException:
-            self.marks.remove(mark)
+            self.marks = [other for other in self.marks if other is not mark]  # an equal one may be there
             raise
 
     def add_object(self) -> int:
@@ -130,10 +130,9 @@ class Visit:
 
     def _before(self, index: int) -> dict[int, np.ndarray]:
         """What was followed of the objects that were marked in a frame, before they were: bool (H, W), by id."""
-        size = self.the_clip().size
         return {
-            object_id: np.zeros(size, dtype=bool) if packed is None else unpack_mask(packed, size)
-            for (object_id, frame), packed in list(self.before.items())
+            object_id: rle_tools.decode(rle).astype(bool)
+            for (object_id, frame), rle in list(self.before.items())
             if frame == index
         }
 
@@ -179,7 +178,7 @@ class Visit:
     def _keep(self, followed: Result | None, marks: list[Mark]):
         """What is followed from now on, and by which marks. What was before marks that are undone is forgotten."""
         marked = {(mark.object_id, mark.frame) for mark in [*marks, *self.marks]}
-        self.before = {key: packed for key, packed in list(self.before.items()) if key in marked}
+        self.before = {key: rle for key, rle in list(self.before.items()) if key in marked}
         self.followed = followed
 
     def _run(self, network: Network, **how) -> Iterator[News]:
@@ -199,7 +198,8 @@ class Visit:
                 raise
             raise Stopped from error  # the files are gone: the visitor has left, or uploaded another clip
         finally:
-            self.running = None if self.running == folder else self.running
+            if self.running == folder:
+                self.running = None
             if result is None or self.clip is not clip:
                 shutil.rmtree(folder, ignore_errors=True)
         if self.clip is not clip:  # another one has been uploaded meanwhile
@@ -214,17 +214,6 @@ class Visit:
         if running is not None:
             with suppress(OSError):  # its folder is gone already
                 (running / "stop").touch()
-
-
-def pack_mask(mask: np.ndarray) -> bytes:
-    """A mask, bool (H, W), in little memory: a visitor may mark hundreds of frames."""
-    return zlib.compress(np.packbits(mask).tobytes())
-
-
-def unpack_mask(packed: bytes, size: tuple[int, int]) -> np.ndarray:
-    """The opposite of `pack_mask`, for a mask of this height and width."""
-    bits = np.frombuffer(zlib.decompress(packed), np.uint8)
-    return np.unpackbits(bits, count=size[0] * size[1]).reshape(size).astype(bool)
 
 
 def check_find(network: Network, threshold: float, max_objects: int, label_set: str):
