@@ -48,7 +48,7 @@ def test_names_of_videos(tmp_path, monkeypatch):
     assert list(find_videos([tmp_path / "in/a.mp4"] * 2)) == ["a"]
     assert list(find_videos([tmp_path / "i*"])) == ["in"]  # folders of frames, where a pattern matches no files
     monkeypatch.chdir(tmp_path)
-    assert find_videos(["*/*.mp4"]) == {"in/a": "in/a.mp4"}
+    assert find_videos(["*/*.mp4"]) == find_videos("*/*.mp4") == {"in/a": "in/a.mp4"}
     for inputs, message in [([], "empty"), (["*.avi"], "matches no file"), (["in/a.mp4", "gone"], "'gone': no such")]:
         with pytest.raises(ValueError, match=message):
             find_videos(inputs)

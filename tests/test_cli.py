@@ -124,6 +124,7 @@ def bad(clip, tiny_checkpoint, moving_square, tmp_path_factory):
     Image.fromarray(frames[0]).save(folder / "photo.png")
     Image.fromarray(masks[0]).save(folder / "lossy.jpg")
     (folder / "text.png").write_text("text")
+    Image.new("1", (15000, 15000)).save(folder / "huge.png")
     (folder / "bert").mkdir()
     (folder / "bert" / "config.json").write_text('{"model_type": "bert"}')
     (folder / "unknown").mkdir()
@@ -150,6 +151,7 @@ BAD = {
         "is a JPEG, whose pixels aren't quite",
     ),
     "missing mask": (["CLIP", "--masks", "missing.png"], "can't be read"),
+    "mask of too many pixels": (["CLIP", "--masks", "huge.png"], "can't be read: Image size"),
     "another model type": (["CLIP", "--model", "bert"], "can't be loaded: it is of type 'bert'; wanted is 'ausm'"),
     "unknown model type": (["CLIP", "--model", "unknown"], "no_such_model"),
     "checkpoint without weights": (["CLIP", "--model", "config_only"], "can't be loaded"),
@@ -214,6 +216,28 @@ def test_a_video_is_not_replaced_by_its_own_result(clip, tiny_checkpoint, tmp_pa
     assert "would be replaced by its own result" in capsys.readouterr().err
     assert video.read_bytes() == clip[0].read_bytes()
     ausm("segment", video, "--model", tiny_checkpoint, "--output", tmp_path, "--formats", " PNG, json")
+
+
+@pytest.mark.parametrize("pattern", [False, True])
+def test_masks_and_frames_are_not_replaced_by_results(clip, tiny_checkpoint, tmp_path, capsys, pattern):
+    """A mask to start from, or the frames that a pattern matches, where results would go."""
+    (tmp_path / "masks").mkdir()
+    for number in range(2):
+        shutil.copy(clip[1], tmp_path / "masks" / f"{number:05d}.png")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    video = [tmp_path / "masks" / "*.png"] if pattern else [clip[0], "--masks", tmp_path / "masks" / "00000.png"]
+    with pytest.raises(SystemExit):
+        ausm("segment", *video, "--model", tiny_checkpoint, "--output", tmp_path)
+    assert "would be replaced by its own result" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+
+
+def test_a_file_where_a_folder_is_wanted_is_told_before_the_model_is_loaded(clip, tmp_path, capsys):
+    (tmp_path / "notes").write_text("")
+    for output in ("notes", "notes/out"):
+        with pytest.raises(SystemExit):
+            ausm("segment", clip[0], "--model", "none", "--output", tmp_path / output)
+        assert f"{str(tmp_path / 'notes')!r} is no folder" in capsys.readouterr().err
 
 
 def test_results_of_an_earlier_run_that_stay_are_told(clip, tiny_checkpoint, tmp_path):

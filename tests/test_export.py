@@ -83,12 +83,12 @@ def test_png_ids_above_255(tmp_path):
 
 def test_overlay_video(tmp_path):
     times = [0, 0.1, 0.15, 0.5, 0.6, 0.7]
-    source = read_video(export(OverlayVideoWriter(tmp_path / "overlay.mp4", 25, (HEIGHT, WIDTH), alpha=0.7), times))
+    source = read_video(export(OverlayVideoWriter(tmp_path / "overlay.mp4", 25, (HEIGHT, WIDTH)), times))
     decoded = list(source.with_times())
     assert [time for time, _ in decoded] == pytest.approx(times, abs=1e-3)
     for (_t, frame, masks, objects), (_, seen) in zip(video(), decoded):
         labels = {1: f"1 {objects[0]['label']} {objects[0]['score']:.2f}", 2: "2"}
-        drawn = draw_overlay(frame, masks, labels, alpha=0.7).mean(-1)  # colour loses detail in 4:2:0, brightness not
+        drawn = draw_overlay(frame, masks, labels).mean(-1)  # colour loses detail in 4:2:0, brightness not
         assert abs(seen[:HEIGHT, :WIDTH].mean(-1) - drawn).mean() < 4
     assert len(decoded) == NUM_FRAMES
 
@@ -237,6 +237,21 @@ def test_folder_of_other_things_is_not_replaced(tmp_path):
         PngMaskWriter(tmp_path / "holiday.jpg")
     with pytest.raises(ValueError, match="is a folder"):
         ObjectsJsonWriter(tmp_path)
+    with pytest.raises(ValueError, match="holiday.jpg' is no folder"):
+        PngMaskWriter(tmp_path / "holiday.jpg" / "masks")
+    (tmp_path / "mine" / ".git").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds '.git'"):
+        PngMaskWriter(tmp_path / "mine")
+
+
+def test_a_link_to_a_folder_is_replaced_and_what_it_leads_to_is_kept(tmp_path):
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "00000.png").touch()
+    (tmp_path / "masks").symlink_to(tmp_path / "earlier")
+    with PngMaskWriter(tmp_path / "masks") as writer:
+        writer.write(*next(video()))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier", "masks"]
+    assert not (tmp_path / "masks").is_symlink() and (tmp_path / "earlier" / "00000.png").stat().st_size == 0
 
 
 @pytest.mark.parametrize("which", range(4))

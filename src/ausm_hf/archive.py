@@ -85,6 +85,7 @@ def find_videos(inputs: Iterable[str | os.PathLike], output: str | os.PathLike |
         ValueError: if there are no inputs or nothing is there, or two videos can't be told apart by name.
     """
     paths, roots = [], []
+    inputs = [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs
     output = None if output is None else Path(os.path.abspath(output))
     for given in inputs:
         location = os.fspath(given)

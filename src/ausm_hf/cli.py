@@ -1,12 +1,12 @@
 """The command `ausm`. Each command is one call into the library, which is imported only when the command runs."""
 
 import argparse
-import os
 import re
 import signal
 import sys
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,7 @@ def segment(args: argparse.Namespace):
     from .segment import check_formats, load_model, read_mask, save_segments, segment_video
 
     formats = check_formats(_formats(args.formats))
-    _check_output(args.input[0], args.output, formats)
+    _check_output(args.input[0], args.masks, args.output, formats)
     masks = None if args.masks is None else read_mask(args.masks)
     model, processor = load_model(args.model, args.device, args.dtype)
     results = segment_video(
@@ -85,14 +85,18 @@ def _formats(text: str) -> list[str]:
     return [name.strip().lower() for name in text.split(",")]
 
 
-def _check_output(location: str, output: str, formats: list[str]):
-    """Raises ValueError where a result would replace the video itself; warns of other results that are there."""
+def _check_output(location: str, masks: str | None, output: str, formats: list[str]):
+    """Raises ValueError where a result would replace what it is made from; warns of other results that are there."""
+    from .files import WholeFolder, WholeOrNothing
     from .segment import FORMATS
 
     paths = {name: Path(output) / FORMATS[name] for name in FORMATS}
-    for name in formats:
-        if os.path.exists(location) and os.path.realpath(location) == os.path.realpath(paths[name]):
-            raise ValueError(f"INPUT {location!r} would be replaced by its own result; wanted is another --output")
+    for name in formats:  # before the model is loaded
+        (WholeFolder if name == "png" else WholeOrNothing)(paths[name])
+    results = {path.resolve() for name, path in paths.items() if name in formats and path.exists()}
+    for read in [location, *glob(location, recursive=True), *([masks] if masks else [])]:
+        if results & {Path(read).resolve(), *Path(read).resolve().parents}:
+            raise ValueError(f"{read!r} would be replaced by its own result; wanted is another --output")
     if left := [path.name for name, path in paths.items() if name not in formats and path.exists()]:
         warnings.warn(f"{output!r} keeps {', '.join(left)} of an earlier run; this one writes others", stacklevel=2)
 
@@ -205,8 +209,8 @@ def export_onnx(args: argparse.Namespace):
     from .segment import load_model
     from .video import read_video
 
-    model, processor = load_model(args.model, "cpu", "float32")
     height, width = args.size or read_video(args.like).size
+    model, processor = load_model(args.model, "cpu", "float32")
     if args.like:
         height, width = processor.image_processor.target_size(height, width)
     with _extra("onnx", "the export", "onnx", "onnxscript"):

@@ -83,7 +83,8 @@ class PngMaskWriter(_ResultWriter, WholeFolder):
         super().__init__(path)
         if self.path.exists():
             for file in self.path.iterdir():
-                if not re.fullmatch(r"\d+\.png|\..*|Thumbs\.db|desktop\.ini", file.name):  # or of who looked at it
+                # or of who looked at it
+                if file.is_dir() or not re.fullmatch(r"\d+\.png|\..*|Thumbs\.db|desktop\.ini", file.name):
                     raise ValueError(f"folder {str(path)!r} holds {file.name!r}, so it isn't replaced by masks")
 
     def write(self, frame_index, frame, indexed_mask, objects, time=None) -> None:
@@ -105,19 +106,7 @@ class OverlayVideoWriter(_ResultWriter, VideoWriter):
 
     Args:
         path, fps, size, pixel_aspect: as in [`~ausm_hf.video.VideoWriter`].
-        alpha: how much of an object's colour is mixed in, 0 to 1.
     """
-
-    def __init__(
-        self,
-        path: str | os.PathLike,
-        fps: float | Fraction | None,
-        size: tuple[int, int],
-        alpha: float = 0.5,
-        pixel_aspect: Fraction = Fraction(1),
-    ):
-        super().__init__(path, fps, size, pixel_aspect)
-        self.alpha = alpha
 
     def write(self, frame_index, frame, indexed_mask, objects, time=None) -> None:
         """Draws and appends one frame; see the top of this module. `time` comes with every frame or with none.
@@ -126,7 +115,7 @@ class OverlayVideoWriter(_ResultWriter, VideoWriter):
             ValueError: for arguments that don't fit together, or a frame of another size.
         """
         self._check(frame_index, frame, indexed_mask, objects)
-        super().write(draw_overlay(frame, indexed_mask, object_labels(objects), alpha=self.alpha), time)
+        super().write(draw_overlay(frame, indexed_mask, object_labels(objects)), time)
 
 
 class JsonlWriter(_ResultWriter):

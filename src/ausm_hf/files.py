@@ -41,6 +41,8 @@ class WholeOrNothing:
         if self.path.exists() and self.path.is_dir() != self._makes_folder:
             is_one, wanted = ("file", "folder") if self._makes_folder else ("folder", "file")
             raise ValueError(f"path {str(path)!r} is a {is_one}; wanted is a {wanted} to write")
+        if no_folder := [str(parent) for parent in self.path.parents if parent.exists() and not parent.is_dir()]:
+            raise ValueError(f"path {str(path)!r} can't be written: {no_folder[0]!r} is no folder")
 
     def __enter__(self):
         self._finished = False
@@ -110,4 +112,7 @@ class WholeFolder(WholeOrNothing):
         if self.path.exists():
             os.replace(self.path, old)
         os.replace(self.partial, self.path)
-        shutil.rmtree(old, ignore_errors=True)
+        if old.is_symlink():
+            old.unlink()
+        else:
+            shutil.rmtree(old, ignore_errors=True)

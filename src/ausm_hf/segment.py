@@ -416,7 +416,7 @@ def read_mask(path: str | os.PathLike) -> Image.Image:
     try:
         image = Image.open(path)
         image.load()
-    except (OSError, SyntaxError) as error:  # SyntaxError: a broken PNG
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
         raise ValueError(f"masks {str(path)!r} can't be read: {error}") from error
     if image.format in ("JPEG", "MPO"):
         raise ValueError(f"masks {str(path)!r} is a JPEG, whose pixels aren't quite what was drawn; wanted is a PNG")
