@@ -41,6 +41,12 @@ def test_a_scan_that_writes_nothing_or_wrong_is_refused(monkeypatch, tmp_path):
         y, state = scan.plain(*inputs)
         return y * torch.tensor([1.0, torch.nan]).repeat(12), state
 
-    for wrong in (unwritten, lambda x, dt, *rest: scan.plain(x, dt * 1.01, *rest)):
+    def half_written(*inputs):
+        y, state = scan.plain(*inputs)
+        fresh = torch.empty_like(y)
+        fresh[:, :, ::2] = y[:, :, ::2]
+        return fresh + 0 * y, state
+
+    for wrong in (unwritten, half_written, lambda x, dt, *rest: scan.plain(x, dt * 1.01, *rest)):
         with pytest.raises(AssertionError, match="is off by"):
             scan.check(bench, "torch", wrong, 24, torch.float32)

@@ -51,6 +51,23 @@ def test_equals_plain_torch(n, t, c, s, carried):
         torch.testing.assert_close(got, wanted, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("used", [0, 1], ids=["outputs", "last state"])
+def test_gradients_where_only_one_of_the_results_is_used(used):
+    torch.manual_seed(0)
+    n, t, c, s = 3, 3, 32, 4
+    shapes = [(n, t, c), (n, t, c), (c, s), (n, t, s), (n, t, s), (c,), (c,), (n, t, c)]
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    inputs[2] = -inputs[2].exp()
+    grads = []
+    for function, dtype, device in ((triton_scan, torch.float32, DEVICE), (plain, torch.float64, "cpu")):
+        moved = [v.to(device, dtype).requires_grad_() for v in inputs]
+        result = function(*moved, None)[used]
+        of_all = torch.autograd.grad(result.square().sum(), moved, allow_unused=True, materialize_grads=True)
+        grads.append([v.double().cpu() for v in of_all])
+    for got, wanted in zip(*grads):
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_small_time_steps_keep_their_digits():
     """softplus(-9) is 1e-4: log(1 + 1e-4) in float32 would be wrong in the fourth digit."""
     x = torch.ones(1, 1, 32, device=DEVICE)

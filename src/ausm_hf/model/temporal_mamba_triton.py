@@ -5,7 +5,7 @@ benchmarks/README.md.
 
 A program takes one block of channels of one sequence after another, and keeps the state of that block, `(S, BLOCK)`,
 in the registers of a single warp. Going forward a lane holds all S numbers of its channels, so y needs no exchange
-between lanes. Nothing is read or written twice but B and C. The state is computed again in the backward pass, four
+between lanes. Nothing is read or written twice but B and C. The state is computed again in the backward pass, two
 frames at a time from checkpoints in a scratch memory whose size depends on the number of programs and not on N.
 
 Letters as in `temporal_mamba.py`: N sequences, T frames, C channels, S state size.
@@ -36,14 +36,23 @@ if triton is not None:
 
     @triton.jit
     def _softplus(x):
-        """max(x, 0) + log1p(e^-|x|), the logarithm by the series of atanh: the GPU's own loses digits near log(1)."""
-        e = tl.exp(-tl.abs(x))
-        z = e / (2 + e)
-        z2 = z * z
-        series = 1 / 13 + z2 * (1 / 15)
-        series = 1 / 9 + z2 * (1 / 11 + z2 * series)
-        series = 1 / 5 + z2 * (1 / 7 + z2 * series)
-        return tl.maximum(x, 0) + 2 * z * (1 + z2 * (1 / 3 + z2 * series))
+        """max(x, 0) + log1p(e^-|x|), by a polynomial of degree 9 without the division; relative error 2e-7."""
+        e = tl.exp2(tl.abs(x) * -LOG2_E)
+        p = e * 0.005232629366219044 - 0.029504986479878426
+        p = p * e + 0.07822556048631668
+        p = p * e - 0.13663214445114136
+        p = p * e + 0.1910599321126938
+        p = p * e - 0.2484297901391983
+        p = p * e + 0.3331909775733948
+        p = p * e - 0.4999949336051941
+        p = p * e + 0.9999999403953552
+        return tl.maximum(x, 0) + p * e
+
+    @triton.jit
+    def _sigmoid(x):
+        """By the root's reciprocal squared: two instructions, where Triton's division takes five."""
+        r = tl.rsqrt(1 + tl.exp2(x * -LOG2_E))
+        return r * r
 
     @triton.jit
     def _load_frame(x, dt, B, t, T, x_t, dt_t, B_t, c, has_c, s, has_s):
@@ -72,13 +81,13 @@ if triton is not None:
         return decay * h + B[:, None] * (delta * x)[None, :], decay
 
     @triton.jit
-    def _forward_frame(h, x, dt, B, C, z, dt_bias, D, rates, y, live, has_c):
+    def _forward_frame(h, x, dt, B, C, z, bias, D, rates, y, has_c):
         """One frame forward, from what was loaded before: stores y, returns the state."""
-        x, raw, delta, B = _widen(x, dt, B, dt_bias, live)
+        x = x.to(tl.float32)
+        delta = _softplus(dt.to(tl.float32) + bias)
         h, decay = _advance(h, x, delta, B, rates)
         z = z.to(tl.float32)
-        y_ = (tl.sum(h * C.to(tl.float32)[:, None], 0) + D * x) * z / (1 + tl.exp(-z))
-        tl.store(y, y_, mask=has_c & live)
+        tl.store(y, (tl.sum(h * C[:, None], 0) + D * x) * z * _sigmoid(z), mask=has_c)
         return h
 
     @triton.jit(do_not_specialize=UNALIGNED)
@@ -95,21 +104,24 @@ if triton is not None:
         D_, bias = tl.load(D + c, mask=has_c, other=0), tl.load(dt_bias + c, mask=has_c, other=0)
         for sequence in range(tl.program_id(0), N, tl.num_programs(0)):
             n = tl.cast(sequence, tl.int64)
-            x_, dt_, B_ = x + n * x_n, dt + n * dt_n, B + n * B_n
-            C_, gate_, y_ = C + n * C_n, gate + n * gate_n + c, y + n * T * channels + c
+            x_, dt_, gate_ = x + n * x_n + c, dt + n * dt_n + c, gate + n * gate_n + c
+            B_, C_, y_ = B + n * B_n + s, C + n * C_n + s, y + n * T * channels + c
             if HAS_STATE:
                 h = tl.load(state + n * S * channels + tile, mask=has, other=0)
             else:
                 h = tl.zeros((S_BLOCK, C_BLOCK), tl.float32)
-            # All loads of two frames first, so that they wait for memory together.
-            for t in range(0, T, 2):
-                x0, dt0, B0 = _load_frame(x_, dt_, B_, t, T, x_t, dt_t, B_t, c, has_c, s, has_s)
-                C0, z0 = _load_output(C_, gate_, t, T, C_t, gate_t, has_c, s, has_s)
-                x1, dt1, B1 = _load_frame(x_, dt_, B_, t + 1, T, x_t, dt_t, B_t, c, has_c, s, has_s)
-                C1, z1 = _load_output(C_, gate_, t + 1, T, C_t, gate_t, has_c, s, has_s)
-                y0, y1 = y_ + t * channels, y_ + (t + 1) * channels
-                h = _forward_frame(h, x0, dt0, B0, C0, z0, bias, D_, rates, y0, t < T, has_c)
-                h = _forward_frame(h, x1, dt1, B1, C1, z1, bias, D_, rates, y1, t + 1 < T, has_c)
+            x0, dt0 = tl.load(x_, mask=has_c, other=0), tl.load(dt_, mask=has_c, other=0)
+            z0 = tl.load(gate_, mask=has_c, other=0)
+            B0, C0 = tl.load(B_, mask=has_s, other=0), tl.load(C_, mask=has_s, other=0)
+            # The next frame is on its way while this one is computed; carried over the loop's end, its loads can't be
+            # moved by the compiler to where they are used. The last frame is loaded twice.
+            for t in range(T):
+                u = tl.minimum(t + 1, T - 1)
+                x1, dt1 = tl.load(x_ + u * x_t, mask=has_c, other=0), tl.load(dt_ + u * dt_t, mask=has_c, other=0)
+                z1 = tl.load(gate_ + u * gate_t, mask=has_c, other=0)
+                B1, C1 = tl.load(B_ + u * B_t, mask=has_s, other=0), tl.load(C_ + u * C_t, mask=has_s, other=0)
+                h = _forward_frame(h, x0, dt0, B0, C0, z0, bias, D_, rates, y_ + t * channels, has_c)
+                x0, dt0, z0, B0, C0 = x1, dt1, z1, B1, C1
             tl.store(last_state + n * S * channels + tile, h, mask=has)
 
     @triton.jit
@@ -121,7 +133,7 @@ if triton is not None:
         live = t < T
         row = n * T + t
         C, z, d_out = C.to(tl.float32), z.to(tl.float32), d_out.to(tl.float32)
-        sigmoid = 1 / (1 + tl.exp(-z))
+        sigmoid = _sigmoid(z)
         ungated = tl.sum(h * C[:, None], 0) + D * x
         tl.store(d_gate + row * channels + c, d_out * ungated * sigmoid * (1 + z * (1 - sigmoid)), mask=has_c & live)
         d_out = d_out * z * sigmoid
@@ -133,8 +145,8 @@ if triton is not None:
         g = g * decay
         d_exponent = g * h_before
         sum_A += d_exponent * delta[None, :]
-        d_delta = tl.sum(d_exponent * A, 0) + d_inflow * x
-        d_raw = tl.where(live, d_delta / (1 + tl.exp(-raw)), 0.0)
+        d_delta = tl.sum(d_exponent * A, 0) * (1 / LOG2_E) + d_inflow * x
+        d_raw = tl.where(live, d_delta * _sigmoid(raw), 0.0)
         sum_bias += d_raw
         tl.store(d_x + row * channels + c, d_inflow * delta + d_out * D, mask=has_c & live)
         tl.store(d_dt + row * channels + c, d_raw, mask=has_c & live)
@@ -145,19 +157,19 @@ if triton is not None:
         x, dt, A, B, C, D, dt_bias, gate, state, d_y, d_last_state, scratch,
         d_x, d_dt, d_A, d_B, d_C, d_D, d_bias, d_gate, d_state,
         N, T, channels, x_n, x_t, dt_n, dt_t, B_n, B_t, C_n, C_t, gate_n, gate_t,
-        HAS_STATE: tl.constexpr, S: tl.constexpr, S_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+        HAS_STATE: tl.constexpr, HAS_D_STATE: tl.constexpr,
+        S: tl.constexpr, S_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
     ):  # fmt: skip
         c = tl.program_id(1) * C_BLOCK + tl.arange(0, C_BLOCK)
         s = tl.arange(0, S_BLOCK)
         has_c, has_s = c < channels, s < S
         tile, has = s[:, None] * channels + c[None, :], has_s[:, None] & has_c[None, :]
-        A_ = tl.load(A + tile, mask=has, other=0)
-        rates = A_ * LOG2_E
+        rates = tl.load(A + tile, mask=has, other=0) * LOG2_E
         D_, bias = tl.load(D + c, mask=has_c, other=0), tl.load(dt_bias + c, mask=has_c, other=0)
         sum_A = tl.zeros((S_BLOCK, C_BLOCK), tl.float32)
         sum_D, sum_bias = tl.zeros((C_BLOCK,), tl.float32), tl.zeros((C_BLOCK,), tl.float32)
-        quarters = tl.cdiv(T, 4)
-        own = scratch + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * quarters * (
+        pairs = tl.cdiv(T, 2)
+        own = scratch + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * pairs * (
             S_BLOCK * C_BLOCK
         )
         in_scratch = s[:, None] * C_BLOCK + tl.arange(0, C_BLOCK)[None, :]
@@ -169,53 +181,38 @@ if triton is not None:
                 h = tl.load(state + n * S * channels + tile, mask=has, other=0)
             else:
                 h = tl.zeros((S_BLOCK, C_BLOCK), tl.float32)
-            # The state before every fourth frame. A lane reads back only what it has written itself.
-            for quarter in range(quarters):
-                tl.store(own + quarter * (S_BLOCK * C_BLOCK) + in_scratch, h)
-                if quarter + 1 < quarters:
-                    for t in range(4 * quarter, 4 * quarter + 4):
+            # The state before every second frame. A lane reads back only what it has written itself.
+            for pair in range(pairs):
+                tl.store(own + pair * (S_BLOCK * C_BLOCK) + in_scratch, h)
+                if pair + 1 < pairs:
+                    for t in range(2 * pair, 2 * pair + 2):
                         xt, dtt, Bt = _load_frame(x_, dt_, B_, t, T, x_t, dt_t, B_t, c, has_c, s, has_s)
                         xt, raw, delta, Bt = _widen(xt, dtt, Bt, bias, t < T)
                         h, decay = _advance(h, xt, delta, Bt, rates)
-            g = tl.load(d_last_state + n * S * channels + tile, mask=has, other=0)
-            for back in range(quarters):
-                quarter = quarters - 1 - back
-                t = 4 * quarter
-                h0 = tl.load(own + quarter * (S_BLOCK * C_BLOCK) + in_scratch)
+            if HAS_D_STATE:
+                g = tl.load(d_last_state + n * S * channels + tile, mask=has, other=0)
+            else:
+                g = tl.zeros((S_BLOCK, C_BLOCK), tl.float32)
+            for back in range(pairs):
+                pair = pairs - 1 - back
+                t = 2 * pair
+                h0 = tl.load(own + pair * (S_BLOCK * C_BLOCK) + in_scratch)
                 x0, dt0, B0 = _load_frame(x_, dt_, B_, t, T, x_t, dt_t, B_t, c, has_c, s, has_s)
                 x1, dt1, B1 = _load_frame(x_, dt_, B_, t + 1, T, x_t, dt_t, B_t, c, has_c, s, has_s)
-                x2, dt2, B2 = _load_frame(x_, dt_, B_, t + 2, T, x_t, dt_t, B_t, c, has_c, s, has_s)
-                x3, dt3, B3 = _load_frame(x_, dt_, B_, t + 3, T, x_t, dt_t, B_t, c, has_c, s, has_s)
-                C3, z3 = _load_output(C_, gate_, t + 3, T, C_t, gate_t, has_c, s, has_s)
-                d_y3 = tl.load(d_y_ + (t + 3) * channels, mask=has_c & (t + 3 < T), other=0)
-                C2, z2 = _load_output(C_, gate_, t + 2, T, C_t, gate_t, has_c, s, has_s)
-                d_y2 = tl.load(d_y_ + (t + 2) * channels, mask=has_c & (t + 2 < T), other=0)
                 x0, raw0, delta0, B0 = _widen(x0, dt0, B0, bias, t < T)
                 h1, decay0 = _advance(h0, x0, delta0, B0, rates)
                 x1, raw1, delta1, B1 = _widen(x1, dt1, B1, bias, t + 1 < T)
                 h2, decay1 = _advance(h1, x1, delta1, B1, rates)
-                x2, raw2, delta2, B2 = _widen(x2, dt2, B2, bias, t + 2 < T)
-                h3, decay2 = _advance(h2, x2, delta2, B2, rates)
-                x3, raw3, delta3, B3 = _widen(x3, dt3, B3, bias, t + 3 < T)
-                h4, decay3 = _advance(h3, x3, delta3, B3, rates)
-                g, sum_A, sum_D, sum_bias = _retreat(
-                    g, h3, h4, decay3, x3, raw3, delta3, B3, C3, z3, d_y3, sum_A, sum_D, sum_bias, A_, D_, t + 3, T,
-                    n, channels, d_x, d_dt, d_B, d_C, d_gate, c, has_c, s, has_s, S,
-                )  # fmt: skip
                 C1, z1 = _load_output(C_, gate_, t + 1, T, C_t, gate_t, has_c, s, has_s)
                 d_y1 = tl.load(d_y_ + (t + 1) * channels, mask=has_c & (t + 1 < T), other=0)
-                g, sum_A, sum_D, sum_bias = _retreat(
-                    g, h2, h3, decay2, x2, raw2, delta2, B2, C2, z2, d_y2, sum_A, sum_D, sum_bias, A_, D_, t + 2, T,
-                    n, channels, d_x, d_dt, d_B, d_C, d_gate, c, has_c, s, has_s, S,
-                )  # fmt: skip
                 C0, z0 = _load_output(C_, gate_, t, T, C_t, gate_t, has_c, s, has_s)
                 d_y0 = tl.load(d_y_ + t * channels, mask=has_c & (t < T), other=0)
                 g, sum_A, sum_D, sum_bias = _retreat(
-                    g, h1, h2, decay1, x1, raw1, delta1, B1, C1, z1, d_y1, sum_A, sum_D, sum_bias, A_, D_, t + 1, T,
+                    g, h1, h2, decay1, x1, raw1, delta1, B1, C1, z1, d_y1, sum_A, sum_D, sum_bias, rates, D_, t + 1, T,
                     n, channels, d_x, d_dt, d_B, d_C, d_gate, c, has_c, s, has_s, S,
                 )  # fmt: skip
                 g, sum_A, sum_D, sum_bias = _retreat(
-                    g, h0, h1, decay0, x0, raw0, delta0, B0, C0, z0, d_y0, sum_A, sum_D, sum_bias, A_, D_, t, T,
+                    g, h0, h1, decay0, x0, raw0, delta0, B0, C0, z0, d_y0, sum_A, sum_D, sum_bias, rates, D_, t, T,
                     n, channels, d_x, d_dt, d_B, d_C, d_gate, c, has_c, s, has_s, S,
                 )  # fmt: skip
             if HAS_STATE:
@@ -245,8 +242,10 @@ class TritonScanFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, dt_bias, gate, state):
+        ctx.set_materialize_grads(False)  # zeros for the last state would be written and read for nothing
         x, dt, B, C, gate = (_rows(tensor) for tensor in (x, dt, B, C, gate))
         ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, gate, state)
+        B, C = B.float(), C.float()  # small, and otherwise converted once for every 64 channels
         (n, t, channels), s = x.shape, len(A)
         y = torch.empty(n, t, channels, dtype=x.dtype, device=x.device)
         last_state = torch.empty(n, s, channels, dtype=torch.float32, device=x.device)
@@ -261,11 +260,14 @@ class TritonScanFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_y, d_last_state):
         x, dt, A, B, C, D, dt_bias, gate, state = ctx.saved_tensors
+        if d_y is None:
+            d_y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        of_B, of_C, B, C = B.dtype, C.dtype, B.float(), C.float()
         (n, t, channels), s = x.shape, len(A)
         grid, sizes, constants = TritonScanFunction.shape(BLOCK, x, A, x, dt, B, C, gate)
         programs = grid[0]
         new = {"dtype": torch.float32, "device": x.device}
-        scratch = torch.empty(programs * grid[1], triton.cdiv(t, 4), constants["S_BLOCK"], BLOCK, **new)
+        scratch = torch.empty(programs * grid[1], triton.cdiv(t, 2), constants["S_BLOCK"], BLOCK, **new)
         d_x, d_dt, d_gate = (
             torch.empty(n, t, channels, dtype=tensor.dtype, device=x.device) for tensor in (x, dt, gate)
         )
@@ -277,11 +279,11 @@ class TritonScanFunction(torch.autograd.Function):
         d_state = None if state is None else torch.empty_like(state)
         _backward_kernel[grid](
             x, dt, A, B, C, D, dt_bias, gate, A if state is None else state, d_y.contiguous(),
-            d_last_state.contiguous(), scratch, d_x, d_dt, d_A, d_B, d_C, d_D, d_bias, d_gate,
-            A if state is None else d_state, *sizes,
-            HAS_STATE=state is not None, C_BLOCK=BLOCK, num_warps=1, **constants,
+            A if d_last_state is None else d_last_state.contiguous(), scratch,
+            d_x, d_dt, d_A, d_B, d_C, d_D, d_bias, d_gate, A if state is None else d_state, *sizes,
+            HAS_STATE=state is not None, HAS_D_STATE=d_last_state is not None, C_BLOCK=BLOCK, num_warps=1, **constants,
         )  # fmt: skip
-        d_B, d_C = d_B.to(B.dtype), d_C.to(C.dtype)
+        d_B, d_C = d_B.to(of_B), d_C.to(of_C)
         return d_x, d_dt, d_A.sum(0), d_B, d_C, d_D.sum(0), d_bias.sum(0), d_gate, d_state
 
 
