@@ -199,7 +199,9 @@ def main() -> None:
         results, truth = tracks(args.frames, (720, 1280), objects=4, videos=4)
         for path, content in (("gt/youtube_vis_val", truth), ("trackers/youtube_vis_val/ours/data", results)):
             (folder / path).mkdir(parents=True)
-            (folder / path / ("gt.json" if content is truth else "results.json")).write_text(json.dumps(content))
+            (folder / path / ("gt.json" if content is truth else "results.json")).write_text(
+                json.dumps(content), encoding="utf-8"
+            )
         rows += [
             ("AP, 1280 x 720, 4 videos", tool, *measured) for tool, measured in bench_ap(folder, args.repeats).items()
         ]
@@ -210,7 +212,9 @@ def main() -> None:
         print(f"{name:<30}{tool:<20}{1000 * seconds / frames:>15.2f}{score:>12.6f}")
     content = [dict(zip(("input", "tool", "cpu_seconds", "score"), row)) for row in rows]
     with WholeOrNothing(args.output) as file:
-        file.partial.write_text(json.dumps({"frames": args.frames, "rows": content}, indent=2) + "\n")
+        file.partial.write_text(
+            json.dumps({"frames": args.frames, "rows": content}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

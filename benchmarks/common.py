@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 def machine() -> dict:
     """Name of the processor (or GPU, with CUDA), cores that this process may use, and versions."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
@@ -48,7 +48,10 @@ def memory(which: str = "now") -> float:
     """
     status = Path("/proc/self/status")
     if status.is_file():
-        return int(status.read_text().split({"now": "VmRSS:", "peak": "VmHWM:"}[which])[1].split()[0]) / 1024
+        return (
+            int(status.read_text(encoding="utf-8").split({"now": "VmRSS:", "peak": "VmHWM:"}[which])[1].split()[0])
+            / 1024
+        )
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
@@ -85,7 +88,9 @@ def write_results(name: str, rows: list[dict], folder: Path | None = None, **mor
     """`results/NAME.json`: rows, with the machine they were measured on. Written whole or not at all."""
     path = (folder or HERE / "results") / f"{name}.json"
     with WholeOrNothing(path) as file:
-        file.partial.write_text(json.dumps({"machine": machine(), **more, "rows": rows}, indent=1) + "\n")
+        file.partial.write_text(
+            json.dumps({"machine": machine(), **more, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def plot_lines(name: str, lines: dict[str, tuple[list, list]], x_label: str, y_label: str, folder: Path | None = None):

@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
         content["sets"][name] = {"objects": len(pairs), "right": right}
         print(f"| {name} | {len(pairs)} | {100 * right / max(1, len(pairs)):.1f}% |", flush=True)
     with WholeOrNothing(args.output / "labels.json") as file:
-        file.partial.write_text(json.dumps(content, indent=2) + "\n")
+        file.partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -246,11 +246,11 @@ def main(arguments: list[str] | None = None) -> None:
     turns, summary = summarize_there_and_back(scores, args.times), summarize_needles(needles, gaps)
     args.output.mkdir(parents=True, exist_ok=True)
     draw(args.output, scores, summary)
-    (args.output / "tables.md").write_text(tables(turns, summary))
+    (args.output / "tables.md").write_text(tables(turns, summary), encoding="utf-8")
     rounded = {name: np.round(j, 4).tolist() for name, j in scores.items()}
     content = {"times": args.times, "turns": turns, "j": rounded, "needle": summary, "needles": needles}
     with WholeOrNothing(args.output / "long_streams.json") as file:
-        file.partial.write_text(json.dumps(content, indent=2) + "\n")
+        file.partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(tables(turns, summary))
 
 

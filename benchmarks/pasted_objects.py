@@ -248,10 +248,10 @@ def main(arguments: list[str] | None = None) -> None:
     summary = summarize(objects)
     args.output.mkdir(parents=True, exist_ok=True)
     contact_sheet(drawn, SHEET_FRAMES, titles, "Pasted objects").save(args.output / "sheet.png")
-    (args.output / "table.md").write_text(table(summary))
+    (args.output / "table.md").write_text(table(summary), encoding="utf-8")
     content = {"model": args.model or "ausm-nano", "summary": summary, "objects": objects}
     with WholeOrNothing(args.output / "pasted_objects.json") as file:
-        file.partial.write_text(json.dumps(content, indent=2) + "\n")
+        file.partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(table(summary))
 
 

@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
         "sequences": sequences,
     }
     with WholeOrNothing(args.output) as file:
-        file.partial.write_text(json.dumps(content, indent=2) + "\n")
+        file.partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

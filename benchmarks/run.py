@@ -38,7 +38,7 @@ def main():
     if parts:
         path = (HERE / "results" if args.output == HERE else args.output) / "tables.md"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("# Tables of the last run\n\n" + "\n".join(parts))
+        path.write_text("# Tables of the last run\n\n" + "\n".join(parts), encoding="utf-8")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -108,7 +108,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"| {way} | " + " | ".join(f"{100 * mean:.1f}" for mean in means) + " |")
     with WholeOrNothing(args.output) as file:
         file.partial.write_text(
-            json.dumps({"model": args.model or "ausm-nano", "sequences": sequences}, indent=2) + "\n"
+            json.dumps({"model": args.model or "ausm-nano", "sequences": sequences}, indent=2) + "\n",
+            encoding="utf-8",
         )
 
 

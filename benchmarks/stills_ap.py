@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
         "covered": by_size(coverage),
     }
     with WholeOrNothing(args.output / "stills_ap.json") as file:
-        file.partial.write_text(json.dumps(content, indent=2) + "\n")
+        file.partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(f"{len(rows)} photographs, {content['objects']} objects\n")
     print(tables(content))
 

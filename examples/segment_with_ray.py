@@ -1,4 +1,4 @@
-"""Segment many videos with Ray Data: `python examples/segment_with_ray.py OUT 'archive/**/*.mp4' [MODEL]`.
+"""Segment many videos with Ray Data: `python examples/segment_with_ray.py OUT "archive/**/*.mp4" [MODEL]`.
 
 Each actor holds the model once and takes one video at a time; on a cluster with GPUs give each an accelerator with
 `num_gpus=1`. The results are Parquet files of a row per object and frame, its mask as COCO's run lengths:

@@ -71,6 +71,8 @@ def test_results_are_no_videos(tmp_path, monkeypatch):
 def test_names_never_meet(tmp_path):
     make(tmp_path, "a.mp4", "a.mkv", "b.mp4", "b/c.mp4", "manifest.jsonl.mp4")
     assert list(find_videos([tmp_path / "**/*.m*"])) == ["a.mkv", "a.mp4", "b.mp4", "b/c", "manifest.jsonl.mp4"]
+    make(tmp_path, "e/Clip.mp4", "e/clip.mov")  # one folder on the disks of macOS and Windows
+    assert list(find_videos([tmp_path / "e" / "*"])) == ["Clip.mp4", "clip.mov"]
     make(tmp_path, "d.mp4", "d.mkv", "d.mp4.avi")
     with pytest.raises(ValueError, match="'d.mp4' would lie among those of another"):
         find_videos([tmp_path / "d*"])
@@ -156,6 +158,7 @@ def test_a_folder_of_frames_is_done_again_when_a_frame_has_changed(tmp_path):
         return {}
 
     for expected in (["x", "y"], [], ["x"]):
+        (tmp_path / "in" / "y" / ".DS_Store").write_text(str(expected))  # somebody looked at them
         worked.clear()
         list(work_through(find_videos([tmp_path / "in" / "*"]), tmp_path / "out", work, {}))
         assert worked == expected

@@ -530,7 +530,7 @@ def test_without_an_extra_it_says_how_to_install_it(command, missing, extra):
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("ausm: error: ")
-    assert done.stderr.strip().endswith(f" needs {missing}, which is not installed: pip install 'ausm-hf[{extra}]'")
+    assert done.stderr.strip().endswith(f' needs {missing}, which is not installed: pip install "ausm-hf[{extra}]"')
 
 
 READING = """

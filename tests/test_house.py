@@ -124,6 +124,21 @@ def test_files_are_short_enough_to_be_read(path):
     assert lines < 700, f"{path} has {lines} lines"
 
 
+def test_text_files_are_utf_8_on_every_system():
+    """Windows reads and writes them in another encoding if none is named. JSON is read as bytes, which say theirs."""
+    nameless = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for folder in ("src", "examples", "spaces", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("read_text", "write_text")
+        and "encoding" not in [keyword.arg for keyword in node.keywords]
+    ]
+    assert not nameless
+
+
 @pytest.mark.parametrize("name", ausm_hf.__all__)
 def test_public_names_are_documented(name):
     """`__all__` of the package is the one list of public names."""

@@ -212,7 +212,7 @@ def test_what_is_not_installed_is_named_before_the_work(tiny_checkpoint, tmp_pat
     monkeypatch.setattr("ausm_hf.onnx_export.export_step", lambda *_: pytest.fail("it began to export"))
     with pytest.raises(SystemExit) as stop:
         main(["export-onnx", str(tmp_path / "x.onnx"), "--size", "64", "96", "--model", str(tiny_checkpoint)])
-    assert stop.value.code == 2 and "pip install 'ausm-hf[onnx]'" in capsys.readouterr().err
+    assert stop.value.code == 2 and 'pip install "ausm-hf[onnx]"' in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

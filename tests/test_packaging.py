@@ -100,7 +100,7 @@ def test_a_missing_extra_fails_with_the_install_line(tmp_path):
     code = "import sys; sys.modules['gradio'] = None\nfrom ausm_hf.cli import main; sys.exit(main(['demo']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode != 0
-    assert "pip install 'ausm-hf[demo]'" in done.stderr and "Traceback" not in done.stderr
+    assert 'pip install "ausm-hf[demo]"' in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_citation_names_this_version():

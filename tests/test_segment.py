@@ -351,6 +351,14 @@ def test_each_process_takes_the_device_of_its_number(monkeypatch, tiny_checkpoin
     assert seen[-1] == "meta:1"
 
 
+def test_on_a_mac_the_cpu_is_taken_unless_its_gpu_is_asked_for(monkeypatch, tiny_checkpoint):
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("mps"))
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    assert load_model(tiny_checkpoint)[0].device.type == "cpu"
+    with pytest.raises(ValueError, match="device 'mps' can't be used"):
+        load_model(tiny_checkpoint, device="mps")
+
+
 def test_a_build_for_cuda_without_a_gpu_takes_the_cpu(monkeypatch, tiny_checkpoint):
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)

@@ -113,14 +113,17 @@ def find_videos(inputs: Iterable[str | os.PathLike], output: str | os.PathLike |
     paths = list({os.path.abspath(path): path for path in paths}.values())
     full = [PurePosixPath(Path(os.path.relpath(os.path.abspath(path), root)).as_posix()) for path in paths]
     stems = [name if os.path.isdir(path) else name.with_suffix("") for name, path in zip(full, paths)]
-    times = Counter(stems)
-    folders = {PurePosixPath("manifest.jsonl"), *(parent for stem in stems for parent in stem.parents)}
-    names = [name if times[stem] > 1 or stem in folders else stem for name, stem in zip(full, stems)]
+    # Many disks take `Clip` and `clip` for one folder.
+    lower = [PurePosixPath(str(stem).lower()) for stem in stems]
+    times = Counter(lower)
+    folders = {PurePosixPath("manifest.jsonl"), *(parent for stem in lower for parent in stem.parents)}
+    names = [name if times[key] > 1 or key in folders else stem for name, stem, key in zip(full, stems, lower)]
     videos = {str(name): path for name, path in zip(names, paths)}
-    if len(videos) < len(names) or folders & set(names):
-        clash = next(name for name in names if names.count(name) > 1 or name in folders)
+    lower = [PurePosixPath(str(name).lower()) for name in names]
+    times = Counter(lower)
+    if clashes := [str(name) for name, key in zip(names, lower) if times[key] > 1 or key in folders]:
         raise ValueError(
-            f"the results of {str(clash)!r} would lie among those of another video; rename one of the two"
+            f"the results of {clashes[0]!r} would lie among those of another video; rename one of the two"
         )
     return dict(sorted(videos.items()))
 
@@ -241,7 +244,8 @@ class _Archive:
         """Tells whether a video has changed."""
         with suppress(OSError):
             path = self.videos[name]
-            files = [entry.path for entry in os.scandir(path)] if os.path.isdir(path) else [path]
+            inside = [path] if not os.path.isdir(path) else [entry.path for entry in os.scandir(path)]
+            files = [file for file in inside if file == path or file.lower().endswith(IMAGE_SUFFIXES)]
             stats = [os.stat(file) for file in files]
             return [sum(stat.st_size for stat in stats), sum(stat.st_mtime_ns for stat in stats)]
         return []
@@ -405,7 +409,9 @@ def _kept_alive(claim: _Claim):
 def _place() -> str | None:
     """Names the running system within which process ids mean something: host names repeat among containers."""
     with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip() + os.readlink(
+            "/proc/self/ns/pid"
+        )
     return None
 
 

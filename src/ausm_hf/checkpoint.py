@@ -95,7 +95,8 @@ def push_checkpoint(
     model, processor = load_model(folder, device="cpu")
     with tempfile.TemporaryDirectory() as upload:
         VideoSegmentationPipeline(model, processor=processor, device="cpu").save_pretrained(upload)
-        (Path(upload) / "README.md").write_text(_model_card(model, Path(folder), repo_id, measured, license))
+        card = _model_card(model, Path(folder), repo_id, measured, license)
+        (Path(upload) / "README.md").write_text(card, encoding="utf-8")
         api = HfApi()
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=upload, commit_message="Upload AUSM checkpoint")
@@ -190,7 +191,7 @@ def _training_facts(folder: Path) -> str:
     """A table of what the recipe says that training left beside a checkpoint; some other recipe.yaml says nothing."""
     for place in (folder, folder.resolve().parent):
         with suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-            return _table(["", ""], _facts_of_recipe(folder, yaml.safe_load((place / "recipe.yaml").read_text())))
+            return _table(["", ""], _facts_of_recipe(folder, yaml.safe_load((place / "recipe.yaml").read_bytes())))
     return "The checkpoint does not say how it was trained."
 
 
@@ -201,7 +202,7 @@ def _facts_of_recipe(folder: Path, recipe: dict) -> Iterable[Iterable]:
     sources = [data["mixture"]] if data["mixture"] else [source["dataset"] for source in data["sources"] or []]
     steps = optim["max_steps"]
     if (folder / "state.json").is_file():  # a checkpoint in the middle of the run
-        steps = f"{json.loads((folder / 'state.json').read_text())['step']} of {steps}"
+        steps = f"{json.loads((folder / 'state.json').read_bytes())['step']} of {steps}"
     return {
         "started from": start,
         "data": ", ".join(dict.fromkeys(sources)),
@@ -223,7 +224,7 @@ def _table(head: list[str], rows: Iterable[Iterable]) -> str:
 def _read_results(path: Path, folder: str | os.PathLike, own: Callable[[str], str]) -> list[dict]:
     """`benchmark`, `split`, `mode`, `measure` and `scores` (fractions of 1) of each measure in a `results.json`."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
         settings = content["settings"]
         about = {key: settings[key] for key in ("benchmark", "split", "mode")}
         if content.get("not_scored"):

@@ -26,7 +26,7 @@ def _extra(name: str, what: str, *packages: str):
         if error.name not in packages:
             raise
         raise ValueError(
-            f"{what} needs {error.name}, which is not installed: pip install 'ausm-hf[{name}]'"
+            f'{what} needs {error.name}, which is not installed: pip install "ausm-hf[{name}]"'
         ) from error
 
 
@@ -335,6 +335,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None):
     """Runs the command line. What the user can mend becomes one line on stderr and exit code 2."""
     warnings.formatwarning = _format_warning
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names may have letters that a console hasn't
     terminated = 0
 
     def terminate(number, _):

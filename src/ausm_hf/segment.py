@@ -78,7 +78,8 @@ def load_model(
 
     Args:
         model: Folder of a checkpoint or its id on the Hub; the checkpoint that comes with the package by default.
-        device: A device of torch; `"auto"` is the accelerator if there is one, else the CPU. Among several, a process
+        device: A device of torch; `"auto"` is the accelerator if there is one, else the CPU (on Macs the CPU: nothing
+            was measured on their GPUs, which `"mps"` asks for). Among several, a process
             that `torchrun` or `accelerate launch` started takes the one of its number.
         dtype: float32, bfloat16 or float16, or the name of one; `"auto"` is what the checkpoint says.
 
@@ -91,6 +92,8 @@ def load_model(
     if device == "auto":
         # A build of torch for CUDA names it also on a machine that has no GPU.
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if accelerator is not None and accelerator.type == "mps":
+            accelerator = None  # nothing was measured on Apple's GPUs
         device = "cpu" if accelerator is None else accelerator.type
         # `torchrun` and `accelerate launch` number the processes of a machine: each takes a device of its own.
         if accelerator is not None and "LOCAL_RANK" in os.environ and torch.accelerator.device_count() > 1:

@@ -307,7 +307,12 @@ def _read_location(location: str, strict: bool) -> VideoSource:
     if location.startswith("camera:"):
         device = f"/dev/video{location.removeprefix('camera:')}"
         if not os.path.exists(device):
-            raise ValueError(f"source {location!r}: there is no camera at {device}")
+            why = (
+                ""
+                if sys.platform == "linux"
+                else "; cameras are read on Linux only, elsewhere through a URL or a pipe"
+            )
+            raise ValueError(f"source {location!r}: there is no camera at {device}{why}")
         return _read_container(device, location.replace(":", ""), strict, live=True, format="v4l2")
     if location.startswith(STREAM_SCHEMES):
         # A URL may carry a password or a token, so only its last part is ever shown.

@@ -736,7 +736,7 @@ def test_bad_input_is_refused_before_work_starts(arguments, message, davis2017, 
 def test_what_is_not_installed_is_said_first(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
-    with pytest.raises(ValueError, match=r"matplotlib is not installed; wanted is: pip install 'ausm-hf\[eval\]'"):
+    with pytest.raises(ValueError, match=r"matplotlib is not installed; wanted is: pip install \"ausm-hf\[eval\]\""):
         evaluate("davis2016", "nowhere")
 
 

@@ -604,6 +604,22 @@ def test_who_has_been_seen_and_has_no_mask_is_away(appearance):
     assert known == [[True, False], [appearance, False], [appearance, False]]
 
 
+def test_a_frame_with_no_object_pools_nothing(monkeypatch):
+    """Apple's GPUs refuse to pool maps without channels."""
+    pool = F.adaptive_avg_pool2d
+
+    def as_on_mps(maps, size):
+        assert 0 not in maps.shape[1:], f"adaptive_avg_pool2d(): got sizes {list(maps.shape)}"
+        return pool(maps, size)
+
+    monkeypatch.setattr(F, "adaptive_avg_pool2d", as_on_mps)
+    model = tiny_model(mask_propagation_radius=2, remember_appearance=True)
+    with torch.no_grad():
+        history = model.step(torch.randn(1, 3, 64, 64)).history
+        nobody = history.replace_objects(history.slots, history.taken, torch.zeros(1, 0, 16, 16))
+        model.step(torch.randn(1, 3, 64, 64), nobody)
+
+
 def test_propagation_without_an_object_to_follow():
     model, plain = tiny_model(mask_propagation_radius=2), tiny_model()
     plain.load_state_dict(model.state_dict(), strict=False)

@@ -10,6 +10,7 @@ from scripted import FRAME, NOTHING, SIZE, A, B, C, ScriptedModel, Seen, frame_m
 
 from ausm_hf import AusmImageProcessor, AusmProcessor
 from ausm_hf.model import streaming_ausm
+from ausm_hf.model.history_ausm import AusmHistory
 from ausm_hf.model.prompts_ausm import ObjectPrompt
 from ausm_hf.model.session_ausm import AusmInferenceSession, FollowedObject
 from ausm_hf.model.streaming_ausm import PROMPT_LOGIT, propagate_in_video_iterator, step_session
@@ -186,6 +187,22 @@ def test_a_saved_stream_knows_how_good_its_objects_are(tmp_path):
     session.objects = [FollowedObject(1, slot=2, prompted=False, absent_frames=3, quality=0.7)]
     session.save(tmp_path / "stream.safetensors")
     assert AusmInferenceSession.load(tmp_path / "stream.safetensors").objects == session.objects
+
+
+def test_a_loaded_stream_goes_to_where_the_model_is(tiny_model, tmp_path, monkeypatch):
+    """It is loaded to the CPU. "meta" stands for a GPU here: a device that every tensor can be sent to."""
+    session = AusmInferenceSession(seed=0)
+    frame = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        step_session(tiny_model, session, frame)
+    session.save(tmp_path / "stream.safetensors")
+    moved = AusmInferenceSession.load(tmp_path / "stream.safetensors").history.to("meta")
+    assert {tensor.device.type for tensor in moved.tensors().values()} == {"meta"}
+    assert moved.tensors().keys() == session.history.tensors().keys()
+    sent = []
+    monkeypatch.setattr(AusmHistory, "to", lambda self, device: sent.append(device) or self)
+    step_session(tiny_model, AusmInferenceSession.load(tmp_path / "stream.safetensors"), frame)
+    assert sent == [tiny_model.device]
 
 
 def test_a_saved_stream_is_not_bound_by_the_length_of_the_video_it_began_with(tmp_path):

@@ -23,7 +23,7 @@ def test_without_what_it_needs_it_says_how_to_install_it(missing, monkeypatch, c
     with pytest.raises(SystemExit) as caught:
         main(["demo"])
     assert caught.value.code == 2
-    message = f"ausm: error: the demo needs {missing}, which is not installed: pip install 'ausm-hf[demo]'"
+    message = f'ausm: error: the demo needs {missing}, which is not installed: pip install "ausm-hf[demo]"'
     assert capsys.readouterr().err.strip() == message
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -179,6 +180,23 @@ def test_a_decoder_without_memory_or_time_ends_in_a_sentence(frames, tmp_path, l
         by_child(path, tmp_path / "out", limits)
 
 
+def test_where_memory_can_not_be_bounded_videos_are_read_all_the_same(frames, tmp_path, monkeypatch):
+    """macOS refuses it."""
+    import resource
+
+    from ausm_hf.demo import unpack as module
+
+    def setrlimit(what, limits):
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(resource, "setrlimit", setrlimit)
+    (tmp_path / "out").mkdir()
+    path = write_video(tmp_path / "clip.mp4", frames)
+    monkeypatch.setattr(sys, "argv", ["unpack", *module.arguments(path, tmp_path / "out", Limits())[3:]])
+    module.main()
+    assert json.loads((tmp_path / "out" / "clip.json").read_text())["num_frames"] == len(frames)
+
+
 def test_a_cut_file_shows_what_it_has_and_broken_ones_are_refused(frames, tmp_path):
     """Bytes are changed at random: whatever comes of it is a clip or a sentence."""
     whole = write_video(tmp_path / "a.mp4", frames * 4).read_bytes()
@@ -233,7 +251,7 @@ def test_a_disk_that_becomes_full_is_a_sentence(frames, tmp_path, monkeypatch, f
             raise OSError(errno.ENOSPC, "No space left on device", str(target))
         real(image, target)
 
-    def write_text(target, text):
+    def write_text(target, text, encoding):
         raise OSError(errno.ENOSPC, "No space left on device", str(target))
 
     if full_at == "the end":

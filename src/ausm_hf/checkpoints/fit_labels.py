@@ -170,9 +170,9 @@ def fit_labels(checkpoint: Path, root: Path, folder: Path) -> Path:
         partial = whole.partial
         shutil.copytree(checkpoint, partial, dirs_exist_ok=True)
         config = model.config.to_dict()
-        content = json.loads((partial / "config.json").read_text())
+        content = json.loads((partial / "config.json").read_bytes())
         content |= {name: config[name] for name in ("mask_pooling", "default_label_set", "id2label", "label2id")}
-        (partial / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        (partial / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
         (partial / "model.safetensors").chmod(0o644)
     return folder

@@ -64,19 +64,19 @@ def make_checkpoint(runs: list[Path], folder: Path) -> Path:
             if path.suffix != ".json":
                 path.unlink()  # copies of the code, which the package has
                 continue
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_bytes())
             for part in (content, content.get("image_processor", {})):
                 part.pop("auto_map", None)
             if path.name == "config.json":
                 content["architectures"] = [type(model).__name__]
                 content["dtype"] = "float32"
-            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
         size = (partial / "model.safetensors").stat().st_size
         if size > MAX_BYTES:
             raise ValueError(f"The weights take {size:,} bytes, at most {MAX_BYTES:,} are wanted.")
         shutil.copyfile(runs[-1] / "log.jsonl", partial / "log.jsonl")
-        recipe = yaml.safe_load((runs[-1] / "recipe.yaml").read_text())
+        recipe = yaml.safe_load((runs[-1] / "recipe.yaml").read_bytes())
         # Where things lay on the machine of the run is nobody's business.
         recipe["output_dir"] = Path(recipe["output_dir"]).name
         if recipe["data"].get("root"):
@@ -86,7 +86,7 @@ def make_checkpoint(runs: list[Path], folder: Path) -> Path:
             arguments.update({key: Path(value).name for key, value in arguments.items() if isinstance(value, str)})
         if recipe["model"].get("path"):
             recipe["model"]["path"] = Path(recipe["model"]["path"]).name
-        (partial / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+        (partial / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         for path in partial.iterdir():
             path.chmod(0o644)
     return folder

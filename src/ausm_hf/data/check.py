@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 from datasets import Dataset
 
@@ -97,8 +98,7 @@ def _problem(stored: dict, kind: str, ids: list[int], opened: bool) -> str | Non
                     if next(container.decode(stream), None) is None:
                         return "broken"
             elif kind == "json":
-                with open(stored["path"]) as text:
-                    json.load(text)
+                json.loads(Path(stored["path"]).read_bytes())
             else:
                 with open_image(stored) as image:
                     image.load()

@@ -176,7 +176,7 @@ def _read_annotation_file(row: dict) -> dict:
     """Fill a train row of SA-V from its JSON: which frames there are, and the run lengths of each object in them."""
     source = Path(row["annotation_file"])
     with reading(source):
-        annotation = json.loads(source.read_text())
+        annotation = json.loads(source.read_bytes())
         size = int(annotation["video_height"]), int(annotation["video_width"])
         masklets = annotation["masklet"]  # per annotated frame, per object
         objects = [

@@ -27,7 +27,7 @@ def coco(root: str, split: str = "train2017", annotations: str | None = None, la
     """
     source = need(Path(annotations or Path(root) / "annotations" / f"instances_{split}.json"), "annotations of COCO")
     with reading(source):
-        content = json.loads(source.read_text())
+        content = json.loads(source.read_bytes())
         labels = category_names(content["categories"], label_set, source)
         by_image = defaultdict(list)
         for annotation in content["annotations"]:

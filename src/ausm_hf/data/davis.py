@@ -49,14 +49,14 @@ def davis(
             exhaustive=year == 2016,
             first_frame_given=year == 2017,
         )
-        for name in listing.read_text().split()
+        for name in listing.read_text(encoding="utf-8").split()
     )
 
 
 def _rows_of_pairs(root: Path, listing: Path) -> Iterator[dict]:
     """Rows of a list of DAVIS 2016: `/JPEGImages/480p/bear/00000.jpg /Annotations/480p/bear/00000.png` per line."""
     sequences: dict[str, list[list[str]]] = {}
-    for number, line in enumerate(listing.read_text().splitlines(), 1):
+    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
         pair = [part.lstrip("/") for part in line.split()]
         if not pair:
             continue

@@ -63,8 +63,8 @@ def _unpack_davis(source: Path, folder: Path) -> None:
                 Image.open(io.BytesIO(packed.read(mask))).save(masks / mask)
     sets = folder / "ImageSets" / "2016"
     sets.mkdir(parents=True)
-    (sets / "train.txt").write_text("".join(f"{n}\n" for n in names if n not in DEV_SEQUENCES))
-    (sets / "dev.txt").write_text("".join(f"{n}\n" for n in names if n in DEV_SEQUENCES))
+    (sets / "train.txt").write_text("".join(f"{n}\n" for n in names if n not in DEV_SEQUENCES), encoding="utf-8")
+    (sets / "dev.txt").write_text("".join(f"{n}\n" for n in names if n in DEV_SEQUENCES), encoding="utf-8")
 
 
 def _decode(video: Path) -> Iterator[Image.Image]:

@@ -32,7 +32,7 @@ def sa_v(root: str, split: str = "train", annotations: str = "manual") -> Datase
         raise ValueError(f"annotations is {annotations!r}, want 'manual' or 'auto'")
     folder = need(Path(root), "root of SA-V")
     if split != "train":
-        names = need(folder / f"sav_{split}.txt", f"split {split!r} of SA-V").read_text().split()
+        names = need(folder / f"sav_{split}.txt", f"split {split!r} of SA-V").read_text(encoding="utf-8").split()
         return clips_from_rows(
             folder_row(
                 name,

@@ -41,7 +41,7 @@ def stills(root: str, split: str = "all") -> Dataset:
     """
     if split not in ("all", "train", "held_out"):
         raise ValueError(f'split must be "all", "train" or "held_out", got {split!r}')
-    meta = json.loads(need(Path(root) / "meta.json", "root of stills").read_text())
+    meta = json.loads(need(Path(root) / "meta.json", "root of stills").read_bytes())
     images = {p.stem: p for p in (Path(root) / "images").iterdir()}
     masks = Path(root) / "masks"
     rows = []

@@ -39,7 +39,7 @@ def vis_json(
     """
     source = need(Path(annotations), "annotations")
     with reading(source):
-        content = json.loads(source.read_text())
+        content = json.loads(source.read_bytes())
         for key in ("videos", "categories"):
             if key not in content:
                 raise ValueError(f"annotations: {source} has no key {key!r}, want the JSON of YouTube-VIS")

@@ -38,5 +38,5 @@ def youtube_vos(root: str, split: str = "train") -> Dataset:
                 exhaustive=False,
                 first_frame_given=True,
             )
-            for name, video in json.loads(source.read_text())["videos"].items()
+            for name, video in json.loads(source.read_bytes())["videos"].items()
         )

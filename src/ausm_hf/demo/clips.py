@@ -21,7 +21,7 @@ from .unpack import Limits, Refused, arguments, shown_size
 KEPT_SECONDS = 3600  # files that nobody has used for this long are removed
 MOST_GIGABYTES = 8  # of files of all visitors together
 # The process that decodes strangers' files gets none of the server's secrets.
-PASSED_ON = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "HOME", "SYSTEMROOT")
+PASSED_ON = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "HOME", "SYSTEMROOT", "APPDATA", "PYTHONUSERBASE")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def unpack_clip(file: str | os.PathLike, folder: Path, limits: Limits) -> Iterat
         raise Refused(message[-1])
     if child.returncode != 0:  # out of memory, out of time, or a decoder that crashed
         raise Refused("The video could not be decoded with the memory and the time that there are for it here.")
-    facts = json.loads((folder / "clip.json").read_text())
+    facts = json.loads((folder / "clip.json").read_bytes())
     facts |= {"size": tuple(facts["size"]), "pixel_aspect": Fraction(facts["pixel_aspect"])}
     yield Clip(folder, file.stem, **facts)
 

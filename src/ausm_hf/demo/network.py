@@ -214,9 +214,9 @@ def _pack(folder: Path) -> list[dict]:
     with zipfile.ZipFile(folder / "masks.zip", "w") as archive:  # not packed further: PNGs are already
         for path in sorted((folder / "masks").iterdir()):
             archive.write(path, f"masks/{path.name}")
-    content = json.loads((folder / "objects.json").read_text())
-    (folder / "coco.json").write_text(json.dumps(to_coco(content)))
-    (folder / "youtube_vis.json").write_text(json.dumps(to_youtube_vis_data(content)))
+    content = json.loads((folder / "objects.json").read_bytes())
+    (folder / "coco.json").write_text(json.dumps(to_coco(content)), encoding="utf-8")
+    (folder / "youtube_vis.json").write_text(json.dumps(to_youtube_vis_data(content)), encoding="utf-8")
     return content["objects"]
 
 

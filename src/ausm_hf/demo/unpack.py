@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -139,7 +139,7 @@ def unpack(path: str | os.PathLike, folder: Path, limits: Limits):
     clip = {"size": size, "fps": float(fps) if fps else None, "num_frames": len(times), "pixel_aspect": str(aspect)}
     clip["plays"] = demuxer in ("mov", "matroska") and codec.name in PLAYED
     with _room_on_the_disk():
-        (folder / "clip.json").write_text(json.dumps({**clip, "times": times if in_order else None}))
+        (folder / "clip.json").write_text(json.dumps({**clip, "times": times if in_order else None}), encoding="utf-8")
 
 
 def _decoded(container, stream) -> Iterator:
@@ -182,10 +182,14 @@ def main():
     except ImportError:  # not on Windows: there the caller's clock is all that stops it
         pass
     else:
-        memory = limits.decoder_megabytes * 2**20
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        resource.setrlimit(resource.RLIMIT_CPU, (limits.decoder_seconds, limits.decoder_seconds))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        of_all = {
+            resource.RLIMIT_AS: limits.decoder_megabytes * 2**20,
+            resource.RLIMIT_CPU: limits.decoder_seconds,
+            resource.RLIMIT_CORE: 0,
+        }
+        for what, limit in of_all.items():
+            with suppress(ValueError, OSError):  # macOS refuses to bound the memory
+                resource.setrlimit(what, (limit, limit))
     try:
         unpack(path, folder, limits)
     except Refused as error:

@@ -86,7 +86,9 @@ def _davis_2017(root: str, split: str, mode: str) -> Iterable[dict]:
     listing = Path(root) / "ImageSets" / "2019" / f"{split}.txt"
     if listing.is_file():  # a test set of the unsupervised challenge: without masks
         frames = Path(root) / "JPEGImages"
-        return [folder_row(n, frames / "480p" / n, masks / "480p" / n) for n in listing.read_text().split()]
+        return [
+            folder_row(n, frames / "480p" / n, masks / "480p" / n) for n in listing.read_text(encoding="utf-8").split()
+        ]
     if not split.startswith("test"):
         need(masks, "masks of DAVIS 2017, unprompted")
     return davis(root, 2017, split, annotations=masks.name)
@@ -113,7 +115,7 @@ def _ovis(root: str, split: str, mode: str) -> tuple[Iterable[dict], dict]:
 def _video_instances(images: Path, source: Path, label_set: str) -> tuple[Iterable[dict], dict]:
     """Rows of the videos of a YouTube-VIS JSON, and its content."""
     with reading(source):
-        content = json.loads(source.read_text())
+        content = json.loads(source.read_bytes())
         category_names(content["categories"], label_set, source)
         rows = [
             clip_row(str(video["id"]), [file(images / name) for name in video["file_names"]], [])
@@ -130,7 +132,7 @@ def _coco(root: str, split: str, mode: str) -> tuple[Iterable[dict], dict]:
         source = need(folder / f"instances_{split}.json", f"split {split!r} of COCO")
     images = Path(root) / split.replace("test-dev", "test")
     with reading(source):
-        content = json.loads(source.read_text())
+        content = json.loads(source.read_bytes())
         category_names(content["categories"], "coco", source)
         rows = [clip_row(str(image["id"]), [file(images / image["file_name"])], []) for image in content["images"]]
         annotations = {
@@ -262,7 +264,7 @@ def _seen_objects(rows: list[dict], root: Path) -> dict[str, dict[int, bool]] | 
     if not training.is_file():
         return None
     with reading(training):
-        videos = json.loads(training.read_text())["videos"].values()
+        videos = json.loads(training.read_bytes())["videos"].values()
         categories = {item.get("category") for video in videos for item in video["objects"].values()}
     return {row["video_id"]: {item["id"]: item["label"] in categories for item in row["objects"]} for row in rows}
 

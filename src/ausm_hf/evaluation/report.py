@@ -268,7 +268,7 @@ def _predicted_masks(output: Path, benchmark: Benchmark, number: int, t: int, fr
     row = benchmark.rows[number]
     place = benchmark.place(output, row)
     if benchmark.annotations is not None:
-        content = json.loads(place.read_text())
+        content = json.loads(place.read_bytes())
         masks = {item["id"]: item["segmentations"].get(str(t)) for item in content["objects"]}
         return _paint(masks, frame)
     if has_mask_folders(row):

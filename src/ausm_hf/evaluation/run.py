@@ -125,7 +125,7 @@ def evaluate(
     if not results["scores"] or results["not_scored"]:
         write_submission(output, found)
     with WholeOrNothing(output / "results.json") as file:
-        file.partial.write_text(json.dumps(results, indent=2) + "\n")
+        file.partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return results
 
 
@@ -133,7 +133,7 @@ def _check_arguments(
     benchmark: str, passes: int, traversal: bool, top_k: int | str, threshold: float | None, seed: int
 ) -> Inference:
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("matplotlib is not installed; wanted is: pip install 'ausm-hf[eval]'")
+        raise ValueError('matplotlib is not installed; wanted is: pip install "ausm-hf[eval]"')
     if benchmark not in PROTOCOLS:
         raise ValueError(f"benchmark is {benchmark!r}; wanted is one of {', '.join(PROTOCOLS)}")
     if passes not in (1, 2, 3):
@@ -154,7 +154,7 @@ def _claim(output: Path, settings: dict, benchmark: Benchmark, resume: bool) -> 
     """Makes the output folder ready. Returns the videos that are yet to be done."""
     noted = output / "settings.json"
     if noted.is_file():
-        earlier = json.loads(noted.read_text())
+        earlier = json.loads(noted.read_bytes())
         other = [key for key in settings if key != "model" and earlier.get(key) != settings[key]]
         if not resume:
             raise ValueError(f"output {str(output)!r} holds an earlier run; wanted is --resume or another folder")
@@ -168,7 +168,7 @@ def _claim(output: Path, settings: dict, benchmark: Benchmark, resume: bool) -> 
     for unfinished in folder.glob(".*.partial-*"):  # see `WholeOrNothing`; a run that was killed leaves some
         shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
     with WholeOrNothing(noted) as file:
-        file.partial.write_text(json.dumps(settings, indent=2) + "\n")
+        file.partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return {row["video_id"] for row in benchmark.rows if not benchmark.place(output, row).exists()}
 
 

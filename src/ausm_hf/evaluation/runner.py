@@ -257,12 +257,12 @@ def write_tracks(
                 writer.write(len(played), result.frame, result.masks, result.objects)
                 played.append(t)
         if played != sorted(played):  # the last pass went backward
-            content = json.loads(file.partial.read_text())
+            content = json.loads(file.partial.read_bytes())
             for item in content["objects"]:
                 segments = {played[int(number)]: segment for number, segment in item["segmentations"].items()}
                 item["segmentations"] = {str(t): segments[t] for t in sorted(segments)}
                 item["first_frame"], item["last_frame"] = min(segments), max(segments)
-            file.partial.write_text(json.dumps(content) + "\n")
+            file.partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def frame_name(row: dict, t: int) -> str:

@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     sequences = args.sequences
     if sequences and len(sequences) == 1 and Path(sequences[0]).is_file():
-        sequences = Path(sequences[0]).read_text().split()
+        sequences = Path(sequences[0]).read_text(encoding="utf-8").split()
     skip = not args.all_frames
     try:
         summary = score_folder(
@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     if args.json:
         with WholeOrNothing(args.json) as file:
-            file.partial.write_text(json.dumps(summary, indent=2) + "\n")
+            file.partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(format_table(summary))
 
 

@@ -26,7 +26,7 @@ def write_track_list(output: Path, benchmark: Benchmark) -> Path:
     categories = {category["name"]: category["id"] for category in truth["categories"]}
     listed = []
     for row, video in zip(benchmark.rows, truth["videos"]):
-        content = json.loads(benchmark.place(output, row).read_text())
+        content = json.loads(benchmark.place(output, row).read_bytes())
         # A label that the data set lacks can be neither right nor wrong there.
         content["objects"] = [item for item in content["objects"] if item["label"] in categories]
         listed += to_youtube_vis(content, video["id"], categories)
@@ -41,7 +41,7 @@ def write_track_list(output: Path, benchmark: Benchmark) -> Path:
             for track in listed
         ]
     with WholeOrNothing(output / "tracks.json") as file:
-        file.partial.write_text(json.dumps(listed))
+        file.partial.write_text(json.dumps(listed), encoding="utf-8")
     return output / "tracks.json"
 
 
@@ -56,7 +56,7 @@ def read_track_list(output: Path) -> list[dict]:
             "segmentations": [track["segmentation"]],
             "score": track["score"],
         }
-        for track in json.loads((output / "tracks.json").read_text())
+        for track in json.loads((output / "tracks.json").read_bytes())
     ]
 
 

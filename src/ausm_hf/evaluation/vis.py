@@ -62,7 +62,7 @@ def score_tracks(results: str | Path | list[dict], annotations: str | Path | dic
 
 
 def _content(source: str | Path | list | dict) -> Any:
-    return json.loads(Path(source).read_text()) if isinstance(source, (str, Path)) else source
+    return json.loads(Path(source).read_bytes()) if isinstance(source, (str, Path)) else source
 
 
 def _length(video: dict) -> int:

@@ -126,6 +126,18 @@ class AusmHistory:
             of_slots[stream, slots] = 0
         return replace(self, appearance=appearance)
 
+    def to(self, device: torch.device | str) -> AusmHistory:
+        """The same past on another device."""
+        return replace(
+            self,
+            features=None if self.features is None else self.features.to(device),
+            states=self.states and tuple(tuple(part.to(device) for part in state) for state in self.states),
+            slots=self.slots.to(device),
+            taken=self.taken.to(device),
+            masks=self.masks.to(device),
+            appearance=None if self.appearance is None else self.appearance.to(device),
+        )
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name, for saving, exporting and counting bytes."""
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "states"}
@@ -228,9 +240,11 @@ def average_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Averages maps (N, C, height, width) over the area of each cell of a map of `size`."""
     if maps.shape[-2:] == size:
         return maps
+    if not maps.shape[1]:
+        return maps.new_zeros(*maps.shape[:2], *size)  # Apple's GPUs can't pool nothing
     stride = maps.shape[-2] // size[0]
-    if maps.shape[1] and maps.shape[-2:] == (stride * size[0], stride * size[1]):
-        return F.avg_pool2d(maps, stride)  # the same in a fraction of the time; it can't do without channels
+    if maps.shape[-2:] == (stride * size[0], stride * size[1]):
+        return F.avg_pool2d(maps, stride)  # the same in a fraction of the time
     return F.interpolate(maps, size=size, mode="area")
 
 

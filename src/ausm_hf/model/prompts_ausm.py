@@ -291,7 +291,8 @@ def heed_points(logits: Tensor, features: Tensor, points: Tensor, labels: Tensor
 
 def history_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """A mask (height, width) of any size as it enters the history, floating point of `size`; thin parts stay."""
-    return binarize(F.interpolate(mask[None, None].float(), size, mode="area")[0, 0])
+    shares = mask.cpu() if mask.device.type == "mps" else mask  # there sizes must divide: pytorch issue 96056
+    return binarize(F.interpolate(shares[None, None].float(), size, mode="area")[0, 0]).to(mask.device)
 
 
 def _distance(size: tuple[int, int], points: Sequence | Tensor, line: bool) -> Tensor:

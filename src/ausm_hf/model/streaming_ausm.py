@@ -332,6 +332,8 @@ def _checked_frame(
             raise ValueError(f"frame must hold what is seen in one frame, got {len(frame.stride_4)} frames")
     else:
         frame = _checked_pixel_values(frame).to(model.device, model.dtype)
+    if session.history is not None:  # a saved stream is loaded to the CPU
+        session.history = session.history.to(model.device)
     if session.frame_size is not None and _frame_size(frame) != session.frame_size:
         raise ValueError(
             f"frame must have the size of the frames before it, {session.frame_size} (height, width), got "

@@ -74,11 +74,11 @@ def save_checkpoint(
     tensors, values = optimizer_state
     values = {**values, "scaler": scaler.state_dict() if scaler is not None else None}
     save_file(tensors, temporary / "optimizer.safetensors")
-    (temporary / "optimizer.json").write_text(json.dumps(values))
+    (temporary / "optimizer.json").write_text(json.dumps(values), encoding="utf-8")
     for rank, state in enumerate(rng_states):
         save_file(state["tensors"], temporary / f"rng-{rank:05d}.safetensors")
-        (temporary / f"rng-{rank:05d}.json").write_text(json.dumps(state["values"]))
-    (temporary / "state.json").write_text(json.dumps({"step": step, "processes": len(rng_states)}))
+        (temporary / f"rng-{rank:05d}.json").write_text(json.dumps(state["values"]), encoding="utf-8")
+    (temporary / "state.json").write_text(json.dumps({"step": step, "processes": len(rng_states)}), encoding="utf-8")
     publish_folder(temporary, target)
     for old in checkpoints(output_dir)[:-keep]:
         # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a good name.
@@ -110,10 +110,10 @@ def load_training_state(
             raise ValueError(f"ema_decay: {checkpoint} has no moving average to go on from; use another output_dir")
         _load_weights(ema, checkpoint / "ema")
     _restore_optimizer(checkpoint, model, optimizer)
-    values = json.loads((checkpoint / "optimizer.json").read_text())
+    values = json.loads((checkpoint / "optimizer.json").read_bytes())
     if scaler is not None and values["scaler"] is not None:
         scaler.load_state_dict(values["scaler"])
-    return json.loads((checkpoint / "state.json").read_text())["step"]
+    return json.loads((checkpoint / "state.json").read_bytes())["step"]
 
 
 def gather_network(model: PreTrainedModel, copy_of_it: PreTrainedModel | None) -> Any:
@@ -153,6 +153,8 @@ def rng_state() -> dict[str, Any]:
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        tensors["mps"] = torch.mps.get_rng_state()
     values = {
         "python": [python[0], list(python[1]), python[2]],
         "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(gauss)],
@@ -166,7 +168,7 @@ def restore_rng_state(checkpoint: str | Path, rank: int) -> None:
     if not path.exists():
         return
     tensors = load_file(path)
-    values = json.loads(path.with_suffix(".json").read_text())
+    values = json.loads(path.with_suffix(".json").read_bytes())
     version, internal, gauss = values["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = values["numpy"]
@@ -174,6 +176,8 @@ def restore_rng_state(checkpoint: str | Path, rank: int) -> None:
     torch.set_rng_state(tensors["torch"])
     if torch.cuda.is_available() and "cuda" in tensors:
         torch.cuda.set_rng_state(tensors["cuda"])
+    if torch.backends.mps.is_available() and "mps" in tensors:
+        torch.mps.set_rng_state(tensors["mps"])
 
 
 def publish_folder(temporary: Path, target: Path) -> None:
@@ -212,6 +216,8 @@ def remove_leftovers(output_dir: Path) -> None:
 
 
 def _fsync(path: str | Path) -> None:
+    if os.name == "nt":  # it opens no folders, and flushes no files that are open for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -260,7 +266,8 @@ def _divided_as(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _restore_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    tensors = load_file(checkpoint / "optimizer.safetensors")
+    # Clones: the tensors read are the open file's memory, and Windows removes no file that is open.
+    tensors = {key: value.clone() for key, value in load_file(checkpoint / "optimizer.safetensors").items()}
     parameters = dict(model.named_parameters())
     trained = {name for group in _names(model, optimizer) for name in group}
     unknown = {key.partition(":")[2] for key in tensors} - trained

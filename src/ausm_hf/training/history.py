@@ -187,6 +187,7 @@ def add_lasting_errors(
         radius = 0.1 + 0.3 * radius
         if not lost:
             place = 1.4 * place - 0.2  # also beside the object
+        place, radius = place.to(masks.device), radius.to(masks.device)
         for t in range(first + int(start * (num_frames - first)), num_frames):
             y, x = masks[n, t].nonzero(as_tuple=True)
             if not len(y):

@@ -276,7 +276,7 @@ def _changed(recipe: Recipe, output_dir: Path) -> list[str]:
     noted = output_dir / "recipe.yaml"
     if not noted.is_file():
         return []
-    both = yaml.safe_load(noted.read_text()), recipe_to_dict(recipe)
+    both = yaml.safe_load(noted.read_bytes()), recipe_to_dict(recipe)
     # Through YAML, which has no tuples, and sorts keys.
     earlier, now = (_flatten(yaml.safe_load(yaml.safe_dump(values))) for values in both)
     return sorted({key for key, _ in earlier.items() ^ now.items()} - {"output_dir", "optim.max_steps"})
@@ -574,7 +574,7 @@ def _clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float 
 
 def _write_text(path: Path, text: str) -> None:
     with WholeOrNothing(path) as file:
-        file.partial.write_text(text)
+        file.partial.write_text(text, encoding="utf-8")
 
 
 class _Log:
@@ -588,7 +588,9 @@ class _Log:
         self.restart_clock()
         if accelerator.is_main_process and self.path.exists():
             # A killed run wrote lines for steps that are about to be done again.
-            lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= first_step]
+            lines = [
+                line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= first_step
+            ]
             _write_text(self.path, "".join(line + "\n" for line in lines))
         if recipe.tracker is not None:
             values = _flatten(recipe_to_dict(recipe))
@@ -634,7 +636,7 @@ class _Log:
     def write_values(self, step: int, values: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
             line = json.dumps({"step": step, **{name: float(f"{v:.6g}") for name, v in values.items()}})
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
             if not sys.stderr.isatty():
                 print(line, flush=True)

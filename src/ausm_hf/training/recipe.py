@@ -255,7 +255,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         ValueError: unknown key, wrong type, missing path, value out of range; names the key.
         FileNotFoundError: there is no such file.
     """
-    values = _from_yaml(Path(path).read_text(), f"recipe {path}")
+    values = _from_yaml(Path(path).read_text(encoding="utf-8-sig"), f"recipe {path}")
     if not isinstance(values, dict):
         raise ValueError(f"recipe {path}: want keys and values, got {type(values).__name__}")
     for override in overrides or []:

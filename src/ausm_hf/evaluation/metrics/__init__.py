@@ -64,7 +64,7 @@ def write_space(name: str, folder: str | Path) -> Path:
     source, folder = Path(metric_path(name)), Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"`folder` is {folder}, which is there and not empty.")
-    neighbours = re.findall(r"^from \.(\w+) import", source.read_text(), flags=re.MULTILINE)
+    neighbours = re.findall(r"^from \.(\w+) import", source.read_text(encoding="utf-8"), flags=re.MULTILINE)
     info = load_metric(name).info
     requirements = ["evaluate", "datasets", "numpy", "pycocotools" if "video_ap" in neighbours else "scipy"]
     sections = {"Use": info.inputs_description, "Citation": info.citation}
@@ -72,11 +72,14 @@ def write_space(name: str, folder: str | Path) -> Path:
     with WholeFolder(folder) as whole:
         for file in [source, *(source.with_name(f"{neighbour}.py") for neighbour in neighbours)]:
             shutil.copyfile(file, whole.partial / file.name)
-        (whole.partial / "requirements.txt").write_text("".join(f"{line}\n" for line in requirements))
+        (whole.partial / "requirements.txt").write_text(
+            "".join(f"{line}\n" for line in requirements), encoding="utf-8"
+        )
         (whole.partial / "README.md").write_text(
             f"---\ntitle: {name}\nsdk: static\nlicense: apache-2.0\ntags:\n- evaluate\n- metric\n---\n\n# {name}\n"
             f"{info.description}\n"
-            + "\n".join(f"## {title}\n\n```text\n{text.strip()}\n```\n" for title, text in sections.items())
+            + "\n".join(f"## {title}\n\n```text\n{text.strip()}\n```\n" for title, text in sections.items()),
+            encoding="utf-8",
         )
         (whole.partial / "index.html").write_text(
             f'<!doctype html><meta charset="utf-8"><title>{name}</title>\n<h1>{name}</h1>\n'
@@ -84,7 +87,8 @@ def write_space(name: str, folder: str | Path) -> Path:
             + "\n".join(
                 f"<h2>{title}</h2>\n<pre>{html.escape(text.strip())}</pre>" for title, text in sections.items()
             )
-            + "\n"
+            + "\n",
+            encoding="utf-8",
         )
     return folder
 
