@@ -140,6 +140,19 @@ print(peaks[2], peaks[3])
     assert long < 1.05 * short  # 1700 more frames would be 390 MB
 
 
+def test_a_photograph_in_memory_is_upright_too(tmp_path):
+    from ausm_hf import AusmImageProcessor
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.arange(40 * 60 * 3, dtype=np.uint8).reshape(40, 60, 3)
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
+    photo = Image.open(tmp_path / "photo.png")
+    assert read_video(photo).size == (60, 40) and np.array_equal(next(iter(read_video(photo))), np.rot90(pixels, -1))
+    turned, wanted = (AusmImageProcessor()(images=x)["pixel_values"] for x in (photo, np.rot90(pixels, -1).copy()))
+    assert torch.equal(turned, wanted)
+
+
 def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
     def forbidden(self):
         raise PermissionError(13, "Permission denied", str(self))

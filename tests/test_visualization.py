@@ -2,6 +2,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFont
 
 from ausm_hf import visualization
@@ -126,6 +127,24 @@ def test_labels_beyond_ascii(system_fonts):
     assert np.array_equal(drawn("naive"), plain)
     rows, usual = (np.flatnonzero((image[:60] != 0).any(axis=(1, 2))) for image in (wide, plain))
     assert len(rows) > 1.4 * len(usual)  # all words in it, not only that with the letter
+
+
+def test_a_speck_far_above_an_object_has_not_its_label():
+    masks = np.zeros((240, 426), np.uint8)
+    masks[100:200, 100:200] = 1
+    frame, labels = np.zeros((240, 426, 3), np.uint8), {1: "1 dog 0.93"}
+    wanted = draw_overlay(frame, masks, labels, contour=False)
+    masks[20:22, 400:402] = 1
+    drawn = draw_overlay(frame, masks, labels, contour=False)
+    assert (drawn[80:] == wanted[80:]).all() and (wanted[80:100] != 0).any() and not (drawn[:20] != 0).any()
+
+
+def test_an_overlay_of_what_the_processor_gives():
+    """A PIL image, and a tensor of ids."""
+    frame, masks = np.full((40, 60, 3), 90, np.uint8), np.zeros((40, 60), np.int32)
+    masks[10:20, 10:30] = 3
+    wanted = draw_overlay(frame, masks, {3: "3 dog"})
+    assert np.array_equal(draw_overlay(Image.fromarray(frame), torch.from_numpy(masks), {3: "3 dog"}), wanted)
 
 
 def test_labels_of_near_objects_do_not_cover_each_other():

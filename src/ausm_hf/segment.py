@@ -428,6 +428,8 @@ def read_mask(path: str | os.PathLike) -> Image.Image:
 
 def check_formats(formats: Iterable[str]) -> list[str]:
     """The formats, each once. Raises ValueError if there is none or an unknown one."""
+    if isinstance(formats, str):
+        formats = formats.split(",")
     formats = list(dict.fromkeys(formats))
     if not formats or not set(formats) <= set(FORMATS):
         raise ValueError(f"formats is {','.join(formats)!r}; wanted are some of {','.join(FORMATS)}")

@@ -59,7 +59,7 @@ def as_rgb_frame(frame) -> np.ndarray:
     if isinstance(frame, Image.Image):
         if frame.mode[0] in "IF":
             raise ValueError(f"frame is a PIL image of mode {frame.mode!r}; wanted are 8 bits per channel")
-        array = np.asarray(frame.convert("RGB"))
+        array = np.asarray(ImageOps.exif_transpose(frame).convert("RGB"))  # as a photograph is shown
     elif _is_tensor(frame):
         tensor = frame.detach().cpu()
         tensor = tensor.float() if tensor.is_floating_point() else tensor

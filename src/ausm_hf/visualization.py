@@ -105,9 +105,9 @@ def draw_overlay(
     """Draws the objects of a frame on it, each in its own colour ([`color_of`]).
 
     Args:
-        frame: uint8 RGB array (H, W, 3); it is not changed.
-        masks: integer array (H, W): 0 background, else the id of the object that the pixel belongs to.
-        labels: text to write at the top of each object, by id, or below another's text that is there already; those
+        frame: uint8 RGB array (H, W, 3), or what numpy makes one of, such as an RGB image; it is not changed.
+        masks: integer array or tensor (H, W): 0 background, else the id of the object that the pixel belongs to.
+        labels: text to write near the top of each object, by id, or below another's text that is there already; those
             of objects not in `masks` are left out.
         alpha: how much of the colour is mixed in, 0 (none) to 1 (all).
         contour: whether to draw the objects' outlines, half way from their colour to white.
@@ -118,6 +118,7 @@ def draw_overlay(
     Raises:
         ValueError: if `frame` or `masks` are not of these types, or differ in height or width.
     """
+    frame, masks = np.asarray(frame), np.asarray(masks)
     _check_masks(frame, masks)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; wanted is 0 to 1")
@@ -136,11 +137,10 @@ def draw_overlay(
 
     plates: list[tuple[slice, slice]] = []
     for object_id, text in (labels or {}).items():
-        mine = masks == object_id
-        first = int(mine.argmax())
-        row = first // width
-        if mine[row, first % width]:
-            columns = np.flatnonzero(mine[row])
+        pixels = (masks == object_id).sum(axis=1).cumsum()
+        if pixels[-1]:
+            row = int(np.searchsorted(pixels, 0.01 * pixels[-1]))  # not of a speck far above the object
+            columns = np.flatnonzero(masks[row] == object_id)
             center = int(columns[0] + columns[-1]) // 2
             plates.append(_write(out, text, bottom=row, center=center, color=color_of(object_id), others=plates))
     return out

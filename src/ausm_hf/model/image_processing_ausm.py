@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, load_image
 
@@ -248,7 +248,7 @@ def frame_to_tensor(image: Any) -> torch.Tensor:
     if isinstance(image, Image.Image):
         if image.mode[0] in "IF":
             raise ValueError(f"images holds a PIL image of mode {image.mode!r}; wanted are 8 bits per channel")
-        image = np.array(image.convert("RGB"))
+        image = np.array(ImageOps.exif_transpose(image).convert("RGB"))  # as a photograph is shown
     if isinstance(image, np.ndarray):
         # Contiguous, since torch takes no negative strides (a frame turned by `[..., ::-1]`).
         if not image.flags.writeable:
