@@ -110,7 +110,7 @@ class StreamingStep(nn.Module):
             inputs |= {f"conv_state_{index}": conv_state, f"ssm_state_{index}": ssm_state}
         if config.remember_appearance:
             width = config.hidden_size + 1
-            inputs["appearance"] = torch.zeros(1, width + config.num_id_vectors + 1, width)
+            inputs["appearance"] = torch.zeros(1, 2, width + config.num_id_vectors + 1, width)
         return {name: tensor.to(self.slots.device) for name, tensor in inputs.items()}
 
     def output_names(self) -> list[str]:

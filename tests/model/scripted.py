@@ -58,6 +58,9 @@ class FakeHistory:
         assert slots.dtype == torch.int64 and taken.dtype == torch.bool and masks.dtype == torch.float32
         return replace(self, slots=slots, taken=taken, masks=masks)
 
+    def to(self, device):
+        return self
+
     def forget_appearance(self, columns):
         return replace(self, forgotten=(*self.forgotten, *columns))
 

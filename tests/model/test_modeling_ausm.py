@@ -679,20 +679,24 @@ def test_appearance_is_ridge_regression():
     owners = shares.double().flatten(3).numpy()
     owners = np.concatenate([owners, 1 - owners.sum(axis=2, keepdims=True)], axis=2)
     for b in range(2):
-        rows, weights, wanted, seen = [], [], [], set()
+        rows, first, recent, wanted, seen = [], [], [], [], set()
         for t in range(4):
-            weights = [0.98 * weight for weight in weights]
+            first, recent = [0.9995 * weight for weight in first], [0.98 * weight for weight in recent]
+            if not seen:  # nobody yet: of the background, too, only the last frame counts
+                rows, first, recent, wanted = [], [], [], []
             for n in range(3) if t or not b else ():  # the second stream has no frame 0
                 if owners[b, t, n].any():
                     rows.append(looks[b, t])
-                    weights.append(owners[b, t, n] / owners[b, t, n].sum() * (0.02 if n in seen else 1))
+                    share = owners[b, t, n] / owners[b, t, n].sum()
+                    first.append(share * (n not in seen))
+                    recent.append(share * (0.02 if n in seen else 1))
                     wanted.append(np.eye(3)[[n] * 24])
                     seen.add(n)
             assert known[b, t].tolist() == [n in seen for n in range(2)]
             if not seen:
                 assert not logits[b, t].any()
                 continue
-            root = np.sqrt(np.concatenate(weights))[:, None]
+            root = np.sqrt((np.concatenate(first) + np.concatenate(recent)) / 2)[:, None]
             ridge = np.concatenate([np.concatenate(rows) * root, np.sqrt(0.03) * np.eye(33)])
             classifier = np.linalg.lstsq(ridge, np.concatenate([np.concatenate(wanted) * root, np.zeros((33, 3))]))[0]
             scores = looks[b, t + 1] @ classifier
@@ -702,6 +706,47 @@ def test_appearance_is_ridge_regression():
                 torch.testing.assert_close(
                     logits[b, t, n].flatten(), torch.from_numpy(expected).float(), atol=2e-5, rtol=1e-4
                 )
+
+
+def test_appearance_begins_anew_when_nobody_is_left_whom_it_is_of():
+    """Frames without an object before the first, and objects that were let go, leave no trace."""
+    module = appearance()
+    torch.manual_seed(8)
+    features = torch.randn(1, 6, 32, 4, 6)
+    masks = torch.zeros(1, 5, 1, 4, 6)
+    masks[:, 3:, 0, 1:3, 2:4] = 1
+    slots, there, started = torch.tensor([[2]]), torch.ones(1, 5, 1, dtype=torch.bool), torch.tensor([True])
+    with torch.no_grad():
+        module.scale.fill_(1.5)
+        logits, _, memory = module(features[:, 1:], features[:, 0], masks, slots, there, started, None)
+        late, _, begun = module(
+            features[:, 4:], features[:, 3], masks[:, 3:], slots, there[:, 3:], started, None
+        )  # as if the first three frames had not been
+        history = AusmHistory(None, None, slots, there[:, 0], masks[:, 0], memory).forget_appearance([0])
+        again, _, anew = module(
+            features[:, 4:], features[:, 3], masks[:, 3:], slots, there[:, 3:], started, history.appearance
+        )
+    assert not logits[:, :3].any() and torch.equal(again, late) and torch.equal(anew, begun)
+    torch.testing.assert_close(logits[:, 3:], late, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(memory, begun)
+
+
+def test_what_an_object_looked_like_at_first_is_not_lost_in_a_long_stream():
+    """Its mask loses one of its two kinds of pixels after the first frame, and 300 frames pass."""
+    module = appearance()
+    torch.manual_seed(9)
+    ground, body, rider = torch.randn(3, 32)
+    features = ground.view(1, 1, 32, 1, 1).repeat(1, 302, 1, 4, 6)
+    features[..., 1, :] = body.view(32, 1)
+    features[..., 2, :] = rider.view(32, 1)
+    masks = torch.zeros(1, 301, 1, 4, 6)
+    masks[..., 1, :] = 1
+    masks[:, 0, :, 2] = 1
+    there = torch.ones(1, 301, 1, dtype=torch.bool)
+    with torch.no_grad():
+        logits, *_ = module(features[:, 1:], features[:, 0], masks, torch.tensor([[2]]), there, there[:, 0, 0], None)
+    body, rider, ground = (logits[0, -1, 0, row].mean() for row in (1, 2, 3))
+    assert body > 3 and ground < -3 and rider > 0  # with the recent looks alone it would be -3.4
 
 
 def test_untrained_appearance_finds_what_was_hidden():

@@ -1,6 +1,7 @@
 """Who is who in a stream, to the last bit: a network that answers from a script, then a tiny real one."""
 
 import logging
+import threading
 
 import numpy as np
 import pytest
@@ -199,10 +200,40 @@ def test_a_loaded_stream_goes_to_where_the_model_is(tiny_model, tmp_path, monkey
     moved = AusmInferenceSession.load(tmp_path / "stream.safetensors").history.to("meta")
     assert {tensor.device.type for tensor in moved.tensors().values()} == {"meta"}
     assert moved.tensors().keys() == session.history.tensors().keys()
-    sent = []
-    monkeypatch.setattr(AusmHistory, "to", lambda self, device: sent.append(device) or self)
-    step_session(tiny_model, AusmInferenceSession.load(tmp_path / "stream.safetensors"), frame)
+    loaded, sent = AusmInferenceSession.load(tmp_path / "stream.safetensors"), []
+    there, loaded.history = loaded.history, moved
+    monkeypatch.setattr(AusmHistory, "to", lambda self, device: sent.append(device) or there)
+    step_session(tiny_model, loaded, frame)
     assert sent == [tiny_model.device]
+
+
+def test_what_other_threads_say_waits_for_the_frame_that_is_segmented():
+    session = AusmInferenceSession(seed=0)
+    session.add_prompts(0, [1, 2], [ObjectPrompt(mask=frame_mask(seen)) for seen in (A, B)], (16, 24))
+    model = ScriptedModel([({1: A, 2: B}, []), ({1: A, 2: B}, []), ({1: A}, [])])
+    model.session = session
+    step_session(model, session, FRAME)
+    at_work, others = model.step, []
+
+    def step(*args, **kwargs):
+        if not others:
+            says = [
+                (session.remove_object, 2),
+                (session.add_prompts, 2, [3], [ObjectPrompt(mask=frame_mask(C))], (16, 24)),
+            ]
+            others.extend(threading.Thread(target=what[0], args=what[1:]) for what in says)
+            for thread in others:
+                thread.start()
+                thread.join(0.2)
+                assert thread.is_alive()  # it waits
+        return at_work(*args, **kwargs)
+
+    model.step = step
+    assert step_session(model, session, FRAME).object_ids == [1, 2]
+    for thread in others:
+        thread.join()
+    assert session.obj_ids == [1] and session.prompts.keys() == {2}
+    assert step_session(model, session, FRAME).object_ids == [1, 3]
 
 
 def test_a_saved_stream_is_not_bound_by_the_length_of_the_video_it_began_with(tmp_path):

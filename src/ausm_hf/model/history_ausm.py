@@ -40,7 +40,7 @@ class AusmHistory:
         masks (`torch.Tensor` of shape `(B, n, height, width)`):
             `M_{t-1}`: the mask of each object in the previous frame, in [0, 1], at any resolution; all zeros where
             the object was absent.
-        appearance (`torch.FloatTensor` of shape `(B, D + 1 + num_id_vectors + 1, D + 1)`, *optional*):
+        appearance (`torch.FloatTensor` of shape `(B, 2, D + 1 + num_id_vectors + 1, D + 1)`, *optional*):
             What each slot's object and, last, the background looked like up to frame t - 2: see [`AusmAppearance`].
             `None` before the first frame, and without `remember_appearance`.
     """
@@ -121,9 +121,9 @@ class AusmHistory:
         if not columns or self.appearance is None:
             return self
         appearance = self.appearance.clone()
-        of_slots = appearance[:, appearance.shape[2] :]
+        of_slots = appearance[:, :, appearance.shape[-1] :]
         for stream, slots in enumerate(self.slots[:, columns].tolist()):
-            of_slots[stream, slots] = 0
+            of_slots[stream, :, slots] = 0
         return replace(self, appearance=appearance)
 
     def to(self, device: torch.device | str) -> AusmHistory:
@@ -461,11 +461,12 @@ class AusmAppearance(nn.Module):
     that was hidden is known again, and who crosses it doesn't take it over.
 
     In each frame, each object and the background count the same, whatever their size. The sums over pixels that the
-    regression needs are moving averages over frames which start with the first frame that shows an object: that is
-    all that a stream keeps, and both forms compute the same.
+    regression needs are the mean of two averages over frames: one of the first frame alone that shows an object, which
+    is right where later masks may have drifted, and one that follows how it looks now. These are all that a stream
+    keeps, and both forms compute the same. When nobody is left whom they are of, they begin anew.
     """
 
-    FADING = 0.98  # weight of a frame in the averages, relative to the frame after it
+    FADING = (0.9995, 0.98)  # weight of a frame in each of the two averages, relative to the frame after it
     RIDGE = 0.03
     SOLVER_STEPS = 14  # with this ridge and a hundred objects, to the precision of float32
 
@@ -497,9 +498,9 @@ class AusmAppearance(nn.Module):
             slots (`torch.LongTensor` of shape `(B, n)`): The slot of each object.
             taken (`torch.BoolTensor` of shape `(B, T, n)`): Whether there is an object.
             started (`torch.BoolTensor` of shape `(B,)`): False where `X_0` is no frame.
-            memory (`torch.FloatTensor` of shape `(B, R + num_id_vectors + 1, R)`, *optional*): R is D + 1. Averages
-                over the frames before `X_0`: first `R` rows of products of looks over all pixels, then the looks of
-                each slot's object and of the background.
+            memory (`torch.FloatTensor` of shape `(B, 2, R + num_id_vectors + 1, R)`, *optional*): R is D + 1. The two
+                averages over the frames before `X_0`: first `R` rows of products of looks over all pixels, then the
+                looks of each slot's object and of the background.
 
         Returns:
             Logits of shape `(B, T, n, h, w)`, 0 for an object that has not been seen yet; whether it has, bool
@@ -519,20 +520,25 @@ class AusmAppearance(nn.Module):
         means = holders.mT @ (evenly @ seen)  # (B, T, num_slots + 1, R); zeros where it is not to be seen
         width = looks.shape[-1]
         if memory is None:
-            memory = looks.new_zeros(batch, width + self.num_slots + 1, width)
+            memory = looks.new_zeros(batch, 2, width + self.num_slots + 1, width)
         memories = []
         for t in range(frames):
-            known = memory[:, width:, -1:] > 0
-            weights = torch.where(known, memory.new_full((), 1 - self.FADING), 1.0)
-            of_pixels = evenly[:, t].mT @ (holders[:, t] @ weights)  # (B, S, 1)
-            products = (of_pixels * seen[:, t]).mT @ seen[:, t]
-            memory = self.FADING * memory + torch.cat([products, weights * means[:, t]], dim=1)
+            anyone = (memory[:, 1, width:-1, -1] > 0).any(dim=1)
+            memory = memory * anyone.view(-1, 1, 1, 1)
+            known = memory[:, 1, width:, -1:] > 0
+            weights = [(~known).to(memory.dtype), torch.where(known, memory.new_full((), 1 - self.FADING[1]), 1.0)]
+            averages = []
+            for average, fading, weight in zip(memory.unbind(1), self.FADING, weights):
+                of_pixels = evenly[:, t].mT @ (holders[:, t] @ weight)  # (B, S, 1)
+                products = (of_pixels * seen[:, t]).mT @ seen[:, t]
+                averages.append(fading * average + torch.cat([products, weight * means[:, t]], dim=1))
+            memory = torch.stack(averages, dim=1)
             memories.append(memory)
 
-        averages = torch.stack(memories, dim=1)
-        targets = holders @ averages[:, :, width:]  # (B, T, n + 1, R)
+        mean = torch.stack(memories, dim=1).mean(dim=2)
+        targets = holders @ mean[:, :, width:]  # (B, T, n + 1, R)
         ridge = self.RIDGE * torch.eye(width, dtype=looks.dtype, device=looks.device)
-        products = (averages[:, :, :width] + ridge).flatten(0, 1)
+        products = (mean[:, :, :width] + ridge).flatten(0, 1)
         classifiers = solve(products, targets.mT.flatten(0, 1), self.SOLVER_STEPS).unflatten(0, (batch, frames))
         scores = (looks @ classifiers).mT  # 1 is wanted in the object, 0 elsewhere
         best, second = F.pad(scores, (0, 0, 0, 1)).topk(2, dim=2).values.split(1, dim=2)

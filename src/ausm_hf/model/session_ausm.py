@@ -5,9 +5,11 @@ Users see object ids, positive integers that never repeat within a stream. The n
 `slot` of the buffer of `N_id` ID vectors, and gives it back when it has not been seen for long.
 """
 
+import functools
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -105,12 +107,23 @@ class FollowedObject:
         return max_age is not None and self.absent_frames >= max_age
 
 
+def _between_frames(method):
+    """Of a session: waits until a frame that another thread is at has been segmented."""
+
+    @functools.wraps(method)
+    def waiting(self, *args, **kwargs):
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return waiting
+
+
 class AusmInferenceSession:
     r"""
     One video as it is being segmented, frame by frame. Make it with [`~AusmProcessor.init_video_session`].
 
     It holds the network's history and, for each followed object, a handful of numbers: its size doesn't grow with the
-    number of frames. One thread at a time.
+    number of frames. One thread hands it its frames; prompts and removals may come from others.
 
     Args:
         video (iterable of `torch.Tensor` of shape `(3, H, W)`, *optional*):
@@ -159,6 +172,7 @@ class AusmInferenceSession:
         # A generator of its own, so that a saved stream goes on as it would have.
         self.generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
         self.results: dict[int, AusmVideoSegmentationOutput] | None = {} if keep_results else None
+        self.lock = threading.RLock()
 
         self.next_frame_idx = 0
         self.next_object_id = 1
@@ -168,6 +182,12 @@ class AusmInferenceSession:
         self.prompts: dict[int, dict[int, ObjectPrompt]] = {}  # frame index -> object id -> prompt
         self.slots_held_until: dict[int, int] = {}  # slot -> last frame in which an object held it
         self.warnings_given: set[str] = set()  # what is said once in a stream
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, lock=threading.RLock())
 
     @property
     def video_size(self) -> tuple[int, int] | None:
@@ -185,6 +205,7 @@ class AusmInferenceSession:
         """How many objects are followed now."""
         return len(self.obj_ids)
 
+    @_between_frames
     def add_prompts(
         self, frame_idx: int | None, obj_ids: list[int], prompts: list[ObjectPrompt], video_size: tuple[int, int]
     ) -> None:
@@ -231,6 +252,7 @@ class AusmInferenceSession:
         self.prompts.setdefault(frame_idx, {}).update(zip(obj_ids, prompts))
         self.next_object_id = max(self.next_object_id, *(object_id + 1 for object_id in obj_ids))
 
+    @_between_frames
     def remove_object(self, obj_id: int) -> None:
         """
         Stop following an object, from the next frame on, and forget it and its prompts in frames to come. Others stay
@@ -261,20 +283,21 @@ class AusmInferenceSession:
 
     @contextmanager
     def as_it_was_on_error(self) -> Iterator[None]:
-        """What is interrupted in this block changes nothing."""
-        generator = self.generator.get_state()
-        before = vars(self) | {
-            "objects": [replace(followed) for followed in self.objects],
-            "prompts": {frame_idx: dict(given) for frame_idx, given in self.prompts.items()},
-            "slots_held_until": dict(self.slots_held_until),
-            "warnings_given": set(self.warnings_given),
-        }
-        try:
-            yield
-        except BaseException:
-            self.generator.set_state(generator)
-            vars(self).update(before)
-            raise
+        """What is interrupted in this block changes nothing, and what other threads say waits for its end."""
+        with self.lock:
+            generator = self.generator.get_state()
+            before = vars(self) | {
+                "objects": [replace(followed) for followed in self.objects],
+                "prompts": {frame_idx: dict(given) for frame_idx, given in self.prompts.items()},
+                "slots_held_until": dict(self.slots_held_until),
+                "warnings_given": set(self.warnings_given),
+            }
+            try:
+                yield
+            except BaseException:
+                self.generator.set_state(generator)
+                vars(self).update(before)
+                raise
 
     def new_object_id(self) -> int:
         """An id that nobody has had."""
@@ -428,7 +451,7 @@ def without_trace(history: AusmHistory, columns: list[int]) -> AusmHistory:
     return replace(history, states=states).forget_appearance(columns)
 
 
-_FILE_TAG = "ausm_session_v1"
+_FILE_TAG = "ausm_session_v2"
 
 # Attributes of a session that are saved as they are.
 _SAVED = (

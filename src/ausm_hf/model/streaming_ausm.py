@@ -109,7 +109,7 @@ def step_sessions(
         )
     inputs = _encoded_frames(model, sessions, frames)
     with ExitStack() as unless_done:
-        for session in sessions:
+        for session in sorted(sessions, key=id):  # in one order, so that no two threads wait for each other
             unless_done.enter_context(session.as_it_was_on_error())
         return _step_sessions(model, sessions, inputs)
 
@@ -311,7 +311,14 @@ def _encoded_frames(
     model, sessions: list[AusmInferenceSession], frames: list[torch.Tensor | AusmFrameFeatures]
 ) -> list[AusmFrameFeatures]:
     """What the network sees in each stream's frame alone; refused if a stream can't go on with its frame."""
-    inputs = [_checked_frame(model, session, frame) for session, frame in zip(sessions, frames)]
+    inputs = []
+    for number, (session, frame) in enumerate(zip(sessions, frames)):
+        try:
+            inputs.append(_checked_frame(model, session, frame))
+        except ValueError as error:
+            if len(sessions) == 1:
+                raise
+            raise ValueError(f"session {number} of {len(sessions)}: {error}") from error
     if len(sizes := set(map(_frame_size, inputs))) > 1:
         raise ValueError(f"frames must be of one size to go through the network together, got {sorted(sizes)}")
     images = [frame for frame in inputs if isinstance(frame, torch.Tensor)]
@@ -332,7 +339,7 @@ def _checked_frame(
             raise ValueError(f"frame must hold what is seen in one frame, got {len(frame.stride_4)} frames")
     else:
         frame = _checked_pixel_values(frame).to(model.device, model.dtype)
-    if session.history is not None:  # a saved stream is loaded to the CPU
+    if session.history is not None and session.history.masks.device != model.device:  # as that of a saved stream
         session.history = session.history.to(model.device)
     if session.frame_size is not None and _frame_size(frame) != session.frame_size:
         raise ValueError(
@@ -403,7 +410,7 @@ def _prompt_masks(
         else:
             _warn_once(
                 session,
-                "nothing left",
+                f"nothing left {object_id}",
                 f"Negative points leave nothing of object {object_id} in frame {session.next_frame_idx}: they are not "
                 "followed. remove_object lets go of an object.",
             )
@@ -413,9 +420,9 @@ def _prompt_masks(
             mask = signals[object_id].to(mask.device)
             _warn_once(
                 session,
-                "signal itself",
+                f"signal itself {object_id}",
                 f"The network finds no object where object {object_id} is marked in frame {session.next_frame_idx}: "
-                "the marked pixels themselves are followed.",
+                "the marked pixels themselves are followed. (Points are x, y from the upper left corner.)",
             )
         masks[object_id] = mask
     return {object_id: masks[object_id] for object_id in prompts if object_id in masks}
