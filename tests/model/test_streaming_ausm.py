@@ -582,3 +582,17 @@ def test_what_was_seen_in_a_frame_stands_for_the_frame(tiny_model, clips):
         tiny_model.encode_frames(torch.zeros(1, 3, 32, 33))
     with pytest.raises(ValueError, match="Give either `pixel_values_videos` or `frame_features`"):
         tiny_model.model()
+
+
+def test_a_frame_that_can_not_be_prepared_is_passed_over(tiny_model, clips):
+    processor, videos = clips
+    size, _ = videos[0]
+    frames = [np.full((*size, 3), 0.1 * t, np.float32) for t in range(6)]
+    frames[2] = np.full((*size, 3), np.nan, np.float32)
+    session = processor.init_video_session(video=frames, seed=0)
+    seen = []
+    with pytest.raises(ValueError, match="nan to nan"):
+        seen.extend(output.frame_idx for output in tiny_model.propagate_in_video_iterator(session))
+    assert seen == [0, 1]
+    later = tiny_model.propagate_in_video_iterator(session, start_frame_idx=3)
+    assert [output.frame_idx for output in later] == [3, 4, 5]

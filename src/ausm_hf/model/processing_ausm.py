@@ -307,6 +307,11 @@ class _PreparedFrames:
         self.coming = None
         return prepared
 
+    def skip(self) -> bool:
+        """Passes over the next frame without preparing it. Whether there was one."""
+        coming, self.coming = self.coming, None
+        return coming is not None or next(self.frames, None) is not None
+
 
 def _as_batch(videos: Any, masks: Any) -> tuple[list, list | None]:
     """One video or several as a list of videos, and their masks likewise."""

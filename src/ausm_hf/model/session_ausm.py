@@ -281,6 +281,20 @@ class AusmInferenceSession:
             given.pop(obj_id, None)
         self.prompts = {frame_idx: given for frame_idx, given in self.prompts.items() if given}
 
+    def next_video_frame(self) -> torch.Tensor | None:
+        """The video's next frame, `None` at its end. It stays the next until it is segmented, should that fail."""
+        if self.video_frame is None and self.video is not None:
+            self.video_frame = next(self.video, None)
+        return self.video_frame
+
+    def pass_over_video_frame(self) -> bool:
+        """Leaves the video's next frame out, also one that can't be prepared. Whether there was one."""
+        taken, self.video_frame = self.video_frame, None
+        if taken is not None or self.video is None:
+            return taken is not None
+        skip = getattr(self.video, "skip", None)  # of a video whose frames the processor prepares
+        return skip() if skip is not None else next(self.video, None) is not None
+
     @contextmanager
     def as_it_was_on_error(self) -> Iterator[None]:
         """What is interrupted in this block changes nothing, and what other threads say waits for its end."""

@@ -279,11 +279,10 @@ def propagate_in_video_iterator(
 
 def _propagate(model, session, start, max_frames, show_progress_bar) -> Iterator[AusmVideoSegmentationOutput]:
     while session.next_frame_idx < start:
-        if _video_frame(session) is None:
+        if not session.pass_over_video_frame():
             raise ValueError(
                 f"start_frame_idx must be at most {session.next_frame_idx}, the video's length, got {start}"
             )
-        session.video_frame = None
         session.next_frame_idx += 1
     total = max_frames
     if session.num_frames is not None:
@@ -292,19 +291,12 @@ def _propagate(model, session, start, max_frames, show_progress_bar) -> Iterator
     with logging.tqdm(total=total, desc="propagate in video", disable=not show_progress_bar) as progress:
         done = 0
         while max_frames is None or done < max_frames:
-            frame = _video_frame(session)
+            frame = session.next_video_frame()
             if frame is None:
                 return
             yield step_session(model, session, frame)
             progress.update()
             done += 1
-
-
-def _video_frame(session: AusmInferenceSession) -> torch.Tensor | None:
-    """The video's next frame, `None` at its end. It stays the next until it is segmented, should that fail."""
-    if session.video_frame is None and session.video is not None:
-        session.video_frame = next(session.video, None)
-    return session.video_frame
 
 
 def _encoded_frames(
