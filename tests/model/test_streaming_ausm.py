@@ -79,6 +79,8 @@ def test_where_the_network_finds_nothing_the_signal_is_the_mask_and_a_warning_sa
         assert marked.tolist() == [[1, 21], [1, 22], [2, 21], [2, 22]]
     for object_id, message in zip((4, 5), warnings.messages, strict=True):  # once for each
         assert message.startswith(f"The network finds no object where object {object_id} is marked")
+    session.remove_object(4)
+    assert session.warnings_given == {"signal itself 5"}  # a stream of any length keeps none of who is gone
 
 
 def test_a_box_needs_no_pixel_at_any_point(warnings):
@@ -596,3 +598,12 @@ def test_a_frame_that_can_not_be_prepared_is_passed_over(tiny_model, clips):
     assert seen == [0, 1]
     later = tiny_model.propagate_in_video_iterator(session, start_frame_idx=3)
     assert [output.frame_idx for output in later] == [3, 4, 5]
+
+
+def test_the_stream_whose_frame_is_wrong_is_named(tiny_model):
+    sessions = [AusmInferenceSession(seed=0) for _ in range(3)]
+    frames = [torch.zeros(3, 64, 64) for _ in sessions]
+    frames[1] = frames[1] + torch.nan
+    with pytest.raises(ValueError, match="session 1 of 3: frame must hold finite values"):
+        tiny_model.step_sessions(sessions, frames)
+    assert all(session.history is None for session in sessions)

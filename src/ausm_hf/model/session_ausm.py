@@ -280,6 +280,7 @@ class AusmInferenceSession:
         for given in self.prompts.values():
             given.pop(obj_id, None)
         self.prompts = {frame_idx: given for frame_idx, given in self.prompts.items() if given}
+        self.warnings_given -= {f"signal itself {obj_id}", f"nothing left {obj_id}"}
 
     def next_video_frame(self) -> torch.Tensor | None:
         """The video's next frame, `None` at its end. It stays the next until it is segmented, should that fail."""
