@@ -261,6 +261,7 @@ def contact_sheet(
     Raises:
         ValueError: without frames, for less than one column, or when `titles` are not as many as `frames`.
     """
+    frames = [np.asarray(frame) for frame in frames]
     if len(frames) == 0:
         raise ValueError("frames is empty; wanted is at least one frame")
     if columns < 1:

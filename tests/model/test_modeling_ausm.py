@@ -499,6 +499,13 @@ def test_presets():
         assert AusmConfig.from_preset(preset).backbone_config.depths[2] > 1  # each config has its own
 
 
+def test_labels_that_are_not_as_many_as_the_head_has():
+    model = tiny_model()
+    model.config.id2label = {0: "thing"}
+    with pytest.raises(ValueError, match="has 1 labels, the head for it"), torch.no_grad():
+        model.step(torch.zeros(1, 3, 64, 64))
+
+
 def test_how_a_network_starts():
     model = tiny_model(history_local_kernel=3).model
     history = model.history_encoder

@@ -404,6 +404,7 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         self.foreground_head = nn.Linear(config.hidden_size, 1)
         # One more than labels: the last one is "no object", as in Mask2Former.
         size = config.hidden_size * (4 if config.mask_pooling else 1)
+        self.head_sizes = {name: len(labels) for name, labels in config.label_sets.items()}
         self.class_heads = nn.ModuleDict(
             {name: nn.Linear(size, len(labels) + 1) for name, labels in config.label_sets.items()}
         )
@@ -414,6 +415,11 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         name = self.config.default_label_set if label_set is None else label_set
         if name not in self.class_heads:
             raise ValueError(f"`label_set` must be one of {sorted(self.class_heads)}, got {label_set!r}.")
+        if len(labels := self.config.label_sets[name]) != self.head_sizes[name]:
+            raise ValueError(
+                f"`config.label_sets[{name!r}]` has {len(labels)} labels, the head for it {self.head_sizes[name]}; "
+                "give other labels to `from_pretrained`, which makes a new head."
+            )
         return cast(nn.Linear, self.class_heads[name])
 
     def layer_predictions(self, output: AusmModelOutput) -> list[dict]:
