@@ -130,7 +130,7 @@ class EfficientNetLiteConvolution(nn.Module):
         weight, bias = self.folded(bottom - top, right - left)
         given = hidden_states.dtype
         if hidden_states.device.type == "cpu" and given.itemsize == 2 and self.convolution.groups > 1:
-            # Where a processor has no instructions for these types, torch goes channel by channel: 15 times as slow.
+            # Where a processor has no instructions for these types, torch goes channel by channel.
             hidden_states, weight, bias = hidden_states.float(), weight.float(), bias.float()
         out = F.conv2d(hidden_states, weight, bias, self.stride, (bottom, right), groups=self.convolution.groups)
         out = out.to(given)
