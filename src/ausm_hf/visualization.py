@@ -137,7 +137,7 @@ def draw_overlay(
 
     plates: list[tuple[slice, slice]] = []
     for object_id, text in (labels or {}).items():
-        pixels = (masks == object_id).sum(axis=1).cumsum()
+        pixels = np.count_nonzero(masks == object_id, axis=1).cumsum()
         if pixels[-1]:
             row = int(np.searchsorted(pixels, 0.01 * pixels[-1]))  # not of a speck far above the object
             columns = np.flatnonzero(masks[row] == object_id)
