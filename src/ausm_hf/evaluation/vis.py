@@ -44,6 +44,11 @@ def score_tracks(results: str | Path | list[dict], annotations: str | Path | dic
     ):
         for index, track in enumerate(entries):
             problem = _track_problem(track, wanted, videos)
+            if not problem:
+                try:
+                    track = track | {"segmentations": _without_polygons(track, videos[track["video_id"]])}
+                except ValueError as error:
+                    problem = str(error)
             if problem:
                 scorer.problems.append(f"{kind} {index}: {problem}")
             else:
@@ -54,8 +59,8 @@ def score_tracks(results: str | Path | list[dict], annotations: str | Path | dic
         for t in range(_length(video)):
             scorer.add(
                 video_id,
-                [_segment(index, track, t, video) | {"score": track["score"]} for index, track in predictions],
-                [_segment(index, track, t, video) for index, track in references],
+                [_segment(index, track, t) | {"score": track["score"]} for index, track in predictions],
+                [_segment(index, track, t) for index, track in references],
                 fixed_categories=True,
             )
     return scorer.result([category["id"] for category in truth["categories"]], images)
@@ -80,11 +85,6 @@ def _track_problem(track: dict, wanted: set[str], videos: dict[int, dict]) -> st
         count = len(segmentations) if isinstance(segmentations, list) else "no"
         return f"{count} segmentations for the {_length(video)} frames of video {video['id']}"
     for t, mask in enumerate(segmentations):
-        if isinstance(mask, list):
-            try:
-                encode_rle(mask, video["height"], video["width"])
-            except ValueError as error:
-                return f"frame {t} of video {video['id']}: {error}"
         if isinstance(mask, dict) and "size" in mask and tuple(mask["size"]) != (video["height"], video["width"]):
             height, width = mask["size"]
             return (
@@ -94,8 +94,18 @@ def _track_problem(track: dict, wanted: set[str], videos: dict[int, dict]) -> st
     return None
 
 
-def _segment(index: int, track: dict, t: int, video: dict) -> dict:
+def _without_polygons(track: dict, video: dict) -> list:
+    """The segmentations of a track, polygons as run lengths. Raises ValueError for polygons that are none."""
+    segmentations = []
+    for t, mask in enumerate(track["segmentations"]):
+        try:
+            is_polygons = isinstance(mask, list)
+            segmentations.append(encode_rle(mask, video["height"], video["width"]) if is_polygons else mask)
+        except ValueError as error:
+            raise ValueError(f"frame {t} of video {video['id']}: {error}") from error
+    return segmentations
+
+
+def _segment(index: int, track: dict, t: int) -> dict:
     mask = track["segmentations"][t] or None
-    if isinstance(mask, list):  # polygons
-        mask = encode_rle(mask, video["height"], video["width"])
     return {"id": index, "category_id": track["category_id"], "mask": mask, "iscrowd": track.get("iscrowd", 0)}

@@ -128,15 +128,7 @@ class AusmHistory:
 
     def to(self, device: torch.device | str) -> AusmHistory:
         """The same past on another device."""
-        return replace(
-            self,
-            features=None if self.features is None else self.features.to(device),
-            states=self.states and tuple(tuple(part.to(device) for part in state) for state in self.states),
-            slots=self.slots.to(device),
-            taken=self.taken.to(device),
-            masks=self.masks.to(device),
-            appearance=None if self.appearance is None else self.appearance.to(device),
-        )
+        return self._each(lambda tensor: tensor.to(device))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name, for saving, exporting and counting bytes."""
@@ -147,9 +139,13 @@ class AusmHistory:
 
     def detach(self) -> AusmHistory:
         """The same history without its graph: what one training clip passes to the next."""
-        states = None if self.states is None else tuple(tuple(x.detach() for x in state) for state in self.states)
-        features, appearance = (None if x is None else x.detach() for x in (self.features, self.appearance))
-        return replace(self, features=features, states=states, masks=self.masks.detach(), appearance=appearance)
+        return self._each(Tensor.detach)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> AusmHistory:
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "states"}
+        changed = {name: None if tensor is None else change(tensor) for name, tensor in changed.items()}
+        states = self.states and tuple(tuple(map(change, state)) for state in self.states)
+        return replace(self, **changed, states=states)
 
     @property
     def num_bytes(self) -> int:
