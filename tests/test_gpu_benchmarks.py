@@ -31,8 +31,10 @@ def test_a_scan_that_writes_nothing_or_wrong_is_refused(monkeypatch, tmp_path):
     for module in ("timing", "scan", "common"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     import scan
-    from timing import Bench
+    from timing import Bench, poisoned
 
+    with poisoned():
+        assert torch.empty(1000).isnan().all()
     monkeypatch.setattr(sys, "argv", ["scan.py", "--dry-run", "--output", str(tmp_path)])
     bench = Bench("scan", "")
     assert scan.check(bench, "torch", scan.plain, 24, torch.float32) < 1e-4
