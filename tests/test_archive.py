@@ -158,7 +158,8 @@ def test_a_folder_of_frames_is_done_again_when_a_frame_has_changed(tmp_path):
         return {}
 
     for expected in (["x", "y"], [], ["x"]):
-        (tmp_path / "in" / "y" / ".DS_Store").write_text(str(expected))  # somebody looked at them
+        for hidden in (".DS_Store", "._0.png"):
+            (tmp_path / "in" / "y" / hidden).write_text(str(expected))  # somebody looked at them
         worked.clear()
         list(work_through(find_videos([tmp_path / "in" / "*"]), tmp_path / "out", work, {}))
         assert worked == expected

@@ -44,7 +44,7 @@ from dataclasses import dataclass
 from glob import glob
 from pathlib import Path, PurePosixPath
 
-from .files import IMAGE_SUFFIXES
+from .files import IMAGE_SUFFIXES, image_files
 from .video import STREAM_SCHEMES, is_pattern
 
 LEASE = 60.0  # seconds after which a claim that nobody touches is dead
@@ -244,8 +244,7 @@ class _Archive:
         """Tells whether a video has changed."""
         with suppress(OSError):
             path = self.videos[name]
-            inside = [path] if not os.path.isdir(path) else [entry.path for entry in os.scandir(path)]
-            files = [file for file in inside if file == path or file.lower().endswith(IMAGE_SUFFIXES)]
+            files = image_files(Path(path)) if os.path.isdir(path) else [path]
             stats = [os.stat(file) for file in files]
             return [sum(stat.st_size for stat in stats), sum(stat.st_mtime_ns for stat in stats)]
         return []

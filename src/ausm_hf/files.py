@@ -16,6 +16,16 @@ def natural_order(path: Path) -> list:
     return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", str(path))]
 
 
+def visible(folder: Path) -> list[Path]:
+    """What is in a folder, but for the hidden files that systems leave there; nothing if the folder isn't there."""
+    return [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+
+
+def image_files(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[Path]:
+    """The visible images of a folder, numbers in their names counting as numbers."""
+    return sorted((path for path in visible(folder) if path.suffix.lower() in suffixes), key=natural_order)
+
+
 class WholeOrNothing:
     """What is written to `partial` within its `with` block appears under `path` at the end, or not at all.
 

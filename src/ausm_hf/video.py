@@ -23,7 +23,7 @@ import av
 import numpy as np
 from PIL import Image, ImageOps
 
-from .files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, WholeOrNothing, natural_order
+from .files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, WholeOrNothing, image_files, natural_order, visible
 from .model.upright_ausm import upright
 
 STREAM_SCHEMES = tuple(f"{x}://" for x in ("http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "srt", "tcp", "udp"))
@@ -322,15 +322,14 @@ def _read_location(location: str, strict: bool) -> VideoSource:
     path = Path(location)
     if path.is_dir():
         try:
-            inside = list(path.iterdir())
+            images, inside = image_files(path), visible(path)
         except OSError as error:
             raise ValueError(f"folder {location!r} can't be read: {error.strerror}") from error
-        images = [p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
         if not images:
             videos = sorted({p.suffix for p in inside if p.suffix.lower() in VIDEO_SUFFIXES})
             hint = f"; videos in it are named by a pattern, such as '{path.name}/*{videos[0]}'" if videos else ""
             raise ValueError(f"folder {location!r} has no images ({', '.join(IMAGE_SUFFIXES)}){hint}")
-        return _read_images(path.resolve().name, sorted(images, key=natural_order), strict)
+        return _read_images(path.resolve().name, images, strict)
     if path.is_file():
         return _read_file(path, strict)
     if is_pattern(location):

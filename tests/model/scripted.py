@@ -61,6 +61,9 @@ class FakeHistory:
     def to(self, device):
         return self
 
+    def is_of(self, config):
+        return True
+
     def forget_appearance(self, columns):
         return replace(self, forgotten=(*self.forgotten, *columns))
 

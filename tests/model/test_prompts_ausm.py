@@ -348,6 +348,7 @@ def test_masks_of_several_objects_in_one_array(processor):
         (1, {"input_boxes": [BOXES[0], BOXES[0]]}, "of one image, got 2"),
         (1, {"input_boxes": [[[[1, 2, 3, 4]]]]}, r"nested \[image\]\[object\]\[4\], got 4 levels"),
         ([1, 2], {"input_points": [5, 5]}, r"nested \[image\]\[object\]\[point\]\[2\], got 1 levels for 2 objects"),
+        (1, {"input_boxes": [0.1, 0.2, 0.5, 1.0]}, "input_boxes must be in pixels"),
         (1, {"input_boxes": [1, 2, 3]}, "input_boxes must hold 4 numbers each, got"),
         (1, {"input_boxes": ["a", 2, 3, 4]}, "input_boxes must hold 4 numbers each, got"),
         ([1, 2], {"input_boxes": [BOXES[0][0], None]}, "got nothing for object 2"),

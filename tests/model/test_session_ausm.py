@@ -1,5 +1,6 @@
 """Who is who in a stream, to the last bit: a network that answers from a script, then a tiny real one."""
 
+import copy
 import logging
 import threading
 
@@ -9,7 +10,7 @@ import torch
 from safetensors import safe_open
 from scripted import FRAME, NOTHING, SIZE, A, B, C, ScriptedModel, Seen, frame_mask, play
 
-from ausm_hf import AusmImageProcessor, AusmProcessor
+from ausm_hf import AusmForUniversalSegmentation, AusmImageProcessor, AusmProcessor
 from ausm_hf.model import streaming_ausm
 from ausm_hf.model.history_ausm import AusmHistory
 from ausm_hf.model.prompts_ausm import ObjectPrompt
@@ -188,6 +189,28 @@ def test_a_saved_stream_knows_how_good_its_objects_are(tmp_path):
     session.objects = [FollowedObject(1, slot=2, prompted=False, absent_frames=3, quality=0.7)]
     session.save(tmp_path / "stream.safetensors")
     assert AusmInferenceSession.load(tmp_path / "stream.safetensors").objects == session.objects
+
+
+def test_a_stream_of_a_network_of_other_sizes_is_refused(tiny_model):
+    config = copy.deepcopy(tiny_model.config)
+    config.num_id_vectors += 1
+    session = AusmInferenceSession(seed=0)
+    step_session(AusmForUniversalSegmentation(config).eval(), session, torch.zeros(3, 64, 96))
+    with pytest.raises(ValueError, match="begun with a network of other sizes"):
+        step_session(tiny_model, session, torch.zeros(3, 64, 96))
+    assert session.next_frame_idx == 1
+
+
+def test_what_a_session_shows_of_itself():
+    session = AusmInferenceSession(video_height=8, video_width=10)
+    assert repr(session) == "AusmInferenceSession(next frame 0, 10 x 8 pixels, objects: none)"
+    _, session, _ = play([({}, [A, B]), ({1: A, 2: NOTHING}, [])], session)
+    assert repr(session) == "AusmInferenceSession(next frame 2, 10 x 8 pixels, objects: 1, 2 (away))"
+    mask = torch.ones(8, 10, dtype=torch.bool)
+    session.add_prompts(3, [7], [ObjectPrompt(mask=mask)], (8, 10))
+    assert repr(session).endswith("objects: 1, 2 (away), prompts for frames [3])")
+    session.objects[0].prompted = True
+    assert "objects: 1 (marked), 2 (away)" in repr(session)
 
 
 def test_a_loaded_stream_goes_to_where_the_model_is(tiny_model, tmp_path, monkeypatch):

@@ -5,23 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..files import IMAGE_SUFFIXES, natural_order
+from ..files import image_files, natural_order, visible
 from .clips import clip_object, clip_row, file
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The images of a folder, numbers in their names counting as numbers; none if the folder isn't there."""
-    return sorted((p for p in visible(folder) if p.suffix.lower() in IMAGE_SUFFIXES), key=natural_order)
 
 
 def mask_files(folder: Path) -> list[Path]:
     """The PNGs of a folder; none if the folder isn't there."""
-    return sorted((p for p in visible(folder) if p.suffix.lower() == ".png"), key=natural_order)
-
-
-def visible(folder: Path) -> list[Path]:
-    """What is in a folder, but for the hidden files that systems leave there."""
-    return [p for p in folder.glob("*") if not p.name.startswith(".")]
+    return image_files(folder, (".png",))
 
 
 def folder_row(

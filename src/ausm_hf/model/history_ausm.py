@@ -63,6 +63,19 @@ class AusmHistory:
             masks=torch.zeros(batch_size, 0, 1, 1, dtype=dtype, device=device),
         )
 
+    def is_of(self, config: AusmConfig) -> bool:
+        """Whether it has the sizes of the histories that a network of this configuration makes."""
+        if self.features is None or self.states is None:
+            return True
+        looks = None
+        if config.remember_appearance:
+            looks = (2, config.hidden_size + config.num_id_vectors + 2, config.hidden_size + 1)
+        return (
+            self.features.shape[1] == config.hidden_size
+            and len(self.states) == config.num_compressor_layers
+            and looks == (None if self.appearance is None else self.appearance.shape[1:])
+        )
+
     @classmethod
     def join(cls, histories: list[AusmHistory]) -> AusmHistory:
         """Those of several streams, all before or all after their first frame, as a batch; columns that one lacks are

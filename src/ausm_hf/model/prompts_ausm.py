@@ -114,6 +114,11 @@ class ObjectPrompt:
                     f"input_boxes must be (x0, y0, x1, y1) with x0 < x1 and y0 < y1 and have an area within the frame "
                     f"of width {width} and height {height}, got {self.box} {of_object}"
                 )
+            if max(self.box) <= 1:
+                raise ValueError(
+                    f"input_boxes must be in pixels of the video, not in parts of its width and height, got {self.box} "
+                    f"{of_object}"
+                )
         if len(self.labels) != len(self.points):
             raise ValueError(
                 f"input_labels must be as many as input_points, got {len(self.labels)} labels and "

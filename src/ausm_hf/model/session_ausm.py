@@ -189,6 +189,18 @@ class AusmInferenceSession:
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state, lock=threading.RLock())
 
+    def __repr__(self) -> str:
+        size = "" if self.video_size is None else f", {self.video_width} x {self.video_height} pixels"
+        held = [
+            f"{x.object_id}{' (marked)' if x.prompted else ''}{' (away)' if x.absent_frames else ''}"
+            for x in self.objects
+            if not x.is_bystander
+        ]
+        coming = sorted(self.prompts)
+        prompts = f", prompts for frames {coming}" if coming else ""
+        objects = ", ".join(held) or "none"
+        return f"{type(self).__name__}(next frame {self.next_frame_idx}{size}, objects: {objects}{prompts})"
+
     @property
     def video_size(self) -> tuple[int, int] | None:
         """Height and width of the frames before preprocessing, once they are known."""

@@ -333,6 +333,8 @@ def _checked_frame(
         frame = _checked_pixel_values(frame).to(model.device, model.dtype)
     if session.history is not None and session.history.masks.device != model.device:  # as that of a saved stream
         session.history = session.history.to(model.device)
+    if session.history is not None and not session.history.is_of(model.config):
+        raise ValueError("inference_session was begun with a network of other sizes, and can go on with no other")
     if session.frame_size is not None and _frame_size(frame) != session.frame_size:
         raise ValueError(
             f"frame must have the size of the frames before it, {session.frame_size} (height, width), got "
@@ -414,7 +416,7 @@ def _prompt_masks(
                 session,
                 f"signal itself {object_id}",
                 f"The network finds no object where object {object_id} is marked in frame {session.next_frame_idx}: "
-                "the marked pixels themselves are followed. (Points are x, y from the upper left corner.)",
+                "the marked pixels themselves are followed. (Points are x, y in pixels from the upper left corner.)",
             )
         masks[object_id] = mask
     return {object_id: masks[object_id] for object_id in prompts if object_id in masks}
