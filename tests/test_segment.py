@@ -17,6 +17,7 @@ from pycocotools import mask as rle_tools
 
 from ausm_hf import AusmImageProcessor, AusmProcessor, VideoWriter, read_video, segment_video
 from ausm_hf.export import JsonlWriter, to_supervision
+from ausm_hf.model import streaming_ausm
 from ausm_hf.segment import FORMATS, FrameSegments, load_model, save_segments, segment_videos
 
 
@@ -71,7 +72,8 @@ def test_prompt_in_a_later_frame(run, moving_square):
     assert {item["id"] for r in results for item in r.objects} == {3}
 
 
-def test_backward_is_the_video_played_backwards(run, moving_square):
+def test_backward_is_the_video_played_backwards(run, moving_square, monkeypatch):
+    monkeypatch.setattr(streaming_ausm, "PRESENCE_THRESHOLD", 0.0)  # untrained, a network is not sure of anything
     frames, masks = moving_square
     results = run(frames, masks=masks[3], prompt_frame=3, backward=True)
     played_back = run(frames[3::-1], masks=masks[3])
@@ -95,6 +97,29 @@ def test_boxes_and_points(run, tiny_model, processor, moving_square):
     ]:
         with pytest.raises(ValueError, match=message):
             segment_video(frames, tiny_model, processor, masks=masks[0] * 7, prompts=wrong)
+
+
+@pytest.mark.parametrize("thing", ["astronaut", "coffee"])
+def test_a_marked_object_that_is_gone_claims_nothing_and_is_itself_again(thing):
+    """With the package's checkpoint: a round piece of one picture before another, away from the sixth frame to the
+    tenth."""
+    from skimage import data
+
+    thing, ground = (
+        np.array(Image.fromarray(picture).resize((192, 128))) for picture in (getattr(data, thing)(), data.rocket())
+    )
+    y, x = np.mgrid[:128, :192]
+    mask = ((y - 55) / 42) ** 2 + ((x - 92) / 46) ** 2 < 1
+    shown = np.where(mask[:, :, None], thing, ground)
+    frames = [np.roll(ground if 5 <= k < 10 else shown, k, axis=1) for k in range(13)]
+    model, processor = load_model()
+    results = list(segment_video(frames, model, processor, mask))
+    for k, result in enumerate(results):
+        truth, claimed = np.roll(mask, k, axis=1), result.masks == 1
+        if 5 <= k < 10:
+            assert not claimed.any() and result.objects == []
+        elif k != 10:
+            assert (truth & claimed).sum() > 0.9 * (truth | claimed).sum()
 
 
 def test_new_objects_beside_prompts(run, moving_square):

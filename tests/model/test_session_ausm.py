@@ -294,11 +294,20 @@ def test_thin_prompt_does_not_vanish():
     assert (outputs[0].pred_masks[0, 0] > 0).equal(prompt)
 
 
-def test_prompted_objects_are_never_thresholded_or_forgotten():
-    faint = Seen(A.box, foreground=0.01)
-    model, _, outputs = play([({1: A}, [])] + [({1: faint}, [])] * 5, prompts={0: {1: frame_mask(A)}}, max_age=2)
-    assert [output.object_ids for output in outputs] == [[1]] * 6
-    assert all(history.masks.sum() == 4 for history in model.histories)
+def test_a_marked_object_is_away_where_it_is_not_likely_and_never_forgotten():
+    """Its mask is empty then, in the history too; others may have its pixels. The session's threshold is not its."""
+    faint, likely, wide = Seen(A.box, foreground=0.49), Seen(A.box, foreground=0.5), Seen((0, 2, 0, 6), logit=1.0)
+    script = [({1: A, 2: B}, []), *[({1: faint, 2: wide}, [])] * 5, ({1: likely, 2: B}, [])]
+    session = AusmInferenceSession(foreground_threshold=0.9)
+    model, _, outputs = play(script, session, {0: {1: frame_mask(A), 2: frame_mask(B)}}, max_age=2)
+    assert [output.object_ids for output in outputs] == [[1, 2]] * 7
+    assert all(output.prompted == [True, True] for output in outputs)
+    for output, history in zip(outputs[1:6], model.histories[2:7]):
+        assert not (output.pred_masks[0] > 0).any() and (output.pred_masks[1, 0] > 0).equal(wide.mask)
+        assert not history.masks[0, 0].any() and history.masks[0, 1].equal(wide.mask.float())
+        assert output.scores[0] < 0.49
+    assert (outputs[6].pred_masks[0, 0] > 0).equal(A.mask)
+    assert [followed.absent_frames for followed in session.objects] == [0, 0]
 
 
 @pytest.mark.parametrize(("find", "ids"), [(None, [1]), (True, [1, 2]), (False, [1])])

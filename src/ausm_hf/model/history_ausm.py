@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_ausm import AusmConfig
+from .maps_ausm import average_maps, average_tokens, channels_first, channels_last, to_maps, to_tokens
 from .temporal_mamba import TemporalMamba, TemporalMamba2
 
 
@@ -245,25 +247,6 @@ def binarize(small_masks: Tensor) -> Tensor:
     return (small_masks >= threshold).to(small_masks.dtype)
 
 
-def average_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Averages maps (N, C, height, width) over the area of each cell of a map of `size`."""
-    if maps.shape[-2:] == size:
-        return maps
-    if not maps.shape[1]:
-        return maps.new_zeros(*maps.shape[:2], *size)  # Apple's GPUs can't pool nothing
-    stride = maps.shape[-2] // size[0]
-    if maps.shape[-2:] == (stride * size[0], stride * size[1]):
-        return F.avg_pool2d(maps, stride)  # the same in a fraction of the time
-    return F.interpolate(maps, size=size, mode="area")
-
-
-def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (N, C, height, width) at another size: averaged where it is smaller, interpolated where it is larger."""
-    if size[0] <= maps.shape[-2]:
-        return average_maps(maps, size)
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
-
-
 def mark_history(id_vectors: Tensor, masks: Tensor, size: tuple[int, int]) -> Tensor:
     """
     The History Marker: paints each ID vector onto the pixels of its mask,
@@ -286,33 +269,6 @@ def mark_history(id_vectors: Tensor, masks: Tensor, size: tuple[int, int]) -> Te
     shares = masks / (1e-6 + masks.sum(dim=1, keepdim=True)).clamp(min=1)
     shares = average_maps(shares, size).to(id_vectors.dtype)
     return to_maps(torch.bmm(shares.flatten(2).mT, id_vectors), size)
-
-
-def channels_last(maps: Tensor) -> Tensor:
-    """Maps (..., D, h, w) as (..., h, w, D)."""
-    return maps.movedim(-3, -1)
-
-
-def channels_first(maps: Tensor) -> Tensor:
-    """Maps (..., h, w, D) as (..., D, h, w)."""
-    return maps.movedim(-1, -3)
-
-
-def to_maps(tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    """Tokens (N, S, D) as maps (N, D, *size), without a copy: channels last in memory."""
-    return channels_first(tokens.unflatten(1, size))
-
-
-def to_tokens(maps: Tensor) -> Tensor:
-    """Maps (N, D, h, w) as tokens (N, S, D), without a copy where channels are last in memory."""
-    return channels_last(maps).flatten(1, 2)
-
-
-def average_tokens(tokens: Tensor, size: tuple[int, int], stride: int) -> Tensor:
-    """Averages tokens (N, S, D) of a map of `size` over squares of `stride` pixels."""
-    if stride == 1:
-        return tokens
-    return to_tokens(F.avg_pool2d(to_maps(tokens, size), stride, ceil_mode=True, count_include_pad=False))
 
 
 class AusmCompressorLayer(GradientCheckpointingLayer):
@@ -467,7 +423,8 @@ class AusmAppearance(nn.Module):
     """
     What each followed object looks like, wherever it is: a linear classifier from a pixel's features to whose pixel it
     is, fitted to the frames so far by ridge regression, as few-shot learners do (R2D2, arXiv 1805.08136). So an object
-    that was hidden is known again, and who crosses it doesn't take it over.
+    that was hidden is known again, and who crosses it doesn't take it over. By what an object looked like it is also
+    told whether what has its mask is the object at all.
 
     In each frame, each object and the background count the same, whatever their size. The sums over pixels that the
     regression needs are the mean of two averages over frames: one of the first frame alone that shows an object, which
@@ -483,6 +440,9 @@ class AusmAppearance(nn.Module):
         super().__init__()
         self.num_slots = config.num_id_vectors
         self.scale = nn.Parameter(torch.zeros(1))
+        likeness: Any = nn.Linear(1, 1)
+        likeness.init_gain = 0.0  # it says nothing until it is trained
+        self.likeness = likeness
 
     def describe(self, features: Tensor) -> Tensor:
         """What is classified: features (..., D, h, w) to float32 (..., S, R) of the same length, and a constant."""
@@ -512,8 +472,9 @@ class AusmAppearance(nn.Module):
                 looks of each slot's object and of the background.
 
         Returns:
-            Logits of shape `(B, T, n, h, w)`, 0 for an object that has not been seen yet; whether it has, bool
-            `(B, T, n)`; and the averages over the frames before `X_T`.
+            Logits of shape `(B, T, n, h, w)`, 0 for an object that has not been seen yet; what each object looked
+            like up to `X_{t-1}`, the two averages, `(B, T, 2, n, R)`, zeros likewise; and the averages over the frames
+            before `X_T`.
         """
         batch, frames = shares.shape[:2]
         size = shares.shape[-2:]
@@ -536,25 +497,47 @@ class AusmAppearance(nn.Module):
             memory = memory * anyone.view(-1, 1, 1, 1)
             known = memory[:, 1, width:, -1:] > 0
             weights = [(~known).to(memory.dtype), torch.where(known, memory.new_full((), 1 - self.FADING[1]), 1.0)]
-            averages = []
+            next_memory = []
             for average, fading, weight in zip(memory.unbind(1), self.FADING, weights):
                 of_pixels = evenly[:, t].mT @ (holders[:, t] @ weight)  # (B, S, 1)
                 products = (of_pixels * seen[:, t]).mT @ seen[:, t]
-                averages.append(fading * average + torch.cat([products, weight * means[:, t]], dim=1))
-            memory = torch.stack(averages, dim=1)
+                next_memory.append(fading * average + torch.cat([products, weight * means[:, t]], dim=1))
+            memory = torch.stack(next_memory, dim=1)
             memories.append(memory)
 
-        mean = torch.stack(memories, dim=1).mean(dim=2)
-        targets = holders @ mean[:, :, width:]  # (B, T, n + 1, R)
+        averages = torch.stack(memories, dim=1)  # (B, T, 2, R + num_slots + 1, R)
+        looked = holders.unsqueeze(2) @ averages[:, :, :, width:]  # (B, T, 2, n + 1, R)
+        targets = looked.mean(dim=2)
         ridge = self.RIDGE * torch.eye(width, dtype=looks.dtype, device=looks.device)
-        products = (mean[:, :, :width] + ridge).flatten(0, 1)
+        products = (averages[:, :, :, :width].mean(dim=2) + ridge).flatten(0, 1)
         classifiers = solve(products, targets.mT.flatten(0, 1), self.SOLVER_STEPS).unflatten(0, (batch, frames))
         scores = (looks @ classifiers).mT  # 1 is wanted in the object, 0 elsewhere
         best, second = F.pad(scores, (0, 0, 0, 1)).topk(2, dim=2).values.split(1, dim=2)
         logits = self.scale * (scores - torch.where(scores == best, second, best))
         known = targets[..., -1] > 0
         logits = (logits * known.unsqueeze(-1))[:, :, :-1].unflatten(-1, size)
-        return logits, known[:, :, :-1], memory
+        return logits, looked[:, :, :, :-1], memory
+
+    def recognize(self, features: Tensor, masks: Tensor, looked: Tensor) -> Tensor:
+        """
+        What to add to the foreground logits of objects: the more, the more what their masks cover looks like them.
+
+        Args:
+            features (`torch.Tensor` of shape `(B, T, D, h, w)`): `X_1 .. X_T`.
+            masks (`torch.Tensor` of shape `(B, T, n, height, width)`): Mask logits in these frames.
+            looked (`torch.FloatTensor` of shape `(B, T, 2, n, R)`): What `forward` says that the objects looked like.
+
+        Returns:
+            Shape `(B, T, n)`; 0 for an object that has not been seen yet, or whose mask is empty.
+        """
+        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+            size = (features.shape[-2], features.shape[-1])
+            shares = average_maps((masks > 0).flatten(0, 1).float(), size).unflatten(0, masks.shape[:2]).flatten(3)
+            area = shares.sum(dim=-1)
+            looks = (shares @ self.describe(features)) / area.clamp(min=1e-6).unsqueeze(-1)  # (B, T, n, R)
+            likeness = F.cosine_similarity(looks.unsqueeze(2)[..., :-1], looked[..., :-1], dim=-1).amax(dim=2)
+            to_be_seen = (looked[:, :, 1, :, -1] > 0) & (area > 0)
+        return self.likeness(likeness.unsqueeze(-1).to(features.dtype)).squeeze(-1) * to_be_seen
 
 
 def solve(matrices: Tensor, targets: Tensor, steps: int) -> Tensor:
@@ -615,7 +598,7 @@ class AusmHistoryEncoder(nn.Module):
         marks: Tensor,
         positions: Tensor,
         history: AusmHistory,
-    ) -> tuple[Tensor, Tensor | None, tuple[tuple[Tensor, ...], ...], Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[tuple[Tensor, ...], ...], Tensor | None]:
         """
         Args:
             features (`torch.Tensor` of shape `(B * T, D, h, w)`): `X_1 .. X_T`.
@@ -629,8 +612,9 @@ class AusmHistoryEncoder(nn.Module):
 
         Returns:
             What the history adds to the features, `G - X`, of shape `(B * T, D, h', w')`; logits (B * T, n, h, w) of
-            where objects are by where they were and what they look like, None without both parts; the new states, and
-            the new memory of what objects look like.
+            where objects are by where they were and what they look like, None without both parts; what they looked
+            like so far `(B, T, 2, n, R)`, None without the second part; the new states, and the new memory of what
+            objects look like.
         """
         batch, frames = masks.shape[:2]
         size = (features.shape[-2], features.shape[-1])
@@ -643,7 +627,7 @@ class AusmHistoryEncoder(nn.Module):
             first = channels_last(history.features).to(features.dtype)
         past = channels_first(torch.cat([first.unsqueeze(1), present[:, :-1]], dim=1).flatten(0, 1))
 
-        followed = remembered = appearance = None
+        followed = looked = appearance = None
         if self.mask_propagation is not None or self.appearance is not None:
             # `M_0` of a stream that begins is drawn on its first frame, not on `X_0`.
             started = (first[:, 0, 0] != self.initial_features).any(dim=1)
@@ -651,7 +635,7 @@ class AusmHistoryEncoder(nn.Module):
             shares = average_maps(masks.flatten(0, 1), size).to(features.dtype)
         if self.appearance is not None:
             with torch.autocast(features.device.type, enabled=False):
-                followed, remembered, appearance = self.appearance(
+                followed, looked, appearance = self.appearance(
                     features.unflatten(0, (batch, frames)),
                     past.unflatten(0, (batch, frames))[:, 0],
                     shares.unflatten(0, (batch, frames)),
@@ -664,7 +648,7 @@ class AusmHistoryEncoder(nn.Module):
         if self.mask_propagation is not None and masks.shape[2]:
             # An object that has been seen and has no mask now is away: it comes back where something looks like it.
             known = (masks > 0.5).flatten(3).any(dim=-1)
-            known = known if remembered is None else known | remembered
+            known = known if looked is None else known | (looked[:, :, 1, :, -1] > 0)
             moved = self.mask_propagation(features, past, shares, known.flatten(0, 1))
             followed = moved if followed is None else followed + moved
 
@@ -686,4 +670,4 @@ class AusmHistoryEncoder(nn.Module):
         for layer in self.decoder:
             hidden_states = layer(hidden_states, keys, values, positions, size)
         change = self.gate * self.output_projection(self.output_norm(hidden_states))
-        return to_maps(change, size), followed, tuple(states), appearance
+        return to_maps(change, size), followed, looked, tuple(states), appearance

@@ -19,7 +19,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from .configuration_ausm import AusmConfig
-from .history_ausm import average_maps, binarize
+from .history_ausm import binarize
+from .maps_ausm import average_maps
 
 MASK_STRIDE = 4
 

@@ -35,9 +35,9 @@ from .history_ausm import (
     AusmHistoryEncoder,
     AusmMaskPropagation,
     mark_history,
-    resize_maps,
 )
 from .loss_ausm import AusmLoss, TeacherForcing, pad_instances, plan_teacher_forcing
+from .maps_ausm import resize_maps
 from .outputs_ausm import AusmForUniversalSegmentationOutput, AusmModelOutput
 from .pixels_ausm import (
     AusmDeformablePixelEncoder,
@@ -74,6 +74,8 @@ class AusmPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    # A checkpoint from before there was a likeness: the network is what it was.
+    _keys_to_ignore_on_load_missing = [r"\.likeness\.(weight|bias)$"]
     # Those of the parts are added. FSDP takes them for its units, so each must be called whole.
     _no_split_modules = ["AusmCompressorLayer", "AusmHistoryDecoderLayer", "AusmPixelDecoderLayer"]
 
@@ -319,7 +321,7 @@ class AusmModel(AusmPreTrainedModel):
         marks = over_frames(self.history_encoder.mark_vectors(id_vectors))
         marks = mark_history(marks, history_masks_seen, history_size)
         positions = sine_positions(history_size, features.shape[1], features)
-        change, followed, states, appearance = self.history_encoder(
+        change, followed, looked, states, appearance = self.history_encoder(
             features, seen_masks, id_slots, taken, marks, positions, history
         )
         changes = [resize_maps(change, (level.shape[-2], level.shape[-1])) for level in frame_features.levels]
@@ -355,6 +357,11 @@ class AusmModel(AusmPreTrainedModel):
         )
         hidden_states = [x.unflatten(0, (batch, frames)) for x in states_per_layer]
         masks = [x.unflatten(0, (batch, frames)) for x in masks_per_layer]
+        likeness = None
+        if self.history_encoder.appearance is not None and looked is not None:
+            frames_apart = features.unflatten(0, (batch, frames))
+            tracked = masks[-1][:, :, : id_slots.shape[1]]
+            likeness = self.history_encoder.appearance.recognize(frames_apart, tracked, looked)
         class_features = hidden_states
         if self.config.mask_pooling:
             pooled = [pool_in_masks(frame_features.levels, x).unflatten(0, (batch, frames)) for x in masks_per_layer]
@@ -371,6 +378,7 @@ class AusmModel(AusmPreTrainedModel):
                 history_masks[:, -1],
                 appearance,
             ),
+            likeness_logits=likeness,
             selection_logits=selection_logits,
             selection_places=None if places is None else places.unflatten(0, (batch, frames)),
             intermediate_masks_queries_logits=tuple(masks[:-1]) if output_intermediate else None,
@@ -422,6 +430,12 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             )
         return cast(nn.Linear, self.class_heads[name])
 
+    def _foreground(self, hidden_states: Tensor, likeness_logits: Tensor | None) -> Tensor:
+        logits = self.foreground_head(hidden_states).squeeze(-1)
+        if likeness_logits is None:
+            return logits
+        return logits + F.pad(likeness_logits.to(logits.dtype), (0, logits.shape[-1] - likeness_logits.shape[-1]))
+
     def layer_predictions(self, output: AusmModelOutput) -> list[dict]:
         """The heads on the query states of every layer that `output` has, as the loss takes them."""
         states = (*(output.intermediate_query_hidden_states or ()), output.query_hidden_states)
@@ -430,7 +444,7 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         predictions = [
             {
                 "masks": layer_masks,
-                "foreground": self.foreground_head(layer_states).squeeze(-1),
+                "foreground": self._foreground(layer_states, output.likeness_logits),
                 "classes": {name: head(layer_features) for name, head in self.class_heads.items()},
             }
             for layer_states, layer_masks, layer_features in zip(states, masks, class_features)
@@ -483,7 +497,7 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         return AusmForUniversalSegmentationOutput(
             masks_queries_logits=output.masks_queries_logits,
             class_queries_logits=head(output.class_features),
-            foreground_queries_logits=self.foreground_head(output.query_hidden_states).squeeze(-1),
+            foreground_queries_logits=self._foreground(output.query_hidden_states, output.likeness_logits),
             history=output.history,
             **_recorded(output),
         )

@@ -23,6 +23,9 @@ class AusmModelOutput(ModelOutput):
             features over the masks.
         history (`AusmHistory`):
             The history after the last frame. Its objects are the ones that were passed in.
+        likeness_logits (`torch.Tensor` of shape `(B, T, n)`, *optional*):
+            With `remember_appearance`, what to add to the foreground logits of the objects that are followed: see
+            [`AusmAppearance.recognize`].
         selection_logits (`torch.Tensor` of shape `(B, T, H / 16, W / 16)`, *optional*):
             With `query_selection`, of each cell: the middle of an object is here.
         selection_places (`torch.Tensor` of shape `(B, T, N_det, 2)`, *optional*):
@@ -49,6 +52,7 @@ class AusmModelOutput(ModelOutput):
     query_hidden_states: Tensor = None  # type: ignore[assignment]
     class_features: Tensor = None  # type: ignore[assignment]
     history: AusmHistory = None  # type: ignore[assignment]
+    likeness_logits: Tensor | None = None
     selection_logits: Tensor | None = None
     selection_places: Tensor | None = None
     intermediate_masks_queries_logits: tuple[Tensor, ...] | None = None

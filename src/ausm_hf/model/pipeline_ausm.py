@@ -86,11 +86,14 @@ def _split_masks(masks: np.ndarray | Image.Image, size: tuple[int, int]) -> dict
         raise ValueError(
             f"masks is an image of mode {masks.mode}; wanted is an indexed or grey one, pixel = object id"
         )
-    masks = np.asarray(masks)
+    kind, masks = type(masks).__name__, np.asarray(masks)
     if masks.dtype == bool:
         masks = masks.astype(np.uint8)
     if masks.ndim != 2 or not np.issubdtype(masks.dtype, np.integer):
-        raise ValueError(f"masks is {masks.dtype} {masks.shape}; wanted are integers of shape (height, width)")
+        raise ValueError(
+            f"masks is a {kind} ({masks.dtype}, {masks.shape}); wanted are integers of shape (height, width), pixel = "
+            "object id"
+        )
     if masks.shape != tuple(size):
         raise ValueError(f"masks is {masks.shape} (height, width); wanted is the size of the video, {tuple(size)}")
     obj_ids = [int(object_id) for object_id in np.unique(masks) if object_id != 0]

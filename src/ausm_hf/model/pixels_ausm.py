@@ -24,7 +24,8 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from .configuration_ausm import AusmConfig
-from .history_ausm import AusmAttention, AusmFeedForward, average_maps, to_tokens
+from .history_ausm import AusmAttention, AusmFeedForward
+from .maps_ausm import average_maps, to_tokens
 
 
 def sine_positions(size: tuple[int, int], hidden_size: int, like: Tensor) -> Tensor:

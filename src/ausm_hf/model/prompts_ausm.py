@@ -116,8 +116,8 @@ class ObjectPrompt:
                 )
             if max(self.box) <= 1:
                 raise ValueError(
-                    f"input_boxes must be in pixels of the video, not in parts of its width and height, got {self.box} "
-                    f"{of_object}"
+                    f"input_boxes must be in pixels of the video, not in parts of its width and height, got "
+                    f"{self.box} {of_object}"
                 )
         if len(self.labels) != len(self.points):
             raise ValueError(

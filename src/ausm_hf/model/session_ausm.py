@@ -72,7 +72,7 @@ class FollowedObject:
         object_id (`int`): What the user calls it; negative for a bystander.
         slot (`int`): Its row in the buffer of ID vectors.
         prompted (`bool`): Given by the user: never thresholded, never forgotten.
-        absent_frames (`int`): For how many frames, up to now, it has not been seen; 0 for what is `prompted`.
+        absent_frames (`int`): For how many frames, up to now, it has not been seen.
         class_votes (`torch.FloatTensor` of shape `(num_labels,)`, *optional*): Sum over the frames of foreground x
             class probabilities: their mean in which a frame counts by how sure the object is in it. None before the
             network has answered for the object.

@@ -27,6 +27,7 @@ Encoded = TypeVar("Encoded")
 Result = TypeVar("Result")
 
 PROMPT_LOGIT = 100.0  # logit of a pixel that the user says belongs to an object; above any that the network gives
+PRESENCE_THRESHOLD = 0.5  # foreground from which on a marked object is in the frame
 BYSTANDER_THRESHOLD = 0.3  # foreground of what is kept off the objects that were marked
 
 
@@ -468,8 +469,8 @@ def _seen(
     model, session: AusmInferenceSession, objects: list[FollowedObject], answer: Answer
 ) -> dict[int, torch.Tensor]:
     """
-    Mask logits of the followed objects that are in the frame; of prompted ones always. One that was found and then
-    away is back only where a detection draws it too: otherwise its id would go to what looks alike.
+    Mask logits of the followed objects that are in the frame. One that was found and then away is back only where a
+    detection draws it too: otherwise its id would go to what looks alike.
     """
     least = _threshold(model, session, for_bystanders=True)
     detections = [row for row in range(len(objects), len(answer.masks)) if answer.foreground[row] > least]
@@ -478,10 +479,11 @@ def _seen(
         return bool(overlapping(answer.masks[[row, *detections]], model.config.duplicate_overlap)[0, 1:].any())
 
     def is_there(row: int, followed: FollowedObject) -> bool:
-        sure = answer.foreground[row] >= _threshold(model, session, followed.is_bystander)
-        return sure and answer.non_empty[row] and (not followed.absent_frames or is_detected(row))
+        least = PRESENCE_THRESHOLD if followed.prompted else _threshold(model, session, followed.is_bystander)
+        sure = answer.foreground[row] >= least and answer.non_empty[row]
+        return sure and (followed.prompted or not followed.absent_frames or is_detected(row))
 
-    return {x.object_id: answer.masks[row] for row, x in enumerate(objects) if x.prompted or is_there(row, x)}
+    return {x.object_id: answer.masks[row] for row, x in enumerate(objects) if is_there(row, x)}
 
 
 def _finish(
@@ -523,9 +525,9 @@ def _finish(
         if followed.object_id in seen or followed.object_id in prompts:
             followed.absent_frames = 0
             _vote(followed, answer.foreground[row], answer.classes[row])
-            scores[followed.object_id] = answer.foreground[row] * followed.quality
         else:
             followed.absent_frames += 1
+        scores[followed.object_id] = answer.foreground[row] * followed.quality
     before, num_followed = objects, len(objects)
 
     # Prompts are what the user says they are: they replace what the network thought of these objects, and the found
@@ -595,6 +597,12 @@ def _finish(
     session.find_new_objects = find_new_objects
     session.frame_size, session.video_frame = frame.size, None
     session.prompts.pop(session.next_frame_idx, None)
+    # Who was marked is told of also while away, with an empty mask.
+    logits |= {
+        x.object_id: -answer.masks[row].abs()
+        for row, x in enumerate(before)
+        if x.prompted and x.object_id not in logits
+    }
     asked_for = [x for x in objects if x.object_id in logits and not x.is_bystander]
     theirs = [masks[x.object_id] for x in objects if x.object_id in logits and x.is_bystander]
     if theirs:
