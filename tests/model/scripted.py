@@ -25,6 +25,7 @@ class Seen:
     bird: float = 0.0  # in a label set that has it
     logit: float = 5.0
     no_object: float = 0.0  # odds of "no object" in the class logits
+    likeness: float = 0.0  # what of the foreground's logit comes from its looks
 
     @property
     def mask(self) -> torch.Tensor:
@@ -119,6 +120,7 @@ class ScriptedModel:
         return SimpleNamespace(
             masks_queries_logits=torch.stack([torch.where(x.mask, x.logit, -5.0) for x in rows])[None],
             foreground_queries_logits=torch.tensor([[x.foreground for x in rows]]).logit(),
+            likeness_logits=torch.tensor([[x.likeness for x in rows[: len(ids)]]]),
             class_queries_logits=torch.tensor([[[*self.odds(x), x.no_object] for x in rows]]).log(),
             history=replace(history, steps=history.steps + 1),
         )

@@ -332,6 +332,17 @@ def test_what_nobody_asked_for_is_followed_as_a_bystander():
     assert model.histories[2].masks[0, 0].equal(left.float()) and model.histories[2].masks[0, 1].equal(C.mask.float())
 
 
+def test_bystanders_need_not_look_like_themselves():
+    """What is a part of this and then of that keeps its pixels; marked and found objects may be away for it."""
+    unlike = {"foreground": 0.2, "likeness": -4.0}
+    marked, found = [({1: A}, [C])], [({}, [A, C])]
+    for begin, prompts, ids, away in ((marked, {0: {1: frame_mask(A)}}, [1, -1], [1]), (found, None, [1, 2], [1, 2])):
+        end = dict(zip(ids, (Seen(A.box, **unlike), Seen(C.box, **unlike))))
+        _, session, _ = play([*begin, (end, [])], prompts=prompts)
+        assert [x.object_id for x in session.objects] == ids
+        assert [x.object_id for x in session.objects if x.absent_frames] == away
+
+
 def test_bystanders_need_but_be_likely():
     """Whatever is asked of objects that are found; less where less is asked of these."""
     faint, fainter = Seen(C.box, foreground=0.35), Seen(B.box, foreground=0.2)

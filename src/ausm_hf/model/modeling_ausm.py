@@ -499,6 +499,7 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             class_queries_logits=head(output.class_features),
             foreground_queries_logits=self._foreground(output.query_hidden_states, output.likeness_logits),
             history=output.history,
+            likeness_logits=output.likeness_logits,
             **_recorded(output),
         )
 
@@ -638,6 +639,7 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             class_queries_logits=predictions[-1]["classes"][label_set],
             foreground_queries_logits=predictions[-1]["foreground"],
             history=output.history,
+            likeness_logits=output.likeness_logits,
             **_recorded(output),
         )
         return result if return_dict is not False else result.to_tuple()

@@ -452,11 +452,15 @@ def _ask(
         prompted = [x.prompted for x in objects[i]]
         if radius and not all(prompted):
             masks[:number] = within_reach(masks[:number], history.masks[0], radius, prompted)
+        foreground = output.foreground_queries_logits[i, rows].float()
+        if output.likeness_logits is not None:  # a bystander may be a part of this and then of that
+            strangers = torch.tensor([x.is_bystander for x in objects[i]], device=foreground.device)
+            foreground[:number] -= output.likeness_logits[i, :number] * strangers
         answers.append(
             Answer(
                 masks=masks,
                 non_empty=(masks > 0).flatten(1).any(1).tolist(),
-                foreground=output.foreground_queries_logits[i, rows].float().sigmoid().tolist(),
+                foreground=foreground.sigmoid().tolist(),
                 # Whether there is an object is the foreground's to say, not that of "no object".
                 classes=output.class_queries_logits[i, rows, :-1].float().softmax(-1).cpu(),
                 history=history,
@@ -598,11 +602,8 @@ def _finish(
     session.frame_size, session.video_frame = frame.size, None
     session.prompts.pop(session.next_frame_idx, None)
     # Who was marked is told of also while away, with an empty mask.
-    logits |= {
-        x.object_id: -answer.masks[row].abs()
-        for row, x in enumerate(before)
-        if x.prompted and x.object_id not in logits
-    }
+    away = [(row, x.object_id) for row, x in enumerate(before) if x.prompted and x.object_id not in logits]
+    logits |= {object_id: -answer.masks[row].abs() for row, object_id in away}
     asked_for = [x for x in objects if x.object_id in logits and not x.is_bystander]
     theirs = [masks[x.object_id] for x in objects if x.object_id in logits and x.is_bystander]
     if theirs:
