@@ -169,7 +169,8 @@ class AusmConfig(PreTrainedConfig):
         remember_appearance (`bool`, *optional*, defaults to `False`):
             Whether a stream remembers what each followed object looks like, as a linear classifier of pixels that is
             fitted to the frames so far; a pixel that looks like an object then gives its mask a higher logit, wherever
-            it is. The paper's form has none of this.
+            it is, and an object whose mask covers what is unlike it is less likely to be in the frame. The paper's
+            form has none of this.
         history_gate_init (`float`, *optional*, defaults to 0.0):
             Initial gate of what the history adds to the frame's features. 0 makes a fresh network reproduce the
             Mask2Former that it was initialised from; networks that start without one start at 1.
@@ -196,7 +197,8 @@ class AusmConfig(PreTrainedConfig):
             `id2label` or `num_labels` replaces them; assign, editing the dict in place changes nothing.
         foreground_threshold (`float`, *optional*, defaults to 0.5):
             Foreground above which a detection becomes an object (the IoU that its mask may have), and below which a
-            followed object that was not prompted counts as absent (the probability that it is there).
+            followed object that was not prompted counts as absent (the probability that it is there). A prompted one
+            counts as absent below 0.5.
         duplicate_overlap (`float`, *optional*, defaults to 0.5):
             A detection of which followed objects cover more than this share is no new object. A followed object that
             was not prompted, and whose mask comes to have a larger IoU than this with that of an older or a prompted

@@ -71,7 +71,7 @@ class FollowedObject:
     Attributes:
         object_id (`int`): What the user calls it; negative for a bystander.
         slot (`int`): Its row in the buffer of ID vectors.
-        prompted (`bool`): Given by the user: never thresholded, never forgotten.
+        prompted (`bool`): Given by the user: never forgotten.
         absent_frames (`int`): For how many frames, up to now, it has not been seen.
         class_votes (`torch.FloatTensor` of shape `(num_labels,)`, *optional*): Sum over the frames of foreground x
             class probabilities: their mean in which a frame counts by how sure the object is in it. None before the
@@ -134,8 +134,8 @@ class AusmInferenceSession:
             Size of the frames before preprocessing, which is the size of prompts. All frames of a stream have one
             size: one of another size is refused.
         foreground_threshold (`float`, *optional*):
-            Foreground probability above which a detection becomes an object, and below which a followed object counts
-            as absent. `config.foreground_threshold` if not given.
+            Foreground probability above which a detection becomes an object, and below which one that was found
+            counts as absent (a prompted one does below 0.5). `config.foreground_threshold` if not given.
         find_new_objects (`bool`, *optional*):
             Whether detections become objects. If not given: only in a stream without prompts, as far as known at its
             first frame. Where they don't, they are followed as bystanders, which are not in the output.
