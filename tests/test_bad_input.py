@@ -122,6 +122,7 @@ FRAMES = {
     "a path as a session's video": (lambda p: p.init_video_session("a.mp4"), "decode a file first"),
     "a session's video without frames": (lambda p: p.init_video_session([]), "at least one frame"),
     "a threshold": (lambda p: p.init_video_session(foreground_threshold=2), "foreground_threshold"),
+    "a threshold in letters": (lambda p: p.init_video_session(foreground_threshold="0.3"), "a number in 0..1, got '0"),
     "no such size": (lambda p: ausm_hf.AusmImageProcessor(size={"width": 3}), "size must be a dict"),
 }
 

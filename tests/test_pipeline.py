@@ -194,6 +194,7 @@ def test_own_reader_without_the_package(moving_square, clip, tmp_path):
         ({"masks": np.ones((64, 48), np.uint8)}, "wanted is the size of the video"),
         ({"masks": np.ones((48, 64), np.float32)}, "wanted are integers"),
         ({"masks": np.ones((48, 64, 3), np.uint8)}, "wanted are integers of shape"),
+        ({"masks": {1: np.eye(48, 64, dtype=np.uint8)}}, "masks is a dict .* pixel = object id"),
         ({"masks": Image.new("RGB", (64, 48), "red")}, "wanted is an indexed or grey one"),
         ({"masks": np.full((48, 64), -1)}, "positive integers"),
         ({"masks": np.arange(48 * 64).reshape(48, 64) % 6}, "at most 4, the number of ID vectors"),

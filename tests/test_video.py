@@ -472,6 +472,8 @@ def test_broken_sources(tmp_path):
         read_video("camera:99")
     with pytest.raises(ValueError, match="source is a int"):
         read_video(5)
+    with open(__file__, "rb") as file, pytest.raises(ValueError, match="source is a BufferedReader; wanted is a path"):
+        read_video(file)
     with pytest.raises(ValueError, match="'live.mp4' can't be opened") as caught:
         read_video("http://user:{0}@127.0.0.1:9/live.mp4?token={0}".format("hunter" + "2"))
     assert "hunter2" not in "".join(traceback.format_exception(caught.value))

@@ -200,7 +200,9 @@ def segment_video(
     """
     _check_max_objects(max_objects)
     if unknown := set(prompts or {}) - {"boxes", "points", "labels", "scribbles"}:
-        raise ValueError(f"prompts has {sorted(unknown)}; wanted are boxes, points, labels or scribbles")
+        raise ValueError(
+            f"prompts has {sorted(unknown)}; wanted are boxes, points, labels or scribbles, and masks beside it"
+        )
     prompted = masks is not None or any((prompts or {}).values())
     if session is not None and (prompted or threshold is not None or find_new_objects is not None):
         raise ValueError(

@@ -5,6 +5,7 @@ than the frame at hand and what the decoder looks ahead; only [`VideoSource.back
 """
 
 import glob
+import io
 import os
 import sys
 import warnings
@@ -291,7 +292,7 @@ def read_video(source, strict: bool = False, raw_size: tuple[int, int] | None = 
                 "several videos one by one"
             )
         return _read_images("frames", paths, strict)
-    if isinstance(source, Iterable) and not isinstance(source, (bytes, dict)):
+    if isinstance(source, Iterable) and not isinstance(source, (bytes, dict, io.IOBase)):
         return VideoSource(
             "frames",
             lambda first: ((None, frame) for frame in islice(source, first, None)),

@@ -159,8 +159,8 @@ class AusmInferenceSession:
         seed: int | None = None,
         keep_results: bool = False,
     ):
-        if foreground_threshold is not None and not 0 <= foreground_threshold <= 1:
-            raise ValueError(f"foreground_threshold must be in 0..1, got {foreground_threshold}")
+        if isinstance(foreground_threshold, str) or not 0 <= (foreground_threshold or 0) <= 1:
+            raise ValueError(f"foreground_threshold must be a number in 0..1, got {foreground_threshold!r}")
         self.video = iter(video) if video is not None else None
         self.video_frame: torch.Tensor | None = None  # taken from the video, and not segmented yet
         self.num_frames = num_frames
