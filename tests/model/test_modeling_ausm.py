@@ -351,10 +351,22 @@ def test_attention_back_ends_agree():
     )
 
 
-def test_every_parameter_is_trained():
-    model = tiny_model(pixel_encoder="msdeform").train()
-    for layer in model.model.pixel_encoder.encoder.layers:  # at the start no token heeds of which level it is
-        torch.nn.init.normal_(layer.self_attn.attention_weights.weight, std=0.1)
+NANO_PARTS = {
+    "pixel_encoder": "fpn",
+    "history_local_kernel": 3,
+    "mask_propagation_radius": 2,
+    "mask_pooling": True,
+    "remember_appearance": True,
+    "query_selection": True,
+}
+
+
+@pytest.mark.parametrize("parts", [{"pixel_encoder": "msdeform"}, NANO_PARTS])
+def test_every_parameter_is_trained(parts):
+    model = tiny_model(**parts).train()
+    if parts["pixel_encoder"] == "msdeform":
+        for layer in model.model.pixel_encoder.encoder.layers:  # at the start no token heeds of which level it is
+            torch.nn.init.normal_(layer.self_attn.attention_weights.weight, std=0.1)
     pixels, masks, switch, slots = clips()
     labels = [torch.tensor([0, 1, -100]), torch.tensor([0])]
     model(
