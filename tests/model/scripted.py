@@ -25,7 +25,7 @@ class Seen:
     bird: float = 0.0  # in a label set that has it
     logit: float = 5.0
     no_object: float = 0.0  # odds of "no object" in the class logits
-    likeness: float = 0.0  # what of the foreground's logit comes from its looks
+    likeness: float = 0.0  # what its looks add to the foreground's logit, if that is asked for
 
     @property
     def mask(self) -> torch.Tensor:
@@ -108,6 +108,12 @@ class ScriptedModel:
         number = len(self.config.label_sets[self.session.label_set or self.config.default_label_set])
         return {1: [1.0], 2: [1 - seen.dog, seen.dog], 3: [1 - seen.dog - seen.bird, seen.dog, seen.bird]}[number]
 
+    def recognize(self, history, masks):
+        tracked, _ = self.script[history.steps - 1]
+        ids = [followed.object_id for followed in self.session.objects] or list(tracked)
+        assert masks.shape == (1, len(ids), *SIZE)
+        return torch.tensor([[tracked.get(object_id, NOTHING).likeness for object_id in ids]])
+
     def step(self, pixel_values, history, label_set=None):
         self.histories.append(history)
         assert label_set == self.session.label_set
@@ -120,7 +126,6 @@ class ScriptedModel:
         return SimpleNamespace(
             masks_queries_logits=torch.stack([torch.where(x.mask, x.logit, -5.0) for x in rows])[None],
             foreground_queries_logits=torch.tensor([[x.foreground for x in rows]]).logit(),
-            likeness_logits=torch.tensor([[x.likeness for x in rows[: len(ids)]]]),
             class_queries_logits=torch.tensor([[[*self.odds(x), x.no_object] for x in rows]]).log(),
             history=replace(history, steps=history.steps + 1),
         )

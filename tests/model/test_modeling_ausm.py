@@ -116,8 +116,6 @@ def test_parallel_form_equals_recurrent_form(
     pixels, masks, switch, slots = clips()
     labels = [torch.tensor([0, 1, -100]), torch.tensor([1])]
     with torch.no_grad():
-        if appearance:
-            model.model.history_encoder.appearance.likeness.weight.fill_(5.0)
         parallel = model(pixels, mask_labels=masks, class_labels=labels, switch_frames=switch, id_slots=slots)
 
         history = model.init_history(2)
@@ -686,7 +684,7 @@ def test_appearance_is_ridge_regression():
     there = torch.ones(2, 4, 2, dtype=torch.bool)
     with torch.no_grad():
         module.scale.fill_(1.5)
-        logits, looked, memory = module(features[:, 1:], features[:, 0], shares, slots, there, begun, None)
+        logits, known, memory = module(features[:, 1:], features[:, 0], shares, slots, there, begun, None)
         half, _, carried = module(features[:, 1:3], features[:, 0], shares[:, :2], slots, there[:, :2], begun, None)
         rest, _, resumed = module(features[:, 3:], features[:, 2], shares[:, 2:], slots, there[:, 2:], going, carried)
     torch.testing.assert_close(torch.cat([half, rest], dim=1), logits, atol=1e-5, rtol=1e-5)
@@ -711,7 +709,7 @@ def test_appearance_is_ridge_regression():
                     recent.append(share * (0.02 if n in seen else 1))
                     wanted.append(np.eye(3)[[n] * 24])
                     seen.add(n)
-            assert (looked[b, t, :, :, -1] > 0).tolist() == [[n in seen for n in range(2)]] * 2
+            assert known[b, t].tolist() == [n in seen for n in range(2)]
             if not seen:
                 assert not logits[b, t].any()
                 continue
@@ -729,36 +727,34 @@ def test_appearance_is_ridge_regression():
 
 def test_objects_are_recognized_by_the_pixels_of_their_masks():
     """By numpy: the cosine of the mean look now and the nearer of both averages, of the object that the column is."""
-    module = appearance()
+    module = tiny_model(remember_appearance=True, likeness_scale=3.0, likeness_offset=0.25).model
+    module = module.history_encoder.appearance
     torch.manual_seed(11)
-    before = torch.randn(1, 32, 4, 6)
-    features = before.unsqueeze(1) + 0.5 * torch.randn(1, 2, 32, 4, 6)
-    shares = torch.zeros(1, 2, 3, 4, 6)
-    shares[:, :, 0, 1:3, 1:4] = shares[:, 1:, 1, 2:, 4:] = 1  # the third is never seen
-    masks = torch.full((1, 2, 3, 8, 12), -1.0)
-    masks[:, 0, 0, 2:7, 3:8] = masks[:, :, 1, 4:, 6:] = masks[:, :, 2, :3] = 0.5  # the first is away in frame 2
-    there, started = torch.ones(1, 2, 3, dtype=torch.bool), torch.tensor([True])
+    before, features = torch.randn(2, 1, 32, 4, 6)
+    features = before + 0.5 * features
+    shares = torch.zeros(1, 1, 4, 4, 6)
+    shares[0, 0, 0, 1:3, 1:4] = shares[0, 0, 1, 2:, 4:] = shares[0, 0, 2, 0, 4:] = 1  # the fourth was never seen
+    masks = torch.full((1, 4, 8, 12), -1.0)
+    masks[:, 0, 2:7, 3:8] = masks[:, 1, 4:, 6:] = masks[:, 3, :3] = 0.5  # the third is away
+    slots, there, started = torch.tensor([[4, 1, 3, 0]]), torch.ones(1, 1, 4, dtype=torch.bool), torch.tensor([True])
     with torch.no_grad():
-        module.likeness.weight.fill_(3.0)
-        module.likeness.bias.fill_(-0.75)
-        _, looked, _ = module(features, before, shares, torch.tensor([[4, 1, 0]]), there, started, None)
-        got = module.recognize(features, masks, looked)
+        _, _, memory = module(features[:, None], before, shares, slots, there, started, None)
+    history = AusmHistory(features, None, slots, there[:, 0], shares[:, 0], memory)
+    got = module.recognize(history, masks)
 
-    looks = F.normalize(torch.cat([before[:, None], features], dim=1), dim=2)[0].double().numpy()
+    then, now = (F.normalize(x, dim=1)[0].double().numpy() for x in (before, features))
     inside = F.avg_pool2d((masks[0] > 0).double(), 2).numpy()
-    once = (looks[0] * shares[0, 0, 0].numpy()).sum((1, 2)) / 6, (looks[1] * shares[0, 1, 1].numpy()).sum((1, 2)) / 4
+    cosines = []
+    for column in (0, 1):
+        one, other = ((x * y).sum((1, 2)) for x, y in ((then, shares[0, 0, column].numpy()), (now, inside[column])))
+        cosines.append(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
+    torch.testing.assert_close(got, torch.tensor([[3 * (cosine - 0.25) for cosine in cosines] + [0, 0]]).float())
 
-    def expected(frame, column):
-        now = (looks[frame + 1] * inside[frame, column]).sum((1, 2))
-        return 3 * (now @ once[column] / np.linalg.norm(now) / np.linalg.norm(once[column]) - 0.25)
-
-    wanted = torch.tensor([[[expected(0, 0), 0, 0], [0, expected(1, 1), 0]]])
-    torch.testing.assert_close(got, wanted.float(), atol=1e-5, rtol=1e-5)
-    with torch.no_grad():
-        looked[:, 0, 0, 0, :-1] *= -1  # what it came to look like is it too
-        torch.testing.assert_close(module.recognize(features, masks, looked), got)
-        looked[:, 0, 1, 0, :-1] *= -1
-        assert module.recognize(features, masks, looked)[0, 0, 0] < -0.75
+    looks = memory[:, :, 33:]
+    looks[:, 0, 4, :-1] *= -1  # what it came to look like is it too
+    torch.testing.assert_close(module.recognize(history, masks), got)
+    looks[:, 1, 4, :-1] *= -1
+    assert module.recognize(history, masks)[0, 0] < -0.75
 
 
 def test_appearance_begins_anew_when_nobody_is_left_whom_it_is_of():

@@ -332,15 +332,18 @@ def test_what_nobody_asked_for_is_followed_as_a_bystander():
     assert model.histories[2].masks[0, 0].equal(left.float()) and model.histories[2].masks[0, 1].equal(C.mask.float())
 
 
-def test_bystanders_need_not_look_like_themselves():
-    """What is a part of this and then of that keeps its pixels; marked and found objects may be away for it."""
-    unlike = {"foreground": 0.2, "likeness": -4.0}
-    marked, found = [({1: A}, [C])], [({}, [A, C])]
-    for begin, prompts, ids, away in ((marked, {0: {1: frame_mask(A)}}, [1, -1], [1]), (found, None, [1, 2], [1, 2])):
-        end = dict(zip(ids, (Seen(A.box, **unlike), Seen(C.box, **unlike))))
-        _, session, _ = play([*begin, (end, [])], prompts=prompts)
-        assert [x.object_id for x in session.objects] == ids
-        assert [x.object_id for x in session.objects if x.absent_frames] == away
+def test_marked_objects_must_look_like_themselves():
+    """What was found may have been a part of something, and become all of it."""
+    unlike, like = {"foreground": 0.9, "likeness": -2.5}, {"foreground": 0.4, "likeness": 0.5}
+    script = [({1: A}, [C]), ({1: Seen(A.box, **unlike), -1: Seen(C.box, **unlike)}, [])]
+    script += [({1: Seen(A.box, **like), -1: C}, [])]
+    _, session, outputs = play(script, prompts={0: {1: frame_mask(A)}})
+    assert [bool((output.pred_masks[0] > 0).any()) for output in outputs] == [True, False, True]
+    assert [x.object_id for x in session.objects] == [1, -1]
+    assert not session.objects[1].absent_frames
+    torch.testing.assert_close(outputs[1].scores[0] / 0.5, torch.tensor(0.9).logit().sub(2.5).sigmoid())
+    _, _, outputs = play([({}, [A]), ({1: Seen(A.box, **unlike)}, [])])
+    assert outputs[1].object_ids == [1]
 
 
 def test_bystanders_need_but_be_likely():

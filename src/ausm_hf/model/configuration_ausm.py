@@ -52,6 +52,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "history_gate_init": 1.0,
         "mask_propagation_radius": 4,
         "remember_appearance": True,
+        "likeness_scale": 16.0,
+        "likeness_offset": 0.93,
         "num_decoder_layers": 2,
         "decoder_feedforward_size": 512,
         "mask_pooling": True,
@@ -169,8 +171,11 @@ class AusmConfig(PreTrainedConfig):
         remember_appearance (`bool`, *optional*, defaults to `False`):
             Whether a stream remembers what each followed object looks like, as a linear classifier of pixels that is
             fitted to the frames so far; a pixel that looks like an object then gives its mask a higher logit, wherever
-            it is, and an object whose mask covers what is unlike it is less likely to be in the frame. The paper's
-            form has none of this.
+            it is. The paper's form has none of this.
+        likeness_scale, likeness_offset (`float`, *optional*, default to 0.0):
+            With it, in a stream: `likeness_scale * (cosine - likeness_offset)` is added to the foreground logit of a
+            prompted object, with the cosine of what its mask covers and what the object looked like at first or
+            lately. So its id is away rather than on something else.
         history_gate_init (`float`, *optional*, defaults to 0.0):
             Initial gate of what the history adds to the frame's features. 0 makes a fresh network reproduce the
             Mask2Former that it was initialised from; networks that start without one start at 1.
@@ -268,6 +273,8 @@ class AusmConfig(PreTrainedConfig):
     history_local_kernel: int = 0
     mask_propagation_radius: int = 0
     remember_appearance: bool = False
+    likeness_scale: float = 0.0
+    likeness_offset: float = 0.0
     history_gate_init: float = 0.0
     num_decoder_layers: int = 9
     decoder_feedforward_size: int = 2048
@@ -425,6 +432,11 @@ class AusmConfig(PreTrainedConfig):
         for name in (f"{part}_weight" for part in weights):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}.")
+        if not 0 <= self.likeness_scale < math.inf or not -1 <= self.likeness_offset <= 1:
+            raise ValueError(
+                "`likeness_scale` must be at least 0 and finite and `likeness_offset` a cosine, got "
+                f"{self.likeness_scale} and {self.likeness_offset}."
+            )
         if not math.isfinite(self.history_gate_init):
             raise ValueError(f"`history_gate_init` must be finite, got {self.history_gate_init}.")
         if not 0 < self.foreground_threshold < 1:

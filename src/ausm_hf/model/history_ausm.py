@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -440,9 +439,7 @@ class AusmAppearance(nn.Module):
         super().__init__()
         self.num_slots = config.num_id_vectors
         self.scale = nn.Parameter(torch.zeros(1))
-        likeness: Any = nn.Linear(1, 1)
-        likeness.init_gain = 0.0  # it says nothing until it is trained
-        self.likeness = likeness
+        self.likeness_scale, self.likeness_offset = config.likeness_scale, config.likeness_offset
 
     def describe(self, features: Tensor) -> Tensor:
         """What is classified: features (..., D, h, w) to float32 (..., S, R) of the same length, and a constant."""
@@ -472,9 +469,8 @@ class AusmAppearance(nn.Module):
                 looks of each slot's object and of the background.
 
         Returns:
-            Logits of shape `(B, T, n, h, w)`, 0 for an object that has not been seen yet; what each object looked
-            like up to `X_{t-1}`, the two averages, `(B, T, 2, n, R)`, zeros likewise; and the averages over the frames
-            before `X_T`.
+            Logits of shape `(B, T, n, h, w)`, 0 for an object that has not been seen yet; whether it has, bool
+            `(B, T, n)`; and the averages over the frames before `X_T`.
         """
         batch, frames = shares.shape[:2]
         size = shares.shape[-2:]
@@ -497,47 +493,48 @@ class AusmAppearance(nn.Module):
             memory = memory * anyone.view(-1, 1, 1, 1)
             known = memory[:, 1, width:, -1:] > 0
             weights = [(~known).to(memory.dtype), torch.where(known, memory.new_full((), 1 - self.FADING[1]), 1.0)]
-            next_memory = []
+            averages = []
             for average, fading, weight in zip(memory.unbind(1), self.FADING, weights):
                 of_pixels = evenly[:, t].mT @ (holders[:, t] @ weight)  # (B, S, 1)
                 products = (of_pixels * seen[:, t]).mT @ seen[:, t]
-                next_memory.append(fading * average + torch.cat([products, weight * means[:, t]], dim=1))
-            memory = torch.stack(next_memory, dim=1)
+                averages.append(fading * average + torch.cat([products, weight * means[:, t]], dim=1))
+            memory = torch.stack(averages, dim=1)
             memories.append(memory)
 
-        averages = torch.stack(memories, dim=1)  # (B, T, 2, R + num_slots + 1, R)
-        looked = holders.unsqueeze(2) @ averages[:, :, :, width:]  # (B, T, 2, n + 1, R)
-        targets = looked.mean(dim=2)
+        mean = torch.stack(memories, dim=1).mean(dim=2)
+        targets = holders @ mean[:, :, width:]  # (B, T, n + 1, R)
         ridge = self.RIDGE * torch.eye(width, dtype=looks.dtype, device=looks.device)
-        products = (averages[:, :, :, :width].mean(dim=2) + ridge).flatten(0, 1)
+        products = (mean[:, :, :width] + ridge).flatten(0, 1)
         classifiers = solve(products, targets.mT.flatten(0, 1), self.SOLVER_STEPS).unflatten(0, (batch, frames))
         scores = (looks @ classifiers).mT  # 1 is wanted in the object, 0 elsewhere
         best, second = F.pad(scores, (0, 0, 0, 1)).topk(2, dim=2).values.split(1, dim=2)
         logits = self.scale * (scores - torch.where(scores == best, second, best))
         known = targets[..., -1] > 0
         logits = (logits * known.unsqueeze(-1))[:, :, :-1].unflatten(-1, size)
-        return logits, looked[:, :, :, :-1], memory
+        return logits, known[:, :, :-1], memory
 
-    def recognize(self, features: Tensor, masks: Tensor, looked: Tensor) -> Tensor:
+    @torch.no_grad()
+    def recognize(self, history: AusmHistory, masks: Tensor) -> Tensor:
         """
-        What to add to the foreground logits of objects: the more, the more what their masks cover looks like them.
+        What to add to the foreground logits of objects, by the likeness of what their masks cover to what they looked
+        like at first or lately, whichever is nearer: `likeness_scale * (cosine - likeness_offset)`.
 
         Args:
-            features (`torch.Tensor` of shape `(B, T, D, h, w)`): `X_1 .. X_T`.
-            masks (`torch.Tensor` of shape `(B, T, n, height, width)`): Mask logits in these frames.
-            looked (`torch.FloatTensor` of shape `(B, T, 2, n, R)`): What `forward` says that the objects looked like.
+            history (`AusmHistory`): That after a frame, as the network returns it.
+            masks (`torch.Tensor` of shape `(B, n, height, width)`): Mask logits of its objects in that frame.
 
         Returns:
-            Shape `(B, T, n)`; 0 for an object that has not been seen yet, or whose mask is empty.
+            float32 `(B, n)`; 0 for an object that had not been seen before, or whose mask is empty.
         """
-        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-            size = (features.shape[-2], features.shape[-1])
-            shares = average_maps((masks > 0).flatten(0, 1).float(), size).unflatten(0, masks.shape[:2]).flatten(3)
-            area = shares.sum(dim=-1)
-            looks = (shares @ self.describe(features)) / area.clamp(min=1e-6).unsqueeze(-1)  # (B, T, n, R)
-            likeness = F.cosine_similarity(looks.unsqueeze(2)[..., :-1], looked[..., :-1], dim=-1).amax(dim=2)
-            to_be_seen = (looked[:, :, 1, :, -1] > 0) & (area > 0)
-        return self.likeness(likeness.unsqueeze(-1).to(features.dtype)).squeeze(-1) * to_be_seen
+        assert history.features is not None and history.appearance is not None  # a frame has passed
+        size = (history.features.shape[-2], history.features.shape[-1])
+        shares = average_maps((masks > 0).float(), size).flatten(2)
+        looks = (shares @ self.describe(history.features))[..., :-1].unsqueeze(1)  # (B, 1, n, D)
+        of_slots = history.appearance[:, :, history.appearance.shape[-1] :]
+        looked = of_slots.take_along_dim(history.slots[:, None, :, None], dim=2)  # (B, 2, n, R)
+        likeness = F.cosine_similarity(looks, looked[..., :-1], dim=-1).amax(dim=1)
+        known = (looked[:, 1, :, -1] > 0) & shares.any(dim=-1)
+        return self.likeness_scale * (likeness - self.likeness_offset) * known
 
 
 def solve(matrices: Tensor, targets: Tensor, steps: int) -> Tensor:
@@ -598,7 +595,7 @@ class AusmHistoryEncoder(nn.Module):
         marks: Tensor,
         positions: Tensor,
         history: AusmHistory,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[tuple[Tensor, ...], ...], Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, tuple[tuple[Tensor, ...], ...], Tensor | None]:
         """
         Args:
             features (`torch.Tensor` of shape `(B * T, D, h, w)`): `X_1 .. X_T`.
@@ -612,9 +609,8 @@ class AusmHistoryEncoder(nn.Module):
 
         Returns:
             What the history adds to the features, `G - X`, of shape `(B * T, D, h', w')`; logits (B * T, n, h, w) of
-            where objects are by where they were and what they look like, None without both parts; what they looked
-            like so far `(B, T, 2, n, R)`, None without the second part; the new states, and the new memory of what
-            objects look like.
+            where objects are by where they were and what they look like, None without both parts; the new states, and
+            the new memory of what objects look like.
         """
         batch, frames = masks.shape[:2]
         size = (features.shape[-2], features.shape[-1])
@@ -627,7 +623,7 @@ class AusmHistoryEncoder(nn.Module):
             first = channels_last(history.features).to(features.dtype)
         past = channels_first(torch.cat([first.unsqueeze(1), present[:, :-1]], dim=1).flatten(0, 1))
 
-        followed = looked = appearance = None
+        followed = remembered = appearance = None
         if self.mask_propagation is not None or self.appearance is not None:
             # `M_0` of a stream that begins is drawn on its first frame, not on `X_0`.
             started = (first[:, 0, 0] != self.initial_features).any(dim=1)
@@ -635,7 +631,7 @@ class AusmHistoryEncoder(nn.Module):
             shares = average_maps(masks.flatten(0, 1), size).to(features.dtype)
         if self.appearance is not None:
             with torch.autocast(features.device.type, enabled=False):
-                followed, looked, appearance = self.appearance(
+                followed, remembered, appearance = self.appearance(
                     features.unflatten(0, (batch, frames)),
                     past.unflatten(0, (batch, frames))[:, 0],
                     shares.unflatten(0, (batch, frames)),
@@ -648,7 +644,7 @@ class AusmHistoryEncoder(nn.Module):
         if self.mask_propagation is not None and masks.shape[2]:
             # An object that has been seen and has no mask now is away: it comes back where something looks like it.
             known = (masks > 0.5).flatten(3).any(dim=-1)
-            known = known if looked is None else known | (looked[:, :, 1, :, -1] > 0)
+            known = known if remembered is None else known | remembered
             moved = self.mask_propagation(features, past, shares, known.flatten(0, 1))
             followed = moved if followed is None else followed + moved
 
@@ -670,4 +666,4 @@ class AusmHistoryEncoder(nn.Module):
         for layer in self.decoder:
             hidden_states = layer(hidden_states, keys, values, positions, size)
         change = self.gate * self.output_projection(self.output_norm(hidden_states))
-        return to_maps(change, size), followed, looked, tuple(states), appearance
+        return to_maps(change, size), followed, tuple(states), appearance

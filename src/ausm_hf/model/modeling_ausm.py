@@ -74,8 +74,6 @@ class AusmPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    # A checkpoint from before there was a likeness: the network is what it was.
-    _keys_to_ignore_on_load_missing = [r"\.likeness\.(weight|bias)$"]
     # Those of the parts are added. FSDP takes them for its units, so each must be called whole.
     _no_split_modules = ["AusmCompressorLayer", "AusmHistoryDecoderLayer", "AusmPixelDecoderLayer"]
 
@@ -321,7 +319,7 @@ class AusmModel(AusmPreTrainedModel):
         marks = over_frames(self.history_encoder.mark_vectors(id_vectors))
         marks = mark_history(marks, history_masks_seen, history_size)
         positions = sine_positions(history_size, features.shape[1], features)
-        change, followed, looked, states, appearance = self.history_encoder(
+        change, followed, states, appearance = self.history_encoder(
             features, seen_masks, id_slots, taken, marks, positions, history
         )
         changes = [resize_maps(change, (level.shape[-2], level.shape[-1])) for level in frame_features.levels]
@@ -357,11 +355,6 @@ class AusmModel(AusmPreTrainedModel):
         )
         hidden_states = [x.unflatten(0, (batch, frames)) for x in states_per_layer]
         masks = [x.unflatten(0, (batch, frames)) for x in masks_per_layer]
-        likeness = None
-        if self.history_encoder.appearance is not None and looked is not None:
-            frames_apart = features.unflatten(0, (batch, frames))
-            tracked = masks[-1][:, :, : id_slots.shape[1]]
-            likeness = self.history_encoder.appearance.recognize(frames_apart, tracked, looked)
         class_features = hidden_states
         if self.config.mask_pooling:
             pooled = [pool_in_masks(frame_features.levels, x).unflatten(0, (batch, frames)) for x in masks_per_layer]
@@ -378,7 +371,6 @@ class AusmModel(AusmPreTrainedModel):
                 history_masks[:, -1],
                 appearance,
             ),
-            likeness_logits=likeness,
             selection_logits=selection_logits,
             selection_places=None if places is None else places.unflatten(0, (batch, frames)),
             intermediate_masks_queries_logits=tuple(masks[:-1]) if output_intermediate else None,
@@ -430,12 +422,6 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             )
         return cast(nn.Linear, self.class_heads[name])
 
-    def _foreground(self, hidden_states: Tensor, likeness_logits: Tensor | None) -> Tensor:
-        logits = self.foreground_head(hidden_states).squeeze(-1)
-        if likeness_logits is None:
-            return logits
-        return logits + F.pad(likeness_logits.to(logits.dtype), (0, logits.shape[-1] - likeness_logits.shape[-1]))
-
     def layer_predictions(self, output: AusmModelOutput) -> list[dict]:
         """The heads on the query states of every layer that `output` has, as the loss takes them."""
         states = (*(output.intermediate_query_hidden_states or ()), output.query_hidden_states)
@@ -444,7 +430,7 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         predictions = [
             {
                 "masks": layer_masks,
-                "foreground": self._foreground(layer_states, output.likeness_logits),
+                "foreground": self.foreground_head(layer_states).squeeze(-1),
                 "classes": {name: head(layer_features) for name, head in self.class_heads.items()},
             }
             for layer_states, layer_masks, layer_features in zip(states, masks, class_features)
@@ -493,13 +479,20 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         head = self._class_head(label_set)
         return self._last_predictions(self.model.step(pixel_values, history), head)
 
+    def recognize(self, history: AusmHistory, masks: Tensor) -> Tensor | None:
+        """
+        Whether objects look like themselves: what to add to their foreground logits, `(B, n)`. See
+        [`AusmAppearance.recognize`]; `None` where the network remembers no appearance.
+        """
+        appearance = self.model.history_encoder.appearance
+        return None if appearance is None else appearance.recognize(history, masks)
+
     def _last_predictions(self, output: AusmModelOutput, head: nn.Linear) -> AusmForUniversalSegmentationOutput:
         return AusmForUniversalSegmentationOutput(
             masks_queries_logits=output.masks_queries_logits,
             class_queries_logits=head(output.class_features),
-            foreground_queries_logits=self._foreground(output.query_hidden_states, output.likeness_logits),
+            foreground_queries_logits=self.foreground_head(output.query_hidden_states).squeeze(-1),
             history=output.history,
-            likeness_logits=output.likeness_logits,
             **_recorded(output),
         )
 
@@ -639,7 +632,6 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             class_queries_logits=predictions[-1]["classes"][label_set],
             foreground_queries_logits=predictions[-1]["foreground"],
             history=output.history,
-            likeness_logits=output.likeness_logits,
             **_recorded(output),
         )
         return result if return_dict is not False else result.to_tuple()

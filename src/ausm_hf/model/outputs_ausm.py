@@ -23,9 +23,6 @@ class AusmModelOutput(ModelOutput):
             features over the masks.
         history (`AusmHistory`):
             The history after the last frame. Its objects are the ones that were passed in.
-        likeness_logits (`torch.Tensor` of shape `(B, T, n)`, *optional*):
-            With `remember_appearance`, what to add to the foreground logits of the objects that are followed, as what
-            their masks cover looks like them or not: see [`AusmAppearance.recognize`].
         selection_logits (`torch.Tensor` of shape `(B, T, H / 16, W / 16)`, *optional*):
             With `query_selection`, of each cell: the middle of an object is here.
         selection_places (`torch.Tensor` of shape `(B, T, N_det, 2)`, *optional*):
@@ -52,7 +49,6 @@ class AusmModelOutput(ModelOutput):
     query_hidden_states: Tensor = None  # type: ignore[assignment]
     class_features: Tensor = None  # type: ignore[assignment]
     history: AusmHistory = None  # type: ignore[assignment]
-    likeness_logits: Tensor | None = None
     selection_logits: Tensor | None = None
     selection_places: Tensor | None = None
     intermediate_masks_queries_logits: tuple[Tensor, ...] | None = None
@@ -82,9 +78,6 @@ class AusmForUniversalSegmentationOutput(ModelOutput):
             that of whether the followed object is in the frame.
         history (`AusmHistory`):
             The history after the last frame. Its objects are the ones that were passed in.
-        likeness_logits (`torch.Tensor` of shape `(B, T, n)`, *optional*):
-            With `remember_appearance`, the part of the foreground logits of the objects that are followed that comes
-            from what their masks cover looking like them or not.
         hidden_states (`tuple(torch.Tensor)` of shape `(B * T, Q, D)`, *optional*):
             The queries before the first and after every layer of the Pixel Decoder, frames in the batch, with
             `output_hidden_states=True`.
@@ -102,7 +95,6 @@ class AusmForUniversalSegmentationOutput(ModelOutput):
     class_queries_logits: Tensor = None  # type: ignore[assignment]
     foreground_queries_logits: Tensor = None  # type: ignore[assignment]
     history: AusmHistory = None  # type: ignore[assignment]
-    likeness_logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     cross_attentions: tuple[Tensor, ...] | None = None

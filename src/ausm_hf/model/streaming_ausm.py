@@ -453,9 +453,9 @@ def _ask(
         if radius and not all(prompted):
             masks[:number] = within_reach(masks[:number], history.masks[0], radius, prompted)
         foreground = output.foreground_queries_logits[i, rows].float()
-        if output.likeness_logits is not None:  # a bystander may be a part of this and then of that
-            strangers = torch.tensor([x.is_bystander for x in objects[i]], device=foreground.device)
-            foreground[:number] -= output.likeness_logits[i, :number] * strangers
+        likeness = model.recognize(history, masks[None, :number]) if any(prompted) else None
+        if likeness is not None:  # what was found may have been a part of something, and become all of it
+            foreground[:number] += likeness[0] * torch.tensor(prompted, device=foreground.device)
         answers.append(
             Answer(
                 masks=masks,
