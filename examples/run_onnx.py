@@ -2,7 +2,7 @@
 
 `ausm export-onnx STEP.onnx --like VIDEO` writes the step. MASK.png marks objects of the first frame (pixel = id of the
 object, 0 = background); without it objects are found. OUT_DIR gets an indexed PNG per frame. Shorter than the package:
-nothing is followed unseen, a mask may reach and come back anywhere, of several detections one is taken as it is.
+nothing is followed unseen, a mask may reach anywhere, also onto what is unlike its object, detections are not merged.
 """
 
 import json
