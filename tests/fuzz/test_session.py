@@ -29,6 +29,9 @@ class ErraticModel:
     def __init__(self, seed: int):
         self.seed = seed
         self.config = SimpleNamespace(
+            hidden_size=1,
+            num_compressor_layers=1,
+            remember_appearance=False,
             num_id_vectors=SLOTS,
             foreground_threshold=0.5,
             duplicate_overlap=0.5,
@@ -44,6 +47,10 @@ class ErraticModel:
 
     def init_history(self, batch_size):
         return AusmHistory.empty(batch_size, "cpu", torch.float32)
+
+    def recognize(self, history, masks):
+        generator = torch.Generator().manual_seed(1000 * self.seed - int(history.features.max()))
+        return 3 * torch.randn(SLOTS, generator=generator)[history.slots]
 
     def step(self, pixel_values, history, label_set=None):
         batch, held = history.slots.shape
