@@ -54,6 +54,7 @@ class ErraticModel:
 
     def step(self, pixel_values, history, label_set=None):
         batch, held = history.slots.shape
+        height, width = pixel_values.stride_4.shape[-2:]
         answers = []
         for i in range(batch):
             steps = 0 if history.features is None else int(history.features[i].max())
@@ -63,7 +64,7 @@ class ErraticModel:
             centres = (
                 torch.rand(SLOTS + DETECTIONS, 2, 1, 1, generator=generator) * torch.tensor(SIZE)[:, None, None] / 4
             )
-            grid = torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(6.0), indexing="ij"))
+            grid = torch.stack(torch.meshgrid(torch.arange(1.0 * height), torch.arange(1.0 * width), indexing="ij"))
             masks = 1.5 - (grid - centres).abs().amax(1)
             masks[torch.rand(len(masks), generator=generator) < 0.2] = -1
             foreground = 3 * torch.randn(SLOTS + DETECTIONS, generator=generator)
