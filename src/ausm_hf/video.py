@@ -323,11 +323,11 @@ def _read_location(location: str, strict: bool) -> VideoSource:
     path = Path(location)
     if path.is_dir():
         try:
-            images, inside = image_files(path), visible(path)
+            images = image_files(path)
         except OSError as error:
             raise ValueError(f"folder {location!r} can't be read: {error.strerror}") from error
         if not images:
-            videos = sorted({p.suffix for p in inside if p.suffix.lower() in VIDEO_SUFFIXES})
+            videos = sorted({p.suffix for p in visible(path) if p.suffix.lower() in VIDEO_SUFFIXES})
             hint = f"; videos in it are named by a pattern, such as '{path.name}/*{videos[0]}'" if videos else ""
             raise ValueError(f"folder {location!r} has no images ({', '.join(IMAGE_SUFFIXES)}){hint}")
         return _read_images(path.resolve().name, images, strict)

@@ -755,6 +755,7 @@ def test_objects_are_recognized_by_the_pixels_of_their_masks():
     torch.testing.assert_close(module.recognize(history, masks), got)
     looks[:, 1, 4, :-1] *= -1
     assert module.recognize(history, masks)[0, 0] < -0.75
+    assert tiny_model(remember_appearance=True).recognize(history, masks) is None  # without a scale
 
 
 def test_appearance_begins_anew_when_nobody_is_left_whom_it_is_of():

@@ -439,7 +439,7 @@ class AusmAppearance(nn.Module):
         super().__init__()
         self.num_slots = config.num_id_vectors
         self.scale = nn.Parameter(torch.zeros(1))
-        self.likeness_scale, self.likeness_offset = config.likeness_scale, config.likeness_offset
+        self.config = config
 
     def describe(self, features: Tensor) -> Tensor:
         """What is classified: features (..., D, h, w) to float32 (..., S, R) of the same length, and a constant."""
@@ -534,7 +534,7 @@ class AusmAppearance(nn.Module):
         looked = of_slots.take_along_dim(history.slots[:, None, :, None], dim=2)  # (B, 2, n, R)
         likeness = F.cosine_similarity(looks, looked[..., :-1], dim=-1).amax(dim=1)
         known = (looked[:, 1, :, -1] > 0) & shares.any(dim=-1)
-        return self.likeness_scale * (likeness - self.likeness_offset) * known
+        return self.config.likeness_scale * (likeness - self.config.likeness_offset) * known
 
 
 def solve(matrices: Tensor, targets: Tensor, steps: int) -> Tensor:

@@ -482,10 +482,10 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
     def recognize(self, history: AusmHistory, masks: Tensor) -> Tensor | None:
         """
         Whether objects look like themselves: what to add to their foreground logits, `(B, n)`. See
-        [`AusmAppearance.recognize`]; `None` where the network remembers no appearance.
+        [`AusmAppearance.recognize`]; `None` without appearance or `likeness_scale`.
         """
         appearance = self.model.history_encoder.appearance
-        return None if appearance is None else appearance.recognize(history, masks)
+        return appearance.recognize(history, masks) if appearance and self.config.likeness_scale else None
 
     def _last_predictions(self, output: AusmModelOutput, head: nn.Linear) -> AusmForUniversalSegmentationOutput:
         return AusmForUniversalSegmentationOutput(
