@@ -1,5 +1,3 @@
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -195,20 +193,6 @@ def test_overlay_refuses():
             draw_overlay(frame, bad_masks)
     with pytest.raises(ValueError, match="alpha"):
         draw_overlay(frame, masks, alpha=2)
-
-
-@pytest.mark.parametrize("count, limit_ms", [(1, 4), (8, 8)])
-def test_overlay_is_fast(count, limit_ms):
-    """So that drawing does not slow a stream down: 1.5 ms with one object, 2 to 4 ms with eight, at 240 x 426."""
-    frame = np.random.default_rng(0).integers(0, 256, (240, 426, 3), dtype=np.uint8)
-    masks = discs(count)
-    seconds = []
-    for step in range(30):
-        labels = {i + 1: f"{i + 1} dog 0.{10 + step + i}" for i in range(count)}
-        start = time.process_time()
-        draw_overlay(frame, masks, labels)
-        seconds.append(time.process_time() - start)
-    assert sorted(seconds)[5] * 1000 < limit_ms
 
 
 def test_contact_sheet():
