@@ -30,11 +30,11 @@ from .export import (
     PngMaskWriter,
     YoutubeVisWriter,
 )
+from .model.ahead_ausm import encode_ahead
 from .model.modeling_ausm import AusmForUniversalSegmentation
 from .model.pipeline_ausm import start_session
 from .model.processing_ausm import AusmProcessor
 from .model.session_ausm import AusmInferenceSession
-from .model.streaming_ausm import encode_ahead
 from .video import read_video
 
 # And what each is written to, within the folder of the results.

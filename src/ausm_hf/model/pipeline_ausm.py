@@ -11,9 +11,9 @@ import torch
 from PIL import Image, ImageOps
 from transformers import Pipeline
 
+from .ahead_ausm import encode_ahead
 from .processing_ausm import AusmProcessor
 from .session_ausm import AusmInferenceSession
-from .streaming_ausm import encode_ahead
 from .upright_ausm import upright
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")

@@ -3,12 +3,9 @@ The stream moves on: one frame in, the network once, who is who out. All bookkee
 `session_ausm.py`, none of it in the network.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +18,6 @@ from .prompts_ausm import history_mask, refine_signals, signal_of_marks
 from .session_ausm import AusmInferenceSession, AusmVideoSegmentationOutput, FollowedObject, without_trace
 
 logger = logging.get_logger(__name__)
-
-Frame = TypeVar("Frame")
-Encoded = TypeVar("Encoded")
-Result = TypeVar("Result")
 
 PROMPT_LOGIT = 100.0  # logit of a pixel that the user says belongs to an object; above any that the network gives
 PRESENCE_THRESHOLD = 0.5  # foreground from which on a marked object is in the frame
@@ -178,59 +171,6 @@ def preview_prompts(
         return _prompt_masks(model, session, encoded, seen)
     finally:
         session.warnings_given = said  # what is wrong with these prompts is said again should they come to be followed
-
-
-def encode_ahead(
-    model,
-    frames: Iterable[Frame],
-    encode: Callable[[Frame], Encoded],
-    step: Callable[[Frame, Encoded], Result],
-    live: bool,
-) -> Iterator[Result]:
-    """
-    `step(frame, encode(frame))` for each frame of a video in turn. What the network sees in a frame alone needs no
-    history: on a CPU the next frame is read and encoded in a second thread meanwhile, both with half of torch's
-    threads, which makes better use of them than all of them in one half of the network after the other.
-
-    Args:
-        model ([`AusmForUniversalSegmentation`]): The network.
-        frames (iterable): The frames.
-        encode (`Callable`): What can be done with a frame before its turn, in inference mode; no two at the same time.
-        step (`Callable`): All the rest, in this thread.
-        live (`bool`): Whether frames may still have to be made, as a camera's: none is read before its turn.
-
-    Yields:
-        What `step` returns. What `frames` or `encode` raise comes when the frame's turn has come.
-    """
-    encode = torch.inference_mode()(encode)
-    threads = torch.get_num_threads()
-    if live or model.device.type != "cpu" or threads < 2:
-        for frame in frames:
-            yield step(frame, encode(frame))
-        return
-    coming = iter(frames)
-
-    def encode_next() -> list[tuple[Frame, Encoded]]:
-        return [(frame, encode(frame)) for frame in islice(coming, 1)]
-
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads // 2,)) as second_thread:
-        encoded = second_thread.submit(encode_next)
-        while frame_with_features := encoded.result():
-            encoded = second_thread.submit(encode_next)
-            with _torch_threads(threads - threads // 2):
-                result = step(*frame_with_features[0])
-            yield result
-
-
-@contextmanager
-def _torch_threads(number: int):
-    """So many threads for what torch computes in this block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def propagate_in_video_iterator(
