@@ -32,6 +32,8 @@ class ErraticModel:
             hidden_size=1,
             num_compressor_layers=1,
             remember_appearance=False,
+            likeness_scale=3.0,
+            likeness_offset=0.5,
             num_id_vectors=SLOTS,
             foreground_threshold=0.5,
             duplicate_overlap=0.5,
@@ -48,9 +50,10 @@ class ErraticModel:
     def init_history(self, batch_size):
         return AusmHistory.empty(batch_size, "cpu", torch.float32)
 
-    def recognize(self, history, masks):
+    def describe_objects(self, history, masks):
         generator = torch.Generator().manual_seed(1000 * self.seed - int(history.features.max()))
-        return 3 * torch.randn(SLOTS, generator=generator)[history.slots]
+        looks = torch.randn(SLOTS, 1, generator=generator)[torch.arange(masks.shape[1])[None] % SLOTS]
+        return looks.sign() * (masks > 0).flatten(2).any(-1, keepdim=True)
 
     def step(self, pixel_values, history, label_set=None):
         batch, held = history.slots.shape

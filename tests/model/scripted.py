@@ -25,7 +25,7 @@ class Seen:
     bird: float = 0.0  # in a label set that has it
     logit: float = 5.0
     no_object: float = 0.0  # odds of "no object" in the class logits
-    likeness: float = 0.0  # what its looks add to the foreground's logit, if that is asked for
+    look: float = 0.0  # direction in which what it looks like lies, as an angle
 
     @property
     def mask(self) -> torch.Tensor:
@@ -82,7 +82,9 @@ class ScriptedModel:
     device, dtype = torch.device("cpu"), torch.float32
     encode_frames = staticmethod(encode_frames)
 
-    def __init__(self, script, num_id_vectors=4, num_detection_queries=4, max_age=60, radius=0):
+    def __init__(
+        self, script, num_id_vectors=4, num_detection_queries=4, max_age=60, radius=0, likeness_scale=0, offset=0.9
+    ):
         self.script = script
         self.num_detection_queries = num_detection_queries
         self.config = SimpleNamespace(
@@ -91,6 +93,8 @@ class ScriptedModel:
             duplicate_overlap=0.5,
             max_age=max_age,
             mask_propagation_radius=radius,
+            likeness_scale=likeness_scale,
+            likeness_offset=offset,
             label_sets={"pets": LABELS, "ships": ["tug", "yacht"], "birds": [*LABELS, "bird"], "pet": ["pet"]},
             default_label_set="pets",
         )
@@ -108,11 +112,15 @@ class ScriptedModel:
         number = len(self.config.label_sets[self.session.label_set or self.config.default_label_set])
         return {1: [1.0], 2: [1 - seen.dog, seen.dog], 3: [1 - seen.dog - seen.bird, seen.dog, seen.bird]}[number]
 
-    def recognize(self, history, masks):
+    def describe_objects(self, history, masks):
         tracked, _ = self.script[history.steps - 1]
-        ids = [followed.object_id for followed in self.session.objects] or list(tracked)
-        assert masks.shape == (1, len(ids), *SIZE)
-        return torch.tensor([[tracked.get(object_id, NOTHING).likeness for object_id in ids]])
+        assert masks.shape == (1, masks.shape[1], *SIZE)
+        looks = []
+        for mask in masks[0] > 0:
+            angles = [seen.look for seen in tracked.values() if seen.mask.equal(mask)]
+            look = torch.tensor(angles[0] if angles else 0.0)
+            looks.append(torch.stack([look.cos(), look.sin()]) * mask.any())
+        return torch.stack(looks)[None]
 
     def step(self, pixel_values, history, label_set=None):
         self.histories.append(history)

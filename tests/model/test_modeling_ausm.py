@@ -1,6 +1,8 @@
 """The network in its two forms: all frames at once, and frame by frame."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -725,37 +727,21 @@ def test_appearance_is_ridge_regression():
                 )
 
 
-def test_objects_are_recognized_by_the_pixels_of_their_masks():
-    """By numpy: the cosine of the mean look now and the nearer of both averages, of the object that the column is."""
-    module = tiny_model(remember_appearance=True, likeness_scale=3.0, likeness_offset=0.25).model
-    module = module.history_encoder.appearance
+def test_objects_look_as_the_pixels_of_their_masks_do():
+    """By numpy: the mean of unit vectors, each as much as its cell is covered."""
     torch.manual_seed(11)
-    before, features = torch.randn(2, 1, 32, 4, 6)
-    features = before + 0.5 * features
-    shares = torch.zeros(1, 1, 4, 4, 6)
-    shares[0, 0, 0, 1:3, 1:4] = shares[0, 0, 1, 2:, 4:] = shares[0, 0, 2, 0, 4:] = 1  # the fourth was never seen
-    masks = torch.full((1, 4, 8, 12), -1.0)
-    masks[:, 0, 2:7, 3:8] = masks[:, 1, 4:, 6:] = masks[:, 3, :3] = 0.5  # the third is away
-    slots, there, started = torch.tensor([[4, 1, 3, 0]]), torch.ones(1, 1, 4, dtype=torch.bool), torch.tensor([True])
-    with torch.no_grad():
-        _, _, memory = module(features[:, None], before, shares, slots, there, started, None)
-    history = AusmHistory(features, None, slots, there[:, 0], shares[:, 0], memory)
-    got = module.recognize(history, masks)
+    features = torch.randn(2, 32, 4, 6)
+    masks = torch.full((2, 3, 8, 12), -1.0)
+    masks[:, 0, 2:7, 3:8] = masks[0, 1, 4:, 6:] = masks[1, 1, :3] = 0.5
+    history = replace(AusmHistory.empty(2, "cpu", torch.float32), features=features.bfloat16())
+    looks = tiny_model().describe_objects(history, masks)
+    assert looks.dtype == torch.float32 and looks.shape == (2, 3, 32) and not looks[:, 2].any()
 
-    then, now = (F.normalize(x, dim=1)[0].double().numpy() for x in (before, features))
-    inside = F.avg_pool2d((masks[0] > 0).double(), 2).numpy()
-    cosines = []
-    for column in (0, 1):
-        one, other = ((x * y).sum((1, 2)) for x, y in ((then, shares[0, 0, column].numpy()), (now, inside[column])))
-        cosines.append(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
-    torch.testing.assert_close(got, torch.tensor([[3 * (cosine - 0.25) for cosine in cosines] + [0, 0]]).float())
-
-    looks = memory[:, :, 33:]
-    looks[:, 0, 4, :-1] *= -1  # what it came to look like is it too
-    torch.testing.assert_close(module.recognize(history, masks), got)
-    looks[:, 1, 4, :-1] *= -1
-    assert module.recognize(history, masks)[0, 0] < -0.75
-    assert tiny_model(remember_appearance=True).recognize(history, masks) is None  # without a scale
+    unit = F.normalize(features.bfloat16().double(), dim=1).numpy()
+    for b, n in itertools.product(range(2), range(2)):
+        covered = (masks[b, n] > 0).double().numpy().reshape(4, 2, 6, 2).mean((1, 3))
+        expected = (unit[b] * covered).sum((1, 2))
+        np.testing.assert_allclose(looks[b, n].numpy(), expected / np.linalg.norm(expected), atol=1e-6)
 
 
 def test_appearance_begins_anew_when_nobody_is_left_whom_it_is_of():

@@ -2,7 +2,10 @@
 
 import copy
 import logging
+import math
 import threading
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -216,6 +219,7 @@ def test_what_a_session_shows_of_itself():
 def test_a_loaded_stream_goes_to_where_the_model_is(tiny_model, tmp_path, monkeypatch):
     """It is loaded to the CPU. "meta" stands for a GPU here: a device that every tensor can be sent to."""
     session = AusmInferenceSession(seed=0)
+    session.add_prompts(0, [1], [ObjectPrompt(mask=torch.ones(64, 64, dtype=torch.bool))], (64, 64))
     frame = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         step_session(tiny_model, session, frame)
@@ -226,8 +230,10 @@ def test_a_loaded_stream_goes_to_where_the_model_is(tiny_model, tmp_path, monkey
     loaded, sent = AusmInferenceSession.load(tmp_path / "stream.safetensors"), []
     there, loaded.history = loaded.history, moved
     monkeypatch.setattr(AusmHistory, "to", lambda self, device: sent.append(device) or there)
+    looks = loaded.objects[0].looks
+    loaded.objects[0].looks = SimpleNamespace(to=lambda device: sent.append(device) or looks)
     step_session(tiny_model, loaded, frame)
-    assert sent == [tiny_model.device]
+    assert sent == [tiny_model.device] * 2
 
 
 def test_what_other_threads_say_waits_for_the_frame_that_is_segmented():
@@ -332,18 +338,75 @@ def test_what_nobody_asked_for_is_followed_as_a_bystander():
     assert model.histories[2].masks[0, 0].equal(left.float()) and model.histories[2].masks[0, 1].equal(C.mask.float())
 
 
+def turned(*looks, ids=(1,), box=A.box, foreground=0.9):
+    """A script in which objects look from frame to frame as these angles say."""
+    return [({object_id: Seen(box, foreground, look=look) for object_id in ids}, []) for look in looks]
+
+
+def away(outputs) -> list[bool]:
+    return [not (output.pred_masks[0] > 0).any() for output in outputs]
+
+
 def test_marked_objects_must_look_like_themselves():
-    """What was found may have been a part of something, and become all of it."""
-    unlike, like = {"foreground": 0.9, "likeness": -2.5}, {"foreground": 0.4, "likeness": 0.5}
-    script = [({1: A}, [C]), ({1: Seen(A.box, **unlike), -1: Seen(C.box, **unlike)}, [])]
-    script += [({1: Seen(A.box, **like), -1: C}, [])]
-    _, session, outputs = play(script, prompts={0: {1: frame_mask(A)}})
-    assert [bool((output.pred_masks[0] > 0).any()) for output in outputs] == [True, False, True]
-    assert [x.object_id for x in session.objects] == [1, -1]
-    assert not session.objects[1].absent_frames
-    torch.testing.assert_close(outputs[1].scores[0] / 0.5, torch.tensor(0.9).logit().sub(2.5).sigmoid())
-    _, _, outputs = play([({}, [A]), ({1: Seen(A.box, **unlike)}, [])])
-    assert outputs[1].object_ids == [1]
+    """As they did at first or since: one that turns is known, also when it has turned back."""
+    script = turned(0, 0.4, 0.8, 1.2, 0, 0.8, -0.8, -0.8, 1.2)
+    play_it = partial(play, script, likeness_scale=20, prompts={0: {1: frame_mask(A)}})
+    _, _, outputs = play_it()
+    assert away(outputs) == [False] * 6 + [True, True, False]  # what was taken for it teaches nothing
+    for frame, angle in ((1, 0.4), (6, 0.8)):
+        score = torch.tensor(0.9).logit() + 20 * (math.cos(angle) - 0.9)
+        torch.testing.assert_close(outputs[frame].scores[0] / 0.5, score.sigmoid())
+    assert not any(away(play_it(offset=-1.0)[2]))
+    script[1] = turned(0.4, foreground=0.85)[0]  # sure enough to be it, not to say what it looks like
+    assert away(play_it()[2]) == [False, False, True, True, False] + [True] * 4
+
+
+def test_who_looks_like_itself_need_be_less_sure():
+    _, _, outputs = play(turned(0, 0, foreground=0.3), likeness_scale=10, prompts={0: {1: frame_mask(A)}})
+    assert away(outputs) == [False, False]
+    _, _, outputs = play(turned(0, 0, foreground=0.3), prompts={0: {1: frame_mask(A)}})
+    assert away(outputs) == [False, True]
+
+
+def test_found_objects_must_look_like_themselves():
+    """From the frame after that in which they were found on; and one that is away is back as soon as it is itself."""
+    script = [({}, [A]), *turned(1.5, 3.0, 3.0, foreground=0.95), ({1: Seen(A.box, look=1.5)}, [A])]
+    _, session, outputs = play(script, likeness_scale=20)
+    assert [output.object_ids for output in outputs] == [[1], [1], [], [], [1]]
+    assert [x.object_id for x in session.objects] == [1]
+    # Not sure enough to say what it looks like.
+    script = [({}, [Seen(A.box, 0.8)]), *turned(1.5, 3.0, foreground=0.89)]
+    _, session, outputs = play(script, likeness_scale=20)
+    assert [output.object_ids for output in outputs] == [[1]] * 3 and session.objects[0].looks is None
+
+
+def test_bystanders_need_not_look_like_themselves():
+    """One that is let go for its looks would be found anew as another, and what is marked would take its pixels."""
+    script = [({1: A}, [C]), *(({1: A, -1: Seen(C.box, look=look)}, []) for look in (0, 1.5))]
+    _, session, _ = play(script, likeness_scale=20, prompts={0: {1: frame_mask(A)}})
+    assert [x.object_id for x in session.objects if not x.absent_frames] == [1, -1]
+    assert session.objects[1].looks is None
+
+
+def test_a_mark_elsewhere_says_what_it_looks_like():
+    play_it = partial(play, likeness_scale=20, prompts={0: {1: frame_mask(A)}, 2: {1: frame_mask(C)}})
+    script = [*turned(0, 0), ({1: Seen(A.box), 2: Seen(C.box, look=2)}, []), *turned(0, 2)]
+    assert away(play_it(script)[2]) == [False, False, False, True, False]
+    script = [*turned(0, 0), *turned(0.4, box=C.box), *turned(0, 0.8)]  # the mark agrees with what was followed
+    assert away(play_it(script)[2]) == [False] * 5
+
+
+def test_looks_that_are_remembered():
+    """The first one, and the last ones that were new: a number that doesn't grow."""
+    followed, angles = FollowedObject(1, slot=0, prompted=True), [0.3 * n for n in range(12)]
+    looks = [torch.tensor([math.cos(angle), math.sin(angle)]) for angle in angles]
+    assert followed.likeness(looks[0]) == 0
+    for look in looks:
+        for _ in range(2):  # the second time it is known
+            followed.remember(look)
+    assert followed.looks.equal(torch.stack([looks[0], *looks[-7:]]))
+    assert followed.likeness(looks[1]).item() == pytest.approx(math.cos(0.3))
+    assert followed.likeness(looks[-2]).item() == pytest.approx(1)
 
 
 def test_bystanders_need_but_be_likely():

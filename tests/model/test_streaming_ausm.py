@@ -307,6 +307,7 @@ class Parade:
             num_id_vectors=num_id_vectors,
             foreground_threshold=0.5,
             mask_propagation_radius=0,
+            likeness_scale=0,
             duplicate_overlap=0.5,
             max_age=5,
             label_sets={"things": ["thing"]},
@@ -454,9 +455,21 @@ def test_a_saved_stream_goes_on_bit_for_bit(tiny_model, clips, tmp_path, after):
     state, expected = vars(loaded), vars(session)
     for name in expected.keys() - {"generator", "history", "objects", "lock"}:
         assert state[name] == expected[name], name
-    assert str(loaded.objects) == str(session.objects)
+    assert str(loaded.objects) == str(session.objects) and any(x.looks is not None for x in session.objects)
     for name, tensor in session.history.tensors().items():
         assert loaded.history.tensors()[name].equal(tensor), name
+
+
+def test_looks_of_another_network_are_refused(tiny_model, tmp_path):
+    session = AusmInferenceSession(seed=0)
+    session.add_prompts(0, [1], [ObjectPrompt(mask=torch.ones(64, 96, dtype=torch.bool))], (64, 96))
+    step_session(tiny_model, session, torch.zeros(3, 64, 96))
+    assert session.objects[0].looks.shape == (1, tiny_model.config.hidden_size)
+    for looks in (session.objects[0].looks[:, 1:], session.objects[0].looks[0]):
+        session.objects[0].looks = looks
+        session.save(tmp_path / "stream")
+        with pytest.raises(ValueError, match="what its objects look like is not of its network"):
+            AusmInferenceSession.load(tmp_path / "stream")
 
 
 def test_files_that_are_no_saved_session(tmp_path):

@@ -53,7 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mask_propagation_radius": 4,
         "remember_appearance": True,
         "likeness_scale": 16.0,
-        "likeness_offset": 0.93,
+        "likeness_offset": 0.96,
         "num_decoder_layers": 2,
         "decoder_feedforward_size": 512,
         "mask_pooling": True,
@@ -173,9 +173,9 @@ class AusmConfig(PreTrainedConfig):
             fitted to the frames so far; a pixel that looks like an object then gives its mask a higher logit, wherever
             it is. The paper's form has none of this.
         likeness_scale, likeness_offset (`float`, *optional*, default to 0.0):
-            With it, in a stream: `likeness_scale * (cosine - likeness_offset)` is added to the foreground logit of a
-            prompted object, with the cosine of what its mask covers and what the object looked like at first or
-            lately. So its id is away rather than on something else.
+            In a stream, `likeness_scale * (cosine - likeness_offset)` is added to the foreground logit of a followed
+            object, with the cosine between what its mask covers and what is most like it of what the object has
+            looked like. So its id is away rather than on something else. The paper's form has none of this.
         history_gate_init (`float`, *optional*, defaults to 0.0):
             Initial gate of what the history adds to the frame's features. 0 makes a fresh network reproduce the
             Mask2Former that it was initialised from; networks that start without one start at 1.

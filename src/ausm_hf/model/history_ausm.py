@@ -422,8 +422,7 @@ class AusmAppearance(nn.Module):
     """
     What each followed object looks like, wherever it is: a linear classifier from a pixel's features to whose pixel it
     is, fitted to the frames so far by ridge regression, as few-shot learners do (R2D2, arXiv 1805.08136). So an object
-    that was hidden is known again, and who crosses it doesn't take it over. By what an object looked like it is also
-    told whether what has its mask is the object at all.
+    that was hidden is known again, and who crosses it doesn't take it over.
 
     In each frame, each object and the background count the same, whatever their size. The sums over pixels that the
     regression needs are the mean of two averages over frames: one of the first frame alone that shows an object, which
@@ -439,7 +438,6 @@ class AusmAppearance(nn.Module):
         super().__init__()
         self.num_slots = config.num_id_vectors
         self.scale = nn.Parameter(torch.zeros(1))
-        self.config = config
 
     def describe(self, features: Tensor) -> Tensor:
         """What is classified: features (..., D, h, w) to float32 (..., S, R) of the same length, and a constant."""
@@ -512,29 +510,6 @@ class AusmAppearance(nn.Module):
         known = targets[..., -1] > 0
         logits = (logits * known.unsqueeze(-1))[:, :, :-1].unflatten(-1, size)
         return logits, known[:, :, :-1], memory
-
-    @torch.no_grad()
-    def recognize(self, history: AusmHistory, masks: Tensor) -> Tensor:
-        """
-        What to add to the foreground logits of objects, by the likeness of what their masks cover to what they looked
-        like at first or lately, whichever is nearer: `likeness_scale * (cosine - likeness_offset)`.
-
-        Args:
-            history (`AusmHistory`): That after a frame, as the network returns it.
-            masks (`torch.Tensor` of shape `(B, n, height, width)`): Mask logits of its objects in that frame.
-
-        Returns:
-            float32 `(B, n)`; 0 for an object that had not been seen before, or whose mask is empty.
-        """
-        assert history.features is not None and history.appearance is not None  # a frame has passed
-        size = (history.features.shape[-2], history.features.shape[-1])
-        shares = average_maps((masks > 0).float(), size).flatten(2)
-        looks = (shares @ self.describe(history.features))[..., :-1].unsqueeze(1)  # (B, 1, n, D)
-        of_slots = history.appearance[:, :, history.appearance.shape[-1] :]
-        looked = of_slots.take_along_dim(history.slots[:, None, :, None], dim=2)  # (B, 2, n, R)
-        likeness = F.cosine_similarity(looks, looked[..., :-1], dim=-1).amax(dim=1)
-        known = (looked[:, 1, :, -1] > 0) & shares.any(dim=-1)
-        return self.config.likeness_scale * (likeness - self.config.likeness_offset) * known
 
 
 def solve(matrices: Tensor, targets: Tensor, steps: int) -> Tensor:

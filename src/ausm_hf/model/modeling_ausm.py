@@ -37,7 +37,7 @@ from .history_ausm import (
     mark_history,
 )
 from .loss_ausm import AusmLoss, TeacherForcing, pad_instances, plan_teacher_forcing
-from .maps_ausm import resize_maps
+from .maps_ausm import average_maps, resize_maps, to_tokens
 from .outputs_ausm import AusmForUniversalSegmentationOutput, AusmModelOutput
 from .pixels_ausm import (
     AusmDeformablePixelEncoder,
@@ -479,13 +479,22 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
         head = self._class_head(label_set)
         return self._last_predictions(self.model.step(pixel_values, history), head)
 
-    def recognize(self, history: AusmHistory, masks: Tensor) -> Tensor | None:
+    @torch.no_grad()
+    def describe_objects(self, history: AusmHistory, masks: Tensor) -> Tensor:
         """
-        Whether objects look like themselves: what to add to their foreground logits, `(B, n)`. See
-        [`AusmAppearance.recognize`]; `None` without appearance or `likeness_scale`.
+        What objects look like in a frame: the mean direction of the features of the pixels under each mask.
+
+        Args:
+            history (`AusmHistory`): That after the frame, as `step` returns it.
+            masks (`torch.Tensor` of shape `(B, n, height, width)`): Masks of the frame, or their logits.
+
+        Returns:
+            float32 `(B, n, D)` of length 1, so that their products are cosines; zeros where nothing is above 0.
         """
-        appearance = self.model.history_encoder.appearance
-        return appearance.recognize(history, masks) if appearance and self.config.likeness_scale else None
+        assert history.features is not None  # a frame has passed
+        size = (history.features.shape[-2], history.features.shape[-1])
+        shares = average_maps((masks > 0).float(), size).flatten(2)
+        return F.normalize(shares @ F.normalize(to_tokens(history.features).float(), dim=-1), dim=-1)
 
     def _last_predictions(self, output: AusmModelOutput, head: nn.Linear) -> AusmForUniversalSegmentationOutput:
         return AusmForUniversalSegmentationOutput(

@@ -63,6 +63,10 @@ class AusmVideoSegmentationOutput(ModelOutput):
     frame_idx: int = None  # type: ignore[assignment]
 
 
+MAX_LOOKS = 8  # of an object that are remembered
+NEW_LOOK = 0.98  # cosine with all that are, below which a look is another one
+
+
 @dataclass
 class FollowedObject:
     """
@@ -78,6 +82,8 @@ class FollowedObject:
             network has answered for the object.
         quality (`float`): How good its first mask is, as the foreground of the detection says; 1 for what the user
             marked. A part of its score: once followed, it is only asked whether it is in the frame.
+        looks (`torch.FloatTensor` of shape `(k, D)`, *optional*): What it has looked like, each of length 1: at
+            first, and the last times that it looked unlike before, `MAX_LOOKS` at most. None of a bystander.
     """
 
     object_id: int
@@ -86,6 +92,7 @@ class FollowedObject:
     absent_frames: int = 0
     class_votes: torch.Tensor | None = None
     quality: float = 1.0
+    looks: torch.Tensor | None = None
 
     @property
     def is_bystander(self) -> bool:
@@ -94,6 +101,17 @@ class FollowedObject:
         told of it.
         """
         return self.object_id < 0
+
+    def likeness(self, look: torch.Tensor) -> torch.Tensor:
+        """Cosine of a look (D,) with that of its looks which is most like it; 0 without any."""
+        return look.new_zeros(()) if self.looks is None else (self.looks @ look).amax()
+
+    def remember(self, look: torch.Tensor) -> None:
+        """Keeps a look (D,) of it, unless there is one like it."""
+        if self.looks is None:
+            self.looks = look[None]
+        elif self.likeness(look) < NEW_LOOK:
+            self.looks = torch.cat([self.looks[:1], self.looks[1:][2 - MAX_LOOKS :], look[None]])
 
     def is_past(self, max_age: int | None) -> bool:
         """
@@ -122,7 +140,7 @@ class AusmInferenceSession:
     r"""
     One video as it is being segmented, frame by frame. Make it with [`~AusmProcessor.init_video_session`].
 
-    It holds the network's history and, for each followed object, a handful of numbers: its size doesn't grow with the
+    It holds the network's history and, for each followed object, a few kilobytes: its size doesn't grow with the
     number of frames. One thread hands it its frames; prompts and removals may come from others.
 
     Args:
@@ -363,6 +381,8 @@ class AusmInferenceSession:
         for followed in self.objects:
             if followed.class_votes is not None:
                 tensors[f"class_votes.{followed.object_id}"] = followed.class_votes
+            if followed.looks is not None:
+                tensors[f"looks.{followed.object_id}"] = followed.looks
         prompts = []
         for frame_idx, given in self.prompts.items():
             for object_id, prompt in given.items():
@@ -430,7 +450,8 @@ class AusmInferenceSession:
         for object_id, slot, prompted, absent_frames, quality in state["objects"]:
             votes = tensors.get(f"class_votes.{object_id}")
             votes = None if votes is None else votes.cpu()
-            session.objects.append(FollowedObject(object_id, slot, prompted, absent_frames, votes, quality))
+            looks = tensors.get(f"looks.{object_id}")
+            session.objects.append(FollowedObject(object_id, slot, prompted, absent_frames, votes, quality, looks))
         for frame_idx, object_id, box, points, labels, scribble in state["prompts"]:
             mask = tensors.get(f"mask.{frame_idx}.{object_id}")
             session.prompts.setdefault(frame_idx, {})[object_id] = ObjectPrompt(
@@ -450,6 +471,9 @@ class AusmInferenceSession:
                 states=tuple(tuple(states[layer]) for layer in sorted(states)) or None,
                 **history,
             )
+            looks = [x.looks for x in session.objects if x.looks is not None]
+            if any(x.ndim != 2 or x.shape[1] != session.history.features.shape[1] for x in looks):
+                raise ValueError("what its objects look like is not of its network")
             if session.history.slots.tolist() != [[followed.slot for followed in session.objects]]:
                 raise ValueError("its objects are not those of its history")
         if type(session.next_frame_idx) is not int or type(session.next_object_id) is not int:

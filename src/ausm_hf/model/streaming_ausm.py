@@ -21,6 +21,7 @@ logger = logging.get_logger(__name__)
 
 PROMPT_LOGIT = 100.0  # logit of a pixel that the user says belongs to an object; above any that the network gives
 PRESENCE_THRESHOLD = 0.5  # foreground from which on a marked object is in the frame
+SURE_THRESHOLD = 0.9  # foreground from which on an object is believed to look like what its mask covers
 BYSTANDER_THRESHOLD = 0.3  # foreground of what is kept off the objects that were marked
 
 
@@ -35,6 +36,8 @@ class Answer:
         foreground (`list[float]`): Probability that there is an object.
         classes (`torch.FloatTensor` of shape `(rows, num_labels)`): Probabilities of the labels, as if one of them
             were right; on the CPU.
+        looks (`torch.FloatTensor` of shape `(objects, D)`, *optional*): What is under the masks of the followed
+            objects, where these are judged by their looks.
         history (`AusmHistory`): The history after the frame, its objects still those before it.
     """
 
@@ -42,6 +45,7 @@ class Answer:
     non_empty: list[bool]
     foreground: list[float]
     classes: torch.Tensor
+    looks: torch.Tensor | None
     history: AusmHistory
 
 
@@ -274,6 +278,8 @@ def _checked_frame(
         frame = _checked_pixel_values(frame).to(model.device, model.dtype)
     if session.history is not None and session.history.masks.device != model.device:  # as that of a saved stream
         session.history = session.history.to(model.device)
+        for followed in session.objects:
+            followed.looks = None if followed.looks is None else followed.looks.to(model.device)
     if session.history is not None and not session.history.is_of(model.config):
         raise ValueError("inference_session was begun with a network of other sizes, and can go on with no other")
     if session.frame_size is not None and _frame_size(frame) != session.frame_size:
@@ -383,7 +389,8 @@ def _ask(
 ) -> list[Answer]:
     """One pass of the network over a frame of each of several streams. Columns that a stream lacks are padding."""
     numbers = [len(followed) for followed in objects]
-    most, radius = max(numbers), model.config.mask_propagation_radius
+    config = model.config
+    most, radius = max(numbers), config.mask_propagation_radius
     output = model.step(frames, AusmHistory.join(histories), label_set=label_set)
     answers = []
     for i, (number, history) in enumerate(zip(numbers, output.history.split(numbers))):
@@ -393,9 +400,11 @@ def _ask(
         if radius and not all(prompted):
             masks[:number] = within_reach(masks[:number], history.masks[0], radius, prompted)
         foreground = output.foreground_queries_logits[i, rows].float()
-        likeness = model.recognize(history, masks[None, :number]) if any(prompted) else None
-        if likeness is not None:  # what was found may have been a part of something, and become all of it
-            foreground[:number] += likeness[0] * torch.tensor(prompted, device=foreground.device)
+        looks = None
+        if number and config.likeness_scale:
+            looks = model.describe_objects(history, masks[None, :number])[0]
+            likeness = torch.stack([x.likeness(look) for x, look in zip(objects[i], looks)])
+            foreground[:number] += config.likeness_scale * (likeness - config.likeness_offset) * (likeness != 0)
         answers.append(
             Answer(
                 masks=masks,
@@ -403,6 +412,7 @@ def _ask(
                 foreground=foreground.sigmoid().tolist(),
                 # Whether there is an object is the foreground's to say, not that of "no object".
                 classes=output.class_queries_logits[i, rows, :-1].float().softmax(-1).cpu(),
+                looks=looks,
                 history=history,
             )
         )
@@ -535,6 +545,16 @@ def _finish(
         if x.object_id in prompts and not _agree(seen.get(x.object_id), small[x.object_id], config.duplicate_overlap)
     ]
     history = history.forget_appearance(mistaken)
+    for column in mistaken:
+        before[column].looks = None
+    # What objects look like is said by their marks, and by what was surely them since.
+    sure = [row for row, x in enumerate(before) if x.object_id in seen and answer.foreground[row] >= SURE_THRESHOLD]
+    looks = {} if answer.looks is None else {before[row].object_id: answer.looks[row] for row in sure}
+    if prompts and config.likeness_scale:
+        looks |= zip(small, model.describe_objects(answer.history, torch.stack(list(small.values()))[None])[0])
+    for followed in objects:
+        if not followed.is_bystander and followed.object_id in looks:
+            followed.remember(looks[followed.object_id])
     session.history = _put_objects(history, objects, masks, size, frame.stride_4)
     session.objects = objects
     session.slots_held_until |= {x.slot: session.next_frame_idx for x in objects}
