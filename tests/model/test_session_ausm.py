@@ -139,6 +139,17 @@ def test_when_all_slots_are_taken_the_best_win_and_a_warning_says_so_once(caplog
     assert sorted(model.histories[1].slots[0].tolist()) == [0, 1]
 
 
+def test_who_was_found_and_is_away_makes_room_for_who_is_found(caplog):
+    """The longest away first; not who is there, nor who was marked."""
+    script = [({1: A}, []), ({1: NOTHING}, [B, C]), ({2: NOTHING, 3: C}, []), ({3: NOTHING}, [B]), ({4: B}, [])]
+    logging.getLogger("ausm_hf.model.session_ausm").propagate = True
+    session = AusmInferenceSession(seed=0, find_new_objects=True)
+    with caplog.at_level("WARNING"):
+        _, _, outputs = play(script, session, {0: {1: frame_mask(A)}}, num_id_vectors=3)
+    assert [output.object_ids for output in outputs] == [[1], [1, 2, 3], [1, 3], [1, 4], [1, 4]]
+    assert [x.object_id for x in session.objects] == [1, 3, 4] and not caplog.records
+
+
 def test_what_is_not_followed_takes_neither_slots_nor_pixels():
     empty, beaten = Seen((0, 0, 0, 0), 0.95), Seen((0, 2, 3, 5), 0.6, logit=9.0)  # IoU with C is 1/3
     model, _, outputs = play([({}, [C, empty, B, beaten]), ({}, [])], num_id_vectors=2)

@@ -209,7 +209,8 @@ class AusmConfig(PreTrainedConfig):
             was not prompted, and whose mask comes to have a larger IoU than this with that of an older or a prompted
             one, is let go. Not in the paper.
         max_age (`int`, *optional*, defaults to 60):
-            Frames after which an unprompted object that has not been seen gives its ID vector back. `None`: never.
+            Frames after which an unprompted object that has not been seen gives its ID vector back; sooner where all
+            of them are taken and something new is found. `None`: only then.
         class_weight, mask_weight, dice_weight, foreground_weight (`float`, *optional*):
             Weights of the losses, and of the costs of the matching. The paper does not print them; these are
             Mask2Former's, and the class weight for the foreground. The sums of all losses are divided by the number of

@@ -511,6 +511,7 @@ def _finish(
     ]
     rows.sort(key=lambda row: -answer.foreground[row])
     rows = without_duplicates(rows, answer.masks, list(logits.values()), config.duplicate_overlap)
+    objects = _make_room(objects, len(rows), num_slots, scores, only_absent=True)
     num_free = num_slots - len(objects)
     if len(rows) > num_free:
         rows = rows[:num_free]
@@ -611,6 +612,7 @@ def _make_room(
     number: int,
     num_slots: int,
     scores: dict[int, float],
+    only_absent: bool = False,
 ) -> list[FollowedObject]:
     """
     Lets go of the fewest found objects for `number` more to fit: bystanders first, then the longest absent, then the
@@ -619,7 +621,7 @@ def _make_room(
     surplus = len(objects) + number - num_slots
     if surplus <= 0:
         return objects
-    found = [x for x in objects if not x.prompted]
+    found = [x for x in objects if not x.prompted and (x.absent_frames or not only_absent)]
     found.sort(key=lambda x: (not x.is_bystander, -x.absent_frames, scores.get(x.object_id, 0.0)))
     let_go = {x.object_id for x in found[:surplus]}
     return [x for x in objects if x.object_id not in let_go]
