@@ -61,6 +61,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_detection_queries": 20,
         "query_selection": True,
         "foreground_threshold": 0.45,
+        "max_age": 300,
         "train_num_points": None,
         "no_object_weight": 0.3,
         "label_sets": {"coco": COCO_LABELS, "object": ["object"]},
