@@ -466,13 +466,14 @@ class AusmInferenceSession:
             states: dict[int, list[torch.Tensor]] = {}
             for name in sorted(name for name in history if name.startswith("states.")):
                 states.setdefault(int(name.split(".")[1]), []).append(history.pop(name))
+            features = history.pop("features", None)
             session.history = AusmHistory(
-                features=history.pop("features", None),
+                features=features,
                 states=tuple(tuple(states[layer]) for layer in sorted(states)) or None,
                 **history,
             )
-            looks = [x.looks for x in session.objects if x.looks is not None]
-            if any(x.ndim != 2 or x.shape[1] != session.history.features.shape[1] for x in looks):
+            remembered = [x.looks for x in session.objects if x.looks is not None]
+            if any(features is None or x.shape[1:] != features.shape[1:2] for x in remembered):
                 raise ValueError("what its objects look like is not of its network")
             if session.history.slots.tolist() != [[followed.slot for followed in session.objects]]:
                 raise ValueError("its objects are not those of its history")
