@@ -349,9 +349,9 @@ def test_what_nobody_asked_for_is_followed_as_a_bystander():
     assert model.histories[2].masks[0, 0].equal(left.float()) and model.histories[2].masks[0, 1].equal(C.mask.float())
 
 
-def turned(*looks, ids=(1,), box=A.box, foreground=0.9):
-    """A script in which objects look from frame to frame as these angles say."""
-    return [({object_id: Seen(box, foreground, look=look) for object_id in ids}, []) for look in looks]
+def turned(*looks, box=A.box, foreground=0.9):
+    """A script in which an object looks from frame to frame as these angles say."""
+    return [({1: Seen(box, foreground, look=look)}, []) for look in looks]
 
 
 def away(outputs) -> list[bool]:
