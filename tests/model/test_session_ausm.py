@@ -393,7 +393,7 @@ def test_found_objects_must_look_like_themselves():
 
 def test_bystanders_need_not_look_like_themselves():
     """One that is let go for its looks would be found anew as another, and what is marked would take its pixels."""
-    script = [({1: A}, [C]), *(({1: A, -1: Seen(C.box, look=look)}, []) for look in (0, 1.5))]
+    script = [({1: A}, [C]), *(({1: A, -1: Seen(C.box, 0.95, look=look)}, []) for look in (0, 1.5))]
     _, session, _ = play(script, likeness_scale=20, prompts={0: {1: frame_mask(A)}})
     assert [x.object_id for x in session.objects if not x.absent_frames] == [1, -1]
     assert session.objects[1].looks is None
