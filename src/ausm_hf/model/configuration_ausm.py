@@ -206,9 +206,10 @@ class AusmConfig(PreTrainedConfig):
             followed object that was not prompted counts as absent (the probability that it is there). A prompted one
             counts as absent below 0.5.
         duplicate_overlap (`float`, *optional*, defaults to 0.5):
-            A detection of which followed objects cover more than this share is no new object. A followed object that
-            was not prompted, and whose mask comes to have a larger IoU than this with that of an older or a prompted
-            one, is let go. Not in the paper.
+            A detection of which followed objects cover more than this share is no new object, and one that covers more
+            than this share of one found object, under the same name, is that object with more of it. A followed object
+            that was not prompted, and whose mask comes to have a larger IoU than this with that of an older or a
+            prompted one, is let go. Not in the paper.
         max_age (`int`, *optional*, defaults to 60):
             Frames after which an unprompted object that has not been seen gives its ID vector back; sooner where all
             of them are taken and something new is found. `None`: only then.

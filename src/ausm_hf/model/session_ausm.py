@@ -113,6 +113,11 @@ class FollowedObject:
         elif self.likeness(look) < NEW_LOOK:
             self.looks = torch.cat([self.looks[:1], self.looks[1:][2 - MAX_LOOKS :], look[None]])
 
+    def vote(self, foreground: float, class_probabilities: torch.Tensor) -> None:
+        """Counts what a frame says that it is, by how sure it is in that frame."""
+        votes = foreground * class_probabilities
+        self.class_votes = votes if self.class_votes is None else self.class_votes + votes
+
     def is_past(self, max_age: int | None) -> bool:
         """
         Whether it is let go: after `max_age` frames in which it was not seen. Nobody was told of a bystander: one that
@@ -123,6 +128,26 @@ class FollowedObject:
         if self.is_bystander:
             return self.absent_frames > 0
         return max_age is not None and self.absent_frames >= max_age
+
+
+def make_room(
+    objects: list[FollowedObject],
+    number: int,
+    num_slots: int,
+    scores: dict[int, float],
+    only_absent: bool = False,
+) -> list[FollowedObject]:
+    """
+    Lets go of the fewest found objects for `number` more to fit: bystanders first, then the longest absent, then the
+    least sure.
+    """
+    surplus = len(objects) + number - num_slots
+    if surplus <= 0:
+        return objects
+    found = [x for x in objects if not x.prompted and (x.absent_frames or not only_absent)]
+    found.sort(key=lambda x: (not x.is_bystander, -x.absent_frames, scores.get(x.object_id, 0.0)))
+    let_go = {x.object_id for x in found[:surplus]}
+    return [x for x in objects if x.object_id not in let_go]
 
 
 def _between_frames(method):

@@ -15,7 +15,7 @@ from .history_ausm import AusmHistory
 from .masks_ausm import exclusive, overlapping, twins, within_reach, without_duplicates
 from .pixels_ausm import AusmFrameFeatures
 from .prompts_ausm import history_mask, refine_signals, signal_of_marks
-from .session_ausm import AusmInferenceSession, AusmVideoSegmentationOutput, FollowedObject, without_trace
+from .session_ausm import AusmInferenceSession, AusmVideoSegmentationOutput, FollowedObject, make_room, without_trace
 
 logger = logging.get_logger(__name__)
 
@@ -424,20 +424,46 @@ def _seen(
 ) -> dict[int, torch.Tensor]:
     """
     Mask logits of the followed objects that are in the frame. One that was found and then away is back only where a
-    detection draws it too: otherwise its id would go to what looks alike.
+    detection draws it too, and nobody else: otherwise its id would go to what looks alike.
     """
     least = _threshold(model, session, for_bystanders=True)
-    detections = [row for row in range(len(objects), len(answer.masks)) if answer.foreground[row] > least]
+    overlap = model.config.duplicate_overlap
 
-    def is_detected(row: int) -> bool:
-        return bool(overlapping(answer.masks[[row, *detections]], model.config.duplicate_overlap)[0, 1:].any())
-
-    def is_there(row: int, followed: FollowedObject) -> bool:
+    def is_likely(row: int, followed: FollowedObject) -> bool:
         least = PRESENCE_THRESHOLD if followed.prompted else _threshold(model, session, followed.is_bystander)
-        sure = answer.foreground[row] >= least and answer.non_empty[row]
-        return sure and (followed.prompted or not followed.absent_frames or is_detected(row))
+        return answer.foreground[row] >= least and answer.non_empty[row]
 
-    return {x.object_id: answer.masks[row] for row, x in enumerate(objects) if is_there(row, x)}
+    likely = [row for row, x in enumerate(objects) if is_likely(row, x)]
+    there = [row for row in likely if objects[row].prompted or not objects[row].absent_frames]
+    if len(there) < len(likely):
+        masks = {objects[row].object_id: answer.masks[row] > 0 for row in there}
+        found = [row for row in range(len(objects), len(answer.masks)) if answer.foreground[row] > least]
+        detections = [row for row in found if not _drawn_anew(answer, row, objects, masks, overlap)]
+        same = overlapping(answer.masks[[*range(len(objects)), *detections]], overlap)[:, len(objects) :].any(1)
+        there = [row for row in likely if row in there or same[row]]
+    return {objects[row].object_id: answer.masks[row] for row in there}
+
+
+def _drawn_anew(
+    answer: Answer, row: int, objects: list[FollowedObject], there: dict[int, torch.Tensor], overlap: float
+) -> list[FollowedObject]:
+    """
+    The objects of which a detection draws more than the part `overlap`, under the name that they have: it is they who
+    are seen, perhaps with more of them than before.
+
+    Args:
+        row: The detection's.
+        there: Bool masks (h, w) of the objects that are in the frame.
+    """
+    drawn, label_id = answer.masks[row] > 0, int(answer.classes[row].argmax())
+    return [
+        x
+        for x in objects
+        if x.object_id in there
+        and x.class_votes is not None
+        and int(x.class_votes.argmax()) == label_id
+        and bool((drawn & there[x.object_id]).sum() > overlap * there[x.object_id].sum())
+    ]
 
 
 def _finish(
@@ -478,7 +504,7 @@ def _finish(
             followed.prompted, followed.quality = True, 1.0
         if followed.object_id in seen or followed.object_id in prompts:
             followed.absent_frames = 0
-            _vote(followed, answer.foreground[row], answer.classes[row])
+            followed.vote(answer.foreground[row], answer.classes[row])
         else:
             followed.absent_frames += 1
         scores[followed.object_id] = answer.foreground[row] * followed.quality
@@ -496,7 +522,7 @@ def _finish(
     prompted = {x.object_id: x.prompted for x in [*objects, *joining]}
     twin_ids = twins(prompted, logits, config.duplicate_overlap)
     objects = [x for x in objects if x.object_id not in twin_ids and not x.is_past(config.max_age)]
-    objects = _make_room(objects, len(joining), num_slots, scores)
+    objects = make_room(objects, len(joining), num_slots, scores)
     for followed, slot in zip(joining, session.draw_slots(len(joining), num_slots, objects)):
         followed.slot = slot
         objects.append(followed)
@@ -511,7 +537,18 @@ def _finish(
     ]
     rows.sort(key=lambda row: -answer.foreground[row])
     rows = without_duplicates(rows, answer.masks, list(logits.values()), config.duplicate_overlap)
-    objects = _make_room(objects, len(rows), num_slots, scores, only_absent=True)
+    # One that draws a found object with more of it, as a person after the head, is that object, which begins anew.
+    grown: dict[int, FollowedObject] = {}
+    if find_new_objects:
+        for row in rows:
+            there = dict(zip(logits, exclusive(list(logits.values()))))
+            same = _drawn_anew(answer, row, objects, there, config.duplicate_overlap)
+            if len(same) == 1 and not same[0].prompted:
+                grown[row] = same[0]
+                answer.masks[row] = torch.maximum(answer.masks[row], logits.pop(same[0].object_id))
+                objects = [x for x in objects if x is not same[0]]
+        rows.sort(key=lambda row: row not in grown)
+    objects = make_room(objects, len(rows), num_slots, scores, only_absent=True)
     num_free = num_slots - len(objects)
     if len(rows) > num_free:
         rows = rows[:num_free]
@@ -529,9 +566,15 @@ def _finish(
     masks = dict(zip(logits, owned)) | small
     found = [(row, mask) for row, mask, keep in zip(rows, owned[len(logits) :], kept) if keep]
     for (row, mask), slot in zip(found, session.draw_slots(len(found), num_slots, objects)):
-        object_id = session.new_object_id() if find_new_objects else min([0, *(x.object_id for x in objects)]) - 1
+        if row in grown:
+            object_id = grown[row].object_id
+        elif find_new_objects:
+            object_id = session.new_object_id()
+        else:
+            object_id = min([0, *(x.object_id for x in objects)]) - 1
         new = FollowedObject(object_id, slot, prompted=False, quality=answer.foreground[row])
-        _vote(new, answer.foreground[row], answer.classes[row])
+        new.class_votes = grown[row].class_votes if row in grown else None
+        new.vote(answer.foreground[row], answer.classes[row])
         objects.append(new)
         logits[new.object_id] = answer.masks[row]
         scores[new.object_id] = answer.foreground[row]
@@ -549,7 +592,11 @@ def _finish(
     for column in mistaken:
         before[column].looks = None
     # What objects look like is said by their marks, and by what was surely them since.
-    sure = [row for row, x in enumerate(before) if x.object_id in seen and answer.foreground[row] >= SURE_THRESHOLD]
+    sure = [
+        row
+        for row, x in enumerate(before)
+        if x.object_id in seen and id(x) in followed_on and answer.foreground[row] >= SURE_THRESHOLD
+    ]
     looks = {} if answer.looks is None else {before[row].object_id: answer.looks[row] for row in sure}
     if prompts and config.likeness_scale:
         looks |= zip(small, model.describe_objects(answer.history, torch.stack(list(small.values()))[None])[0])
@@ -600,31 +647,6 @@ def _put_objects(history, objects: list[FollowedObject], masks: dict[int, torch.
             stacked[0, i] = masks[followed.object_id]
     slots = torch.tensor([[followed.slot for followed in objects]], dtype=torch.int64, device=like.device)
     return history.replace_objects(slots, torch.ones_like(slots, dtype=torch.bool), stacked)
-
-
-def _vote(followed: FollowedObject, foreground: float, class_probabilities: torch.Tensor) -> None:
-    votes = foreground * class_probabilities
-    followed.class_votes = votes if followed.class_votes is None else followed.class_votes + votes
-
-
-def _make_room(
-    objects: list[FollowedObject],
-    number: int,
-    num_slots: int,
-    scores: dict[int, float],
-    only_absent: bool = False,
-) -> list[FollowedObject]:
-    """
-    Lets go of the fewest found objects for `number` more to fit: bystanders first, then the longest absent, then the
-    least sure.
-    """
-    surplus = len(objects) + number - num_slots
-    if surplus <= 0:
-        return objects
-    found = [x for x in objects if not x.prompted and (x.absent_frames or not only_absent)]
-    found.sort(key=lambda x: (not x.is_bystander, -x.absent_frames, scores.get(x.object_id, 0.0)))
-    let_go = {x.object_id for x in found[:surplus]}
-    return [x for x in objects if x.object_id not in let_go]
 
 
 def _describe(session, seen, logits, scores, prompts, labels) -> AusmVideoSegmentationOutput:
