@@ -73,6 +73,10 @@ def test_batch_of_videos_with_masks_for_training(processor):
         ({"videos": VIDEO[0]}, "4 axes"),
         ({"videos": [VIDEO, VIDEO[:2]]}, "agree in length and size"),
         ({"videos": VIDEO, "masks": np.zeros((1, 2, 20, 30))}, r"shape \(objects, 3, 20, 30\)"),
+        *[
+            ({"videos": VIDEO, "masks": masks}, r"masks of a video must be a tensor or an array of shape \(objects, 3")
+            for masks in (b"", {}, "masks.png", [None], [np.zeros((3, 20, 30))] * 2 + [np.zeros((2, 20, 30))])
+        ],
         ({"videos": [VIDEO, VIDEO], "masks": [np.zeros((1, 3, 20, 30))]}, "each of 2 videos"),
     ],
 )

@@ -339,8 +339,14 @@ def _as_batch(videos: Any, masks: Any) -> tuple[list, list | None]:
 
 
 def _resize_mask_labels(masks: Any, feature: BatchFeature) -> torch.Tensor:
-    masks = torch.as_tensor(masks)
     num_frames, (height, width) = len(feature["original_sizes"]), feature["original_sizes"][0]
+    try:
+        masks = torch.as_tensor(masks)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"masks of a video must be a tensor or an array of shape (objects, {num_frames}, {height}, {width}), "
+            f"got {masks!r:.50}"
+        ) from error
     if masks.ndim != 4 or tuple(masks.shape[1:]) != (num_frames, height, width):
         raise ValueError(
             f"masks must have shape (objects, {num_frames}, {height}, {width}) to fit the video, "
