@@ -25,7 +25,7 @@ from ausm_hf import (
     segment_video,
 )
 from ausm_hf.cli import main
-from ausm_hf.model import masks_ausm, streaming_ausm
+from ausm_hf.model import identities_ausm, masks_ausm
 from ausm_hf.onnx_export import StreamingStep, export_onnx, export_step
 
 BACKBONE = {
@@ -293,7 +293,7 @@ def test_the_example_runs_without_torch(nano, shared_data, tmp_path, monkeypatch
         return [slot for slot in range(num_slots) if slot not in held][:number]
 
     monkeypatch.setattr(AusmInferenceSession, "draw_slots", first_free)
-    monkeypatch.setattr(streaming_ausm, "BYSTANDER_THRESHOLD", 1.0)  # the example has no bystanders
+    monkeypatch.setattr(identities_ausm, "BYSTANDER_THRESHOLD", 1.0)  # the example has no bystanders
     # It takes the surest of several detections of an object as it is.
     monkeypatch.setattr(masks_ausm, "main_piece", lambda logits: logits)
     monkeypatch.setattr(masks_ausm, "overlapping", lambda masks, _: torch.eye(len(masks), dtype=torch.bool))
@@ -320,7 +320,7 @@ def test_the_example_runs_without_torch(nano, shared_data, tmp_path, monkeypatch
         subprocess.run([sys.executable, "-c", code, *arguments], check=True)
         masks = None if not marked else first.masks
         if marked:  # the example has no bystanders
-            monkeypatch.setattr(streaming_ausm, "without_duplicates", lambda *_: [])
+            monkeypatch.setattr(identities_ausm, "without_duplicates", lambda *_: [])
         expected = segment_video(tmp_path / "short.mp4", model, processor, masks)
         overlaps = [
             iou(result.masks > 0, np.array(Image.open(tmp_path / "out" / f"{result.index:05d}.png")) > 0)

@@ -17,7 +17,7 @@ from pycocotools import mask as rle_tools
 
 from ausm_hf import AusmImageProcessor, AusmProcessor, VideoWriter, read_video, segment_video
 from ausm_hf.export import JsonlWriter, to_supervision
-from ausm_hf.model import streaming_ausm
+from ausm_hf.model import identities_ausm
 from ausm_hf.segment import FORMATS, FrameSegments, load_model, save_segments, segment_videos
 
 
@@ -73,7 +73,7 @@ def test_prompt_in_a_later_frame(run, moving_square):
 
 
 def test_backward_is_the_video_played_backwards(run, moving_square, monkeypatch):
-    monkeypatch.setattr(streaming_ausm, "PRESENCE_THRESHOLD", 0.0)  # untrained, a network is not sure of anything
+    monkeypatch.setattr(identities_ausm, "PRESENCE_THRESHOLD", 0.0)  # untrained, a network is not sure of anything
     frames, masks = moving_square
     results = run(frames, masks=masks[3], prompt_frame=3, backward=True)
     played_back = run(frames[3::-1], masks=masks[3])

@@ -5,7 +5,7 @@ import torch
 from scripted import NOTHING, C, Seen, frame_mask, play
 
 from ausm_hf import AusmInferenceSession
-from ausm_hf.model import streaming_ausm
+from ausm_hf.model import identities_ausm
 
 HEAD = Seen((0, 1, 0, 2), 0.95, dog=0.4, logit=6.0)  # found as it comes into view
 PERSON = Seen((0, 4, 0, 3), 0.7, dog=0.4)  # all of it
@@ -15,7 +15,7 @@ BODY = Seen((1, 4, 0, 3), 0.9, dog=0.4)
 def test_who_comes_into_view_is_one_object(monkeypatch):
     """With the id that its first part had, and its votes; for the network it is one that was not there before."""
     begun_anew = []
-    monkeypatch.setattr(streaming_ausm, "without_trace", lambda history, gone: begun_anew.append(gone) or history)
+    monkeypatch.setattr(identities_ausm, "without_trace", lambda history, gone: begun_anew.append(gone) or history)
     model, session, outputs = play([({}, [HEAD, C]), ({1: HEAD, 2: C}, [PERSON]), ({1: PERSON, 2: C}, [])])
     assert [output.object_ids for output in outputs] == [[1, 2], [2, 1], [2, 1]]
     masks = torch.stack([C.mask, PERSON.mask])

@@ -14,11 +14,12 @@ from safetensors import safe_open
 from scripted import FRAME, NOTHING, SIZE, A, B, C, ScriptedModel, Seen, frame_mask, play
 
 from ausm_hf import AusmForUniversalSegmentation, AusmImageProcessor, AusmProcessor
-from ausm_hf.model import streaming_ausm
+from ausm_hf.model import identities_ausm
 from ausm_hf.model.history_ausm import AusmHistory
+from ausm_hf.model.identities_ausm import PROMPT_LOGIT
 from ausm_hf.model.prompts_ausm import ObjectPrompt
 from ausm_hf.model.session_ausm import AusmInferenceSession, FollowedObject
-from ausm_hf.model.streaming_ausm import PROMPT_LOGIT, propagate_in_video_iterator, step_session
+from ausm_hf.model.streaming_ausm import propagate_in_video_iterator, step_session
 
 
 def test_detections_become_objects_best_first_and_are_followed():
@@ -811,7 +812,7 @@ def test_what_is_interrupted_in_one_of_several_streams_moves_none(tiny_model, mo
                 tensors = {name: file.get_tensor(name).tolist() for name in file.keys()}
                 yield file.metadata(), tensors, list(session.results)
 
-    describe, interrupted = streaming_ausm._describe, streams()
+    describe, interrupted = identities_ausm._describe, streams()
 
     def interrupt(session, *others):
         if session is interrupted[1]:
@@ -821,11 +822,11 @@ def test_what_is_interrupted_in_one_of_several_streams_moves_none(tiny_model, mo
     wanted = streams()
     for frame in pixels[:4]:
         before = list(saved(interrupted))
-        monkeypatch.setattr(streaming_ausm, "_describe", interrupt)
+        monkeypatch.setattr(identities_ausm, "_describe", interrupt)
         with pytest.raises(KeyboardInterrupt):
             tiny_model.step_sessions(interrupted, [frame] * 2)
         assert list(saved(interrupted)) == before
-        monkeypatch.setattr(streaming_ausm, "_describe", describe)
+        monkeypatch.setattr(identities_ausm, "_describe", describe)
         tiny_model.step_sessions(interrupted, [frame] * 2)
         tiny_model.step_sessions(wanted, [frame] * 2)
     assert list(saved(interrupted)) == list(saved(wanted))
@@ -861,6 +862,6 @@ def test_history_has_a_constant_size(tiny_model, moving_square, monkeypatch):
     session = processor.init_video_session(video=np.concatenate([frames] * 3))
     processor.add_inputs_to_inference_session(session, 0, 1, input_masks=masks[0])
     session.foreground_threshold = 1.0
-    monkeypatch.setattr(streaming_ausm, "BYSTANDER_THRESHOLD", 1.0)  # or there may be as many as ID vectors
+    monkeypatch.setattr(identities_ausm, "BYSTANDER_THRESHOLD", 1.0)  # or there may be as many as ID vectors
     sizes = {session.history.num_bytes for _ in tiny_model.propagate_in_video_iterator(session)}
     assert len(sizes) == 1

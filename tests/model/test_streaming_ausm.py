@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from scripted import FRAME, NOTHING, SIZE, A, B, C, ScriptedModel, Seen, frame_mask, play
 
 from ausm_hf import AusmImageProcessor, AusmProcessor, read_video
-from ausm_hf.model import session_ausm, streaming_ausm
+from ausm_hf.model import identities_ausm, session_ausm, streaming_ausm
 from ausm_hf.model.prompts_ausm import ObjectPrompt
 from ausm_hf.model.session_ausm import AusmInferenceSession
 from ausm_hf.model.streaming_ausm import preview_prompts, step_session, step_sessions
@@ -51,7 +51,7 @@ def prompt(session, frame_idx=None, **prompts):
 
 @pytest.fixture
 def warnings(caplog):
-    logging.getLogger("ausm_hf.model.streaming_ausm").propagate = True
+    logging.getLogger("ausm_hf.model.session_ausm").propagate = True
     with caplog.at_level("WARNING"):
         yield caplog
 
@@ -196,7 +196,7 @@ def test_removed_objects_leave_the_history_and_others_stay():
 
 def test_the_trace_of_an_object_that_is_let_go_is_cleared(tiny_model, clips, monkeypatch):
     """Where it alone marked pixels they begin anew; all others go on as they were."""
-    monkeypatch.setattr(streaming_ausm, "BYSTANDER_THRESHOLD", 1.0)
+    monkeypatch.setattr(identities_ausm, "BYSTANDER_THRESHOLD", 1.0)
     processor, videos = clips
     size, frames = videos[0]
     session = processor.init_video_session(seed=0, find_new_objects=False, foreground_threshold=1.0)
@@ -230,7 +230,7 @@ def test_the_trace_of_an_object_that_is_let_go_is_cleared(tiny_model, clips, mon
 
 
 def test_what_is_marked_again_is_looked_at_anew(tiny_model, clips, monkeypatch):
-    monkeypatch.setattr(streaming_ausm, "BYSTANDER_THRESHOLD", 1.0)
+    monkeypatch.setattr(identities_ausm, "BYSTANDER_THRESHOLD", 1.0)
     processor, videos = clips
     size, frames = videos[0]
     session = processor.init_video_session(seed=0, find_new_objects=False, foreground_threshold=1.0)
@@ -260,7 +260,7 @@ def test_a_correction_keeps_what_an_object_looks_like(seen_again):
 def test_a_bystander_leaves_no_trace_to_the_next(monkeypatch):
     """Though the next one, found in the frame in which it has gone, has its number."""
     gone = []
-    monkeypatch.setattr(streaming_ausm, "without_trace", lambda history, columns: gone.append(columns) or history)
+    monkeypatch.setattr(identities_ausm, "without_trace", lambda history, columns: gone.append(columns) or history)
     script = [({1: A}, [B]), ({1: A}, [C])]
     _, session, _ = play(script, prompts={0: {1: frame_mask(A)}})
     assert [x.object_id for x in session.objects] == [1, -1] and gone[1] == [1]
@@ -279,7 +279,7 @@ def test_a_session_goes_on_with_other_labels():
 def test_who_gives_way_leaves_no_trace(tiny_model, clips, monkeypatch):
     processor, videos = clips
     cleared = []
-    monkeypatch.setattr(streaming_ausm, "without_trace", lambda history, columns: cleared.append(columns) or history)
+    monkeypatch.setattr(identities_ausm, "without_trace", lambda history, columns: cleared.append(columns) or history)
     session = processor.init_video_session(seed=0, find_new_objects=True, foreground_threshold=0.0)
     tiny_model(inference_session=session, frame=videos[0][1][0])
     ids = session.obj_ids

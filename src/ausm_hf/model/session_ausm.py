@@ -1,5 +1,6 @@
 """
-The stream: who is followed, what the user said, where it stands. `streaming_ausm.py` moves it on.
+The stream: who is followed, what the user said, where it stands. `streaming_ausm.py` moves it on, and
+`identities_ausm.py` says who is who.
 
 Users see object ids, positive integers that never repeat within a stream. The network sees slots: object `i` holds row
 `slot` of the buffer of `N_id` ID vectors, and gives it back when it has not been seen for long.
@@ -19,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .history_ausm import AusmHistory
 from .prompts_ausm import ObjectPrompt
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -259,6 +262,12 @@ class AusmInferenceSession:
     def get_obj_num(self) -> int:
         """How many objects are followed now."""
         return len(self.obj_ids)
+
+    def warn_once(self, what: str, message: str) -> None:
+        """Warns, but not a second time of the same in this stream."""
+        if what not in self.warnings_given:
+            self.warnings_given.add(what)
+            logger.warning(message)
 
     @_between_frames
     def add_prompts(
@@ -505,6 +514,16 @@ class AusmInferenceSession:
         if type(session.next_frame_idx) is not int or type(session.next_object_id) is not int:
             raise ValueError("its frames or objects are not numbered")
         return session
+
+
+def adopt_bystanders(
+    session: AusmInferenceSession, objects: list[FollowedObject], seen: dict[int, torch.Tensor]
+) -> dict[int, torch.Tensor]:
+    """Bystanders are objects from now on, with ids of their own: `seen` by the new ids."""
+    new_ids = {x.object_id: session.new_object_id() for x in objects if x.is_bystander}
+    for followed in objects:
+        followed.object_id = new_ids.get(followed.object_id, followed.object_id)
+    return {new_ids.get(object_id, object_id): mask for object_id, mask in seen.items()}
 
 
 def without_trace(history: AusmHistory, columns: list[int]) -> AusmHistory:

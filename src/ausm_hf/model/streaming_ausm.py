@@ -1,52 +1,18 @@
-"""
-The stream moves on: one frame in, the network once, who is who out. All bookkeeping of identities is here and in
-`session_ausm.py`, none of it in the network.
-"""
+"""The stream moves on: one frame in, the network once, who is who out (`identities_ausm.py`)."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
 from .history_ausm import AusmHistory
-from .masks_ausm import exclusive, overlapping, twins, within_reach, without_duplicates
+from .identities_ausm import Answer, finish_frame, put_objects, seen_objects
+from .masks_ausm import within_reach
 from .pixels_ausm import AusmFrameFeatures
 from .prompts_ausm import history_mask, refine_signals, signal_of_marks
-from .session_ausm import AusmInferenceSession, AusmVideoSegmentationOutput, FollowedObject, make_room, without_trace
-
-logger = logging.get_logger(__name__)
-
-PROMPT_LOGIT = 100.0  # logit of a pixel that the user says belongs to an object; above any that the network gives
-PRESENCE_THRESHOLD = 0.5  # foreground from which on a marked object is in the frame
-SURE_THRESHOLD = 0.9  # foreground from which on an object is believed to look like what its mask covers
-BYSTANDER_THRESHOLD = 0.3  # foreground of what is kept off the objects that were marked
-
-
-@dataclass
-class Answer:
-    """
-    What the network says of one frame of one stream, a row for each followed object and then for each detection.
-
-    Attributes:
-        masks (`torch.FloatTensor` of shape `(rows, h, w)`): Logits.
-        non_empty (`list[bool]`): Whether any pixel's logit is positive.
-        foreground (`list[float]`): Probability that there is an object.
-        classes (`torch.FloatTensor` of shape `(rows, num_labels)`): Probabilities of the labels, as if one of them
-            were right; on the CPU.
-        looks (`torch.FloatTensor` of shape `(objects, D)`, *optional*): What is under the masks of the followed
-            objects, where these are judged by their looks.
-        history (`AusmHistory`): The history after the frame, its objects still those before it.
-    """
-
-    masks: torch.Tensor
-    non_empty: list[bool]
-    foreground: list[float]
-    classes: torch.Tensor
-    looks: torch.Tensor | None
-    history: AusmHistory
+from .session_ausm import AusmInferenceSession, AusmVideoSegmentationOutput, FollowedObject
 
 
 def step_session(
@@ -130,12 +96,12 @@ def _step_sessions(
         asked = [histories[i] for i in group], [objects[i] for i in group]
         answers |= zip(group, _ask(model, together, *asked, label_set))
 
-    seen = [_seen(model, session, objects[i], answers[i]) for i, session in enumerate(sessions)]
+    seen = [seen_objects(model, session, objects[i], answers[i]) for i, session in enumerate(sessions)]
     for i, session in enumerate(sessions):
         if i not in masks:
             masks[i] = _prompt_masks(model, session, inputs[i], seen[i])
     outputs = [
-        _finish(model, session, inputs[i], objects[i], seen[i], masks[i], answers[i])
+        finish_frame(model, session, inputs[i], objects[i], seen[i], masks[i], answers[i])
         for i, session in enumerate(sessions)
     ]
     for session, output in zip(sessions, outputs):
@@ -169,7 +135,7 @@ def preview_prompts(
     seen: dict[int, torch.Tensor] = {}
     if session.history is not None and session.prompts.get(session.next_frame_idx):  # it may correct what is seen
         (answer,) = _ask(model, encoded, [session.history], [session.objects], session.label_set)
-        seen = _seen(model, session, session.objects, answer)
+        seen = seen_objects(model, session, session.objects, answer)
     said = set(session.warnings_given)
     try:
         return _prompt_masks(model, session, encoded, seen)
@@ -310,20 +276,6 @@ def _checked_pixel_values(frame: torch.Tensor) -> torch.Tensor:
     return pixel_values
 
 
-def _threshold(model, session: AusmInferenceSession, for_bystanders: bool = False) -> float:
-    """The foreground probability from which on what nobody marked is followed."""
-    threshold = session.foreground_threshold
-    if threshold is None:
-        threshold = model.config.foreground_threshold
-    return min(threshold, BYSTANDER_THRESHOLD) if for_bystanders else threshold
-
-
-def _warn_once(session: AusmInferenceSession, what: str, message: str) -> None:
-    if what not in session.warnings_given:
-        session.warnings_given.add(what)
-        logger.warning(message)
-
-
 def _prompt_masks(
     model, session: AusmInferenceSession, frame: AusmFrameFeatures, seen: dict[int, torch.Tensor]
 ) -> dict[int, torch.Tensor]:
@@ -349,8 +301,7 @@ def _prompt_masks(
         if signal.any():
             signals[object_id] = signal
         else:
-            _warn_once(
-                session,
+            session.warn_once(
                 f"nothing left {object_id}",
                 f"Negative points leave nothing of object {object_id} in frame {session.next_frame_idx}: they are not "
                 "followed. remove_object lets go of an object.",
@@ -359,8 +310,7 @@ def _prompt_masks(
     for object_id, mask in zip(signals, refine_signals(model, frame, list(signals.values()), marked)):
         if not prompts[object_id].agrees(mask):
             mask = signals[object_id].to(mask.device)
-            _warn_once(
-                session,
+            session.warn_once(
                 f"signal itself {object_id}",
                 f"The network finds no object where object {object_id} is marked in frame {session.next_frame_idx}: "
                 "the marked pixels themselves are followed. (Points are x, y in pixels from the upper left corner.)",
@@ -377,7 +327,7 @@ def _start(
     objects = [FollowedObject(object_id, slot, prompted=True) for object_id, slot in zip(masks, slots)]
     size = (frame.stride_4.shape[-2], frame.stride_4.shape[-1])
     small = {object_id: history_mask(mask, size) for object_id, mask in masks.items()}
-    return objects, _put_objects(model.init_history(1), objects, small, size, frame.stride_4)
+    return objects, put_objects(model.init_history(1), objects, small, size, frame.stride_4)
 
 
 def _ask(
@@ -417,267 +367,6 @@ def _ask(
             )
         )
     return answers
-
-
-def _seen(
-    model, session: AusmInferenceSession, objects: list[FollowedObject], answer: Answer
-) -> dict[int, torch.Tensor]:
-    """
-    Mask logits of the followed objects that are in the frame. One that was found and then away is back only where a
-    detection draws it too, and nobody else: otherwise its id would go to what looks alike.
-    """
-    least = _threshold(model, session, for_bystanders=True)
-    overlap = model.config.duplicate_overlap
-
-    def is_likely(row: int, followed: FollowedObject) -> bool:
-        least = PRESENCE_THRESHOLD if followed.prompted else _threshold(model, session, followed.is_bystander)
-        return answer.foreground[row] >= least and answer.non_empty[row]
-
-    likely = [row for row, x in enumerate(objects) if is_likely(row, x)]
-    there = [row for row in likely if objects[row].prompted or not objects[row].absent_frames]
-    if len(there) < len(likely):
-        masks = {objects[row].object_id: answer.masks[row] > 0 for row in there}
-        found = [row for row in range(len(objects), len(answer.masks)) if answer.foreground[row] > least]
-        detections = [row for row in found if not _drawn_anew(answer, row, objects, masks, overlap)]
-        same = overlapping(answer.masks[[*range(len(objects)), *detections]], overlap)[:, len(objects) :].any(1)
-        there = [row for row in likely if row in there or same[row]]
-    return {objects[row].object_id: answer.masks[row] for row in there}
-
-
-def _drawn_anew(
-    answer: Answer, row: int, objects: list[FollowedObject], there: dict[int, torch.Tensor], overlap: float
-) -> list[FollowedObject]:
-    """
-    The objects of which a detection draws more than the part `overlap`, under the name that they have: it is they who
-    are seen, perhaps with more of them than before.
-
-    Args:
-        row: The detection's.
-        there: Bool masks (h, w) of the objects that are in the frame.
-    """
-    drawn, label_id = answer.masks[row] > 0, int(answer.classes[row].argmax())
-    return [
-        x
-        for x in objects
-        if x.object_id in there
-        and x.class_votes is not None
-        and int(x.class_votes.argmax()) == label_id
-        and bool((drawn & there[x.object_id]).sum() > overlap * there[x.object_id].sum())
-    ]
-
-
-def _finish(
-    model,
-    session: AusmInferenceSession,
-    frame: AusmFrameFeatures,
-    objects: list[FollowedObject],
-    seen: dict[int, torch.Tensor],
-    prompts: dict[int, torch.Tensor],
-    answer: Answer,
-) -> AusmVideoSegmentationOutput:
-    """
-    Who is who after a frame; the session moves on by one.
-
-    Args:
-        objects: Those in the history that the network was given.
-        seen: Mask logits of those of them that are in the frame.
-        prompts: Masks of the objects prompted in this frame, at the video's size.
-        answer: What the network says.
-    """
-    config = model.config
-    num_slots = config.num_id_vectors
-    find_new_objects = session.find_new_objects
-    if find_new_objects is None:
-        find_new_objects = not session.prompts
-    size = answer.masks.shape[-2], answer.masks.shape[-1]
-    labels = config.label_sets[session.label_set or config.default_label_set]
-    for followed in objects:  # resumed with a network of other labels, names are voted on anew
-        if followed.class_votes is not None and len(followed.class_votes) != len(labels):
-            followed.class_votes = None
-    if find_new_objects:
-        seen = _adopt_bystanders(session, objects, seen)
-
-    # Followed objects: the first queries, in the order of the history.
-    scores: dict[int, float] = {}
-    for row, followed in enumerate(objects):
-        if followed.object_id in prompts:
-            followed.prompted, followed.quality = True, 1.0
-        if followed.object_id in seen or followed.object_id in prompts:
-            followed.absent_frames = 0
-            followed.vote(answer.foreground[row], answer.classes[row])
-        else:
-            followed.absent_frames += 1
-        scores[followed.object_id] = answer.foreground[row] * followed.quality
-    before, num_followed = objects, len(objects)
-
-    # Prompts are what the user says they are: they replace what the network thought of these objects, and the found
-    # objects that they are the same as.
-    joining = []
-    for object_id in prompts:
-        if object_id not in {x.object_id for x in objects}:
-            joining.append(FollowedObject(object_id, slot=-1, prompted=True))
-            scores[object_id] = 1.0
-    small = {object_id: history_mask(mask, size) for object_id, mask in prompts.items()}
-    logits = seen | {object_id: (mask * 2 - 1) * PROMPT_LOGIT for object_id, mask in small.items()}
-    prompted = {x.object_id: x.prompted for x in [*objects, *joining]}
-    twin_ids = twins(prompted, logits, config.duplicate_overlap)
-    objects = [x for x in objects if x.object_id not in twin_ids and not x.is_past(config.max_age)]
-    objects = make_room(objects, len(joining), num_slots, scores)
-    for followed, slot in zip(joining, session.draw_slots(len(joining), num_slots, objects)):
-        followed.slot = slot
-        objects.append(followed)
-    logits = {x.object_id: logits[x.object_id] for x in objects if x.object_id in logits}
-
-    # Detections: the queries after those of the followed objects.
-    least = _threshold(model, session, for_bystanders=not find_new_objects)
-    rows = [
-        row
-        for row in range(num_followed, len(answer.foreground))
-        if answer.foreground[row] > least and answer.non_empty[row]
-    ]
-    rows.sort(key=lambda row: -answer.foreground[row])
-    rows = without_duplicates(rows, answer.masks, list(logits.values()), config.duplicate_overlap)
-    # One that draws a found object with more of it, as a person after the head, is that object, which begins anew.
-    grown: dict[int, FollowedObject] = {}
-    if find_new_objects:
-        for row in rows:
-            there = dict(zip(logits, exclusive(list(logits.values()))))
-            same = _drawn_anew(answer, row, objects, there, config.duplicate_overlap)
-            if len(same) == 1 and not same[0].prompted:
-                grown[row] = same[0]
-                answer.masks[row] = torch.maximum(answer.masks[row], logits.pop(same[0].object_id))
-                objects = [x for x in objects if x is not same[0]]
-        rows.sort(key=lambda row: row not in grown)
-    objects = make_room(objects, len(rows), num_slots, scores, only_absent=True)
-    num_free = num_slots - len(objects)
-    if len(rows) > num_free:
-        rows = rows[:num_free]
-        if find_new_objects:
-            _warn_once(
-                session,
-                "full buffer",
-                f"All {num_slots} ID vectors are taken: of the objects found in frame {session.next_frame_idx} "
-                "only the best can be followed. A higher foreground threshold finds fewer objects.",
-            )
-
-    # M_t: each pixel belongs to one object. A detection that is left without a pixel is none.
-    owned = exclusive([*logits.values(), *(answer.masks[row] for row in rows)])
-    kept = owned[len(logits) :].flatten(1).any(1).tolist()
-    masks = dict(zip(logits, owned)) | small
-    found = [(row, mask) for row, mask, keep in zip(rows, owned[len(logits) :], kept) if keep]
-    for (row, mask), slot in zip(found, session.draw_slots(len(found), num_slots, objects)):
-        if row in grown:
-            object_id = grown[row].object_id
-        elif find_new_objects:
-            object_id = session.new_object_id()
-        else:
-            object_id = min([0, *(x.object_id for x in objects)]) - 1
-        new = FollowedObject(object_id, slot, prompted=False, quality=answer.foreground[row])
-        new.class_votes = grown[row].class_votes if row in grown else None
-        new.vote(answer.foreground[row], answer.classes[row])
-        objects.append(new)
-        logits[new.object_id] = answer.masks[row]
-        scores[new.object_id] = answer.foreground[row]
-        masks[new.object_id] = mask
-
-    followed_on = set(map(id, objects))  # a bystander that comes may have the number of one that has just gone
-    history = without_trace(answer.history, [i for i, x in enumerate(before) if id(x) not in followed_on])
-    # Where a mark says that something else was followed, what that looked like is forgotten.
-    mistaken = [
-        column
-        for column, x in enumerate(before)
-        if x.object_id in prompts and not _agree(seen.get(x.object_id), small[x.object_id], config.duplicate_overlap)
-    ]
-    history = history.forget_appearance(mistaken)
-    for column in mistaken:
-        before[column].looks = None
-    # What objects look like is said by their marks, and by what was surely them since.
-    sure = [
-        row
-        for row, x in enumerate(before)
-        if x.object_id in seen and id(x) in followed_on and answer.foreground[row] >= SURE_THRESHOLD
-    ]
-    looks = {} if answer.looks is None else {before[row].object_id: answer.looks[row] for row in sure}
-    if prompts and config.likeness_scale:
-        looks |= zip(small, model.describe_objects(answer.history, torch.stack(list(small.values()))[None])[0])
-    for followed in objects:
-        if not followed.is_bystander and followed.object_id in looks:
-            followed.remember(looks[followed.object_id])
-    session.history = _put_objects(history, objects, masks, size, frame.stride_4)
-    session.objects = objects
-    session.slots_held_until |= {x.slot: session.next_frame_idx for x in objects}
-    session.find_new_objects = find_new_objects
-    session.frame_size, session.video_frame = frame.size, None
-    session.prompts.pop(session.next_frame_idx, None)
-    # Who was marked is told of also while away, with an empty mask.
-    away = [(row, x.object_id) for row, x in enumerate(before) if x.prompted and x.object_id not in logits]
-    logits |= {object_id: -answer.masks[row].abs() for row, object_id in away}
-    asked_for = [x for x in objects if x.object_id in logits and not x.is_bystander]
-    theirs = [masks[x.object_id] for x in objects if x.object_id in logits and x.is_bystander]
-    if theirs:
-        of_bystanders = torch.stack(theirs).any(dim=0)
-        logits |= {
-            x.object_id: torch.where(of_bystanders, -logits[x.object_id].abs(), logits[x.object_id]) for x in asked_for
-        }
-    result = _describe(session, asked_for, logits, scores, prompts, labels)
-    session.next_frame_idx += 1
-    return result
-
-
-def _agree(seen: torch.Tensor | None, mark: torch.Tensor, overlap: float) -> bool:
-    """Whether the mask logits (h, w) of an object, None where it is away, and its mark (h, w) overlap (by IoU)."""
-    return seen is not None and bool(overlapping(torch.stack([seen, mark.to(seen) - 0.5]), overlap)[0, 1])
-
-
-def _adopt_bystanders(
-    session: AusmInferenceSession, objects: list[FollowedObject], seen: dict[int, torch.Tensor]
-) -> dict[int, torch.Tensor]:
-    """Bystanders are objects from now on, with ids of their own: `seen` by the new ids."""
-    new_ids = {x.object_id: session.new_object_id() for x in objects if x.is_bystander}
-    for followed in objects:
-        followed.object_id = new_ids.get(followed.object_id, followed.object_id)
-    return {new_ids.get(object_id, object_id): mask for object_id, mask in seen.items()}
-
-
-def _put_objects(history, objects: list[FollowedObject], masks: dict[int, torch.Tensor], size, like: torch.Tensor):
-    """The history with `A` = the objects' slots and `M` = their masks, zeros for those that have none."""
-    stacked = torch.zeros(1, len(objects), *size, dtype=like.dtype, device=like.device)
-    for i, followed in enumerate(objects):
-        if followed.object_id in masks:
-            stacked[0, i] = masks[followed.object_id]
-    slots = torch.tensor([[followed.slot for followed in objects]], dtype=torch.int64, device=like.device)
-    return history.replace_objects(slots, torch.ones_like(slots, dtype=torch.bool), stacked)
-
-
-def _describe(session, seen, logits, scores, prompts, labels) -> AusmVideoSegmentationOutput:
-    """The output for the objects seen in this frame."""
-    if seen:
-        pred_masks = torch.stack([logits[x.object_id] for x in seen])[:, None]
-    else:
-        pred_masks = session.history.masks[0, :0, None].float()
-    if prompts:
-        pred_masks = F.interpolate(pred_masks, session.video_size, mode="bilinear")
-        for i, followed in enumerate(seen):
-            if followed.object_id in prompts:
-                pred_masks[i, 0] = (prompts[followed.object_id].float() * 2 - 1) * PROMPT_LOGIT
-    label_ids, object_scores = [], []
-    for followed in seen:
-        label_id, score = -1, scores[followed.object_id]
-        if followed.class_votes is not None:
-            votes = followed.class_votes
-            class_probability, index = (votes / votes.sum()).max(0)
-            label_id, score = int(index), score * float(class_probability)
-        label_ids.append(label_id)
-        object_scores.append(score)
-    return AusmVideoSegmentationOutput(
-        object_ids=[x.object_id for x in seen],
-        pred_masks=pred_masks,
-        scores=torch.tensor(object_scores, dtype=torch.float32, device=pred_masks.device),
-        labels=[labels[label_id] if label_id >= 0 else None for label_id in label_ids],
-        label_ids=label_ids,
-        prompted=[x.prompted for x in seen],
-        frame_idx=session.next_frame_idx,
-    )
 
 
 __all__ = ["preview_prompts", "propagate_in_video_iterator", "step_session", "step_sessions"]
