@@ -3,7 +3,7 @@ Who is who after a frame: what the network says of it becomes objects with ids. 
 and in `session_ausm.py`, none of it in the network.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,6 @@ def seen_objects(
     Mask logits of the followed objects that are in the frame. One that was found and then away is back only where a
     detection draws it too, and nobody else: otherwise its id would go to what looks alike.
     """
-    least = _threshold(model, session, for_bystanders=True)
     overlap = model.config.duplicate_overlap
 
     def is_likely(row: int, followed: FollowedObject) -> bool:
@@ -77,8 +76,9 @@ def seen_objects(
     there = [row for row in likely if objects[row].prompted or not objects[row].absent_frames]
     if len(there) < len(likely):
         masks = {objects[row].object_id: answer.masks[row] > 0 for row in there}
-        found = [row for row in range(len(objects), len(answer.masks)) if answer.foreground[row] > least]
-        detections = [row for row in found if not _drawn_anew(answer, row, objects, masks, overlap)]
+        least = _threshold(model, session, for_bystanders=True)
+        drawn = [row for row in range(len(objects), len(answer.masks)) if answer.foreground[row] > least]
+        detections = [row for row in drawn if not _drawn_anew(answer, row, objects, masks, overlap)]
         same = overlapping(answer.masks[[*range(len(objects)), *detections]], overlap)[:, len(objects) :].any(1)
         there = [row for row in likely if row in there or same[row]]
     return {objects[row].object_id: answer.masks[row] for row in there}
@@ -187,13 +187,10 @@ def finish_frame(
     found = [(row, mask) for row, mask, keep in zip(rows, owned[len(logits) :], kept) if keep]
     for (row, mask), slot in zip(found, session.draw_slots(len(found), num_slots, objects)):
         if row in grown:
-            object_id = grown[row].object_id
-        elif find_new_objects:
-            object_id = session.new_object_id()
+            new = replace(grown[row], slot=slot, quality=answer.foreground[row], looks=None)
         else:
-            object_id = min([0, *(x.object_id for x in objects)]) - 1
-        new = FollowedObject(object_id, slot, prompted=False, quality=answer.foreground[row])
-        new.class_votes = grown[row].class_votes if row in grown else None
+            object_id = session.new_object_id() if find_new_objects else min([0, *(x.object_id for x in objects)]) - 1
+            new = FollowedObject(object_id, slot, prompted=False, quality=answer.foreground[row])
         new.vote(answer.foreground[row], answer.classes[row])
         objects.append(new)
         logits[new.object_id] = answer.masks[row]
