@@ -7,9 +7,10 @@ if os.environ.get("SPACES_ZERO_GPU"):
     # GPUs are lent for one call at a time. This import has to come before torch's. A camera's stream outlives a call.
     import spaces
 
-    def seconds(what, *_, **__):
+    def seconds(what, *_, masks=None, backward=False, **__):
         """For how long: a frame or a clip. Short loans are granted sooner, and visitors have few minutes a day."""
-        return min(120, 30 + getattr(what, "num_frames", 1) // 10)
+        frames = getattr(what, "num_frames", 1) + (max(masks) if masks and backward else 0)
+        return min(120, 30 + frames // 10)
 
     options = {"on_gpu": spaces.GPU(duration=seconds), "webcam": False}
 

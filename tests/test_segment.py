@@ -3,6 +3,7 @@
 import builtins
 import json
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as rle_tools
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from ausm_hf import AusmImageProcessor, AusmProcessor, VideoWriter, read_video, segment_video
 from ausm_hf.export import JsonlWriter, to_supervision
@@ -70,6 +72,18 @@ def test_prompt_in_a_later_frame(run, moving_square):
     assert np.array_equal(results[2].masks, masks[2] * 3)
     same(results[2:], renumbered(run(frames[2:], masks=masks[2] * 3), lambda i: i + 2))
     assert {item["id"] for r in results for item in r.objects} == {3}
+
+
+def test_a_bar_tells_of_the_part_that_goes_backward(run, moving_square, capsys):
+    frames, masks = moving_square
+    run(frames, masks=masks[3], prompt_frame=3, backward=True)
+    assert re.search(r"back to the start: +\d+%.* \d/4 ", capsys.readouterr().err)
+    disable_progress_bar()
+    try:
+        run(frames, masks=masks[3], prompt_frame=3, backward=True)
+    finally:
+        enable_progress_bar()
+    assert not capsys.readouterr().err
 
 
 def test_backward_is_the_video_played_backwards(run, moving_square, monkeypatch):

@@ -19,6 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig
+from transformers.utils.logging import tqdm
 
 from ._register import BUNDLED_CHECKPOINT
 from .archive import find_videos, work_through
@@ -188,7 +189,8 @@ def segment_video(
         find_new_objects: Whether the model looks for objects by itself; only without prompts, by default.
         backward: Follow the prompted objects from the prompted frame back to the first one too. That part is worked
             on first, reading the video piece by piece from its end (see [`~ausm_hf.video.VideoSource.backward`]), and
-            its masks are kept, compressed, until their frames are due. Not for sources that can be read only once,
+            its masks are kept, compressed, until their frames are due; a progress bar tells of it
+            (`transformers.utils.logging.disable_progress_bar()` for none). Not for sources that can be read only once,
             nor with `find_new_objects`.
 
     Yields:
@@ -263,8 +265,9 @@ def segment_video(
 
     def results(session):
         earlier = {}
-        if backward:
-            for result in follow(new_session(), source.backward(prompt_frame), prompt_frame):
+        if backward and prompt_frame > 0:
+            back = follow(new_session(), source.backward(prompt_frame), prompt_frame)
+            for result in tqdm(back, "back to the start", prompt_frame + 1, unit="frame", leave=False):
                 # Compressed, a map is about as small as its run-lengths: a few kB.
                 earlier[result.index] = zlib.compress(result.masks.tobytes(), 1), result.objects
         frames = source.read()

@@ -42,7 +42,9 @@ def test_the_functions_are_named_and_described(client):
     assert set(described) == {"/track", "/find", "/preview"}
     for endpoint in described.values():
         assert len(endpoint["description"]) > 60
-    assert [item["parameter_name"] for item in described["/track"]["parameters"]] == ["video", "prompts", "masks"]
+    parameters = described["/track"]["parameters"]
+    assert [item["parameter_name"] for item in parameters] == ["video", "prompts", "masks", "backward"]
+    assert parameters[-1]["parameter_default"] is True
 
 
 def test_track_by_masks(client, clip_file, first_masks, moving_square):
@@ -57,6 +59,16 @@ def test_track_by_masks(client, clip_file, first_masks, moving_square):
     assert table[0]["id"] == 3 and len(table[0]["areas"]) == 6
     video = video["video"] if isinstance(video, dict) else video
     assert Path(video).read_bytes()[4:8] == b"ftyp"
+
+
+@pytest.mark.parametrize("how", [{}, {"backward": False}])
+def test_track_from_a_later_frame(client, clip_file, how):
+    prompts = [{"frame": 3, "object": 1, "box": [16, 8, 40, 32]}]
+    _, masks, *_, table = client.predict(handle_file(clip_file), prompts, None, **how, api_name="/track")
+    with zipfile.ZipFile(masks) as archive:
+        seen = [np.array(Image.open(archive.open(f"masks/{index:05d}.png"))).any() for index in range(6)]
+    assert seen[3] and any(seen[:3]) == (not how)
+    assert (table[0]["areas"][2] > 0) == (not how)
 
 
 def test_find(client, clip_file):

@@ -250,6 +250,24 @@ def test_clicks_paint_a_second_object_and_a_later_frame(visit, astronaut):
     page.wait_for_selector("#objects label:nth-of-type(2)", state="detached")
 
 
+def test_a_mark_in_the_last_frame_goes_back_to_the_first_unless_asked_not_to(visit, astronaut):
+    page = visit()
+    upload(page, astronaut)
+    page.fill("#frame input[type=number]", "11")
+    page.press("#frame input[type=number]", "Enter")
+    wait_for_canvas(page, 11, 0)
+    page.click("button[data-kind=box]")
+    drag(page, (0.1, 0.05), (0.8, 0.98))
+    wait_for_canvas(page, 11, 1)
+    page.click("#follow")
+    assert "1 object" in wait_for_text(page, "Done: 12 frames")
+    assert all((ids == 1).mean() > 0.1 for ids in downloaded_masks(page))
+    page.uncheck("#backward input")
+    page.click("#follow")
+    page.wait_for_function("document.querySelector('#table')?.innerText.includes('1 of 12')")
+    assert [bool((ids == 1).any()) for ids in downloaded_masks(page)] == [False] * 11 + [True]
+
+
 def test_find_everything(visit, astronaut):
     page = visit()
     upload(page, astronaut)

@@ -297,6 +297,20 @@ def test_a_run_that_was_overtaken_by_an_upload_changes_nothing(visit, rooms, cli
     assert [path.name for path in visit.room.iterdir()] == [visit.clip.folder.name]
 
 
+@pytest.mark.parametrize("backward", [True, False])
+def test_following_goes_back_to_the_start_if_asked(visit, signals_are_masks, backward):
+    asked = []
+
+    def run(clip, folder, **how):
+        asked.append(how["backward"])
+        yield Result(folder)
+
+    signals_are_masks.run = run
+    visit.mark(Mark(2, 1, "box", ((10, 10), (30, 30))), signals_are_masks)
+    list(visit.follow(signals_are_masks, backward))
+    assert asked == [backward]
+
+
 def test_a_run_whose_clip_has_been_removed_is_stopped_and_the_visit_goes_on(
     visit, rooms, clip_file, signals_are_masks
 ):

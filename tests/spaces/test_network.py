@@ -9,6 +9,7 @@ import runpy
 import shutil
 import sys
 import zipfile
+import zlib
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -22,7 +23,7 @@ from pycocotools import mask as rle_tools
 
 from ausm_hf import AusmForUniversalSegmentation, AusmProcessor, load_model, read_video, segment_video
 from ausm_hf.demo.clips import unpack_clip
-from ausm_hf.demo.network import Network, News, Result, Stopped, show_alone
+from ausm_hf.demo.network import Network, News, Result, Stopped, _join, show_alone
 from ausm_hf.demo.unpack import Limits, Refused
 from ausm_hf.model.prompts_ausm import ObjectPrompt
 from ausm_hf.segment import FrameSegments
@@ -103,6 +104,78 @@ def test_scores_are_of_labels_only_where_labels_are_read(
         assert row["score"] == pytest.approx(np.mean(scores))
 
 
+def test_what_is_marked_in_a_later_frame_is_followed_back_too(network, clip, moving_square, tmp_path, monkeypatch):
+    monkeypatch.setattr("ausm_hf.demo.network.SECONDS_BETWEEN_NEWS", 0)
+    mask = moving_square[1][3] == 1
+    results = {}
+    for backward in (True, False):
+        folder = tmp_path / str(backward)
+        folder.mkdir()
+        *news, results[backward] = network.run(clip, folder, masks={3: {2: mask}}, backward=backward)
+        parts = [(item.done, item.total, item.to_come) for item in news]
+        assert parts[:-7] == ([(1, 3, 6), (2, 3, 6), (3, 3, 6)] if backward else [])
+        assert parts[-7:] == [(done, 6, 0) for done in (1, 2, 3, 4, 5, 6, 6)]
+        assert sum(len(item.pictures) for item in news) == 6
+    # The library, asked the same
+    video, model, processor = list(clip), network.model, network.processor
+    wanted = list(segment_video(video, model, processor, mask * 2, prompt_frame=3, backward=True))
+    assert any((frame.masks == 2).any() for frame in wanted[:3])
+    for index, frame in enumerate(wanted):
+        np.testing.assert_array_equal(results[True].mask(index), frame.masks)
+        np.testing.assert_array_equal(results[False].mask(index), frame.masks if index >= 3 else 0)
+    for backward, (row,) in ((backward, result.objects) for backward, result in results.items()):
+        seen = [frame for frame in wanted[0 if backward else 3 :] if frame.objects]
+        assert row["frames"] == len(seen)
+        assert row["score"] == pytest.approx(np.mean([frame.objects[0]["score"] for frame in seen]))
+
+
+def test_objects_go_back_from_where_each_is_first_marked(network, clip, tmp_path, monkeypatch):
+    everywhere, streams = np.ones((48, 64), bool), []
+    left, right = everywhere & (np.arange(64) < 32), everywhere & (np.arange(64) >= 32)
+
+    def results(frames, *_, session, **__):
+        frames = list(frames)
+        streams.append((frames, {index: sorted(prompts) for index, prompts in session.prompts.items()}))
+        backward = len(streams) == 1
+        # Backward everything is one of two objects; forward the left half is the one, and nothing else any.
+        ids = np.where(left, 1, 2 if backward else 0).astype(np.int32)
+        objects = [{"id": 1, "label": "cat", "score": 0.9}, {"id": 2, "label": "dog", "score": 0.8}]
+        for index, frame in enumerate(frames):
+            yield FrameSegments(index, None, frame, ids, objects if backward else objects[:1])
+
+    monkeypatch.setattr("ausm_hf.demo.network.segment_video", results)
+    (tmp_path / "run").mkdir()
+    masks = {2: {1: left}, 4: {1: left, 2: right}, 5: {2: right}}
+    *_, result = network.run(clip, tmp_path / "run", masks=masks, backward=True)
+    (backward, back), (forward, forth) = streams
+    assert (back, forth) == ({0: [1, 2], 2: [1]}, {0: [1], 2: [1, 2], 3: [2]})
+    np.testing.assert_array_equal(backward, [clip.frame(index) for index in (4, 3, 2, 1, 0)])
+    np.testing.assert_array_equal(forward, [clip.frame(index) for index in (2, 3, 4, 5)])
+    for index in range(6):
+        np.testing.assert_array_equal(result.mask(index) == 1, left)
+        np.testing.assert_array_equal(result.mask(index) == 2, right if index < 4 else ~everywhere)
+    assert [(row["id"], row["frames"]) for row in result.objects] == [(1, 6), (2, 4)]
+
+
+def test_what_goes_forward_has_its_pixels_before_what_goes_back(network, clip, tmp_path, monkeypatch):
+    def results(frames, *_, session, **__):
+        object_id = 2 if len(session.prompts[0]) == 2 else 1
+        for index, frame in enumerate(frames):
+            ids = np.full(frame.shape[:2], object_id, np.int32)
+            yield FrameSegments(index, None, frame, ids, [{"id": object_id, "label": "cat", "score": 0.9}])
+
+    monkeypatch.setattr("ausm_hf.demo.network.segment_video", results)
+    (tmp_path / "run").mkdir()
+    mask = np.ones((48, 64), bool)
+    *_, result = network.run(clip, tmp_path / "run", masks={1: {1: mask}, 3: {1: mask, 2: mask}}, backward=True)
+    assert [int(ids) for index in range(6) for ids in np.unique(result.mask(index))] == [2, 1, 1, 1, 1, 1]
+    assert [(row["id"], row["frames"]) for row in result.objects] == [(1, 5), (2, 1)]
+
+    one = FrameSegments(0, None, clip.frame(0), mask.astype(np.int32), [{"id": 1, "label": "cat", "score": 0.9}])
+    both = _join(one, zlib.compress(2 * one.masks), [{"id": 2, "label": "dog", "score": 0.8}])
+    assert both.objects == one.objects  # as nothing is to be seen of the other
+
+
 def test_the_table_says_what_the_files_say(network, clip, tmp_path, monkeypatch):
     def results(frames, *_, **__):
         for index, frame in enumerate(frames):
@@ -155,6 +228,14 @@ def test_a_run_stops_before_its_next_frame_and_leaves_nothing(network, clip, mov
     with pytest.raises(Stopped):
         next(run)
     assert {path.name for path in folder.iterdir()} == {"stop", "key"}
+
+    other = tmp_path / "back"
+    other.mkdir()
+    run = network.run(clip, other, masks={4: {1: moving_square[1][4] == 1}}, backward=True)
+    assert (news := next(run)).done == 1 and news.to_come == 6 and news.seconds_left == pytest.approx(9 / news.fps)
+    shutil.rmtree(other)
+    with pytest.raises(Stopped):
+        next(run)
 
 
 def test_an_object_alone(network, clip, moving_square, tmp_path):
@@ -249,6 +330,9 @@ def test_the_space_asks_for_a_gpu_as_long_as_a_clip_may_take(clip, monkeypatch, 
     else:
         clip = replace(clip, num_frames=num_frames)
         assert asked["duration"](clip, clip.folder, threshold=0.5) == seconds
+        masks = {0: {}, 40: {}}
+        assert asked["duration"](clip, clip.folder, masks=masks, backward=False) == seconds
+        assert asked["duration"](clip, clip.folder, masks=masks, backward=True) == min(120, seconds + 4)
 
 
 def test_pixels_that_are_no_squares_are_shown_as_they_are_meant(network, clip, moving_square, tmp_path):

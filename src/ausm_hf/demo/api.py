@@ -52,7 +52,7 @@ def add_api(network: Network, rooms: Rooms, limits: Limits, told: Callable) -> N
         return *[str(result.folder / name) for name in FILES], _table(result)
 
     @told
-    def track(video: str, prompts: list, masks: str | None):
+    def track(video: str, prompts: list, masks: str | None, backward: bool):
         marks, names = read_prompts(prompts or [])
         with unpacked(video) as (clip, folder):
             of_frames = prompt_masks(clip, marks, network)
@@ -60,7 +60,7 @@ def add_api(network: Network, rooms: Rooms, limits: Limits, told: Callable) -> N
                 of_frames[0] = {**read_masks(rooms.uploaded(masks), clip.size), **of_frames.get(0, {})}
             if not of_frames:
                 raise Refused(f"Nothing is marked. prompts: {PROMPTS} {MASKS}")
-            return outcome(network.run(clip, folder, masks=of_frames, names=names))
+            return outcome(network.run(clip, folder, masks=of_frames, names=names, backward=bool(backward)))
 
     @told
     def find(video: str, threshold: float, top_k: int, label_set: str):
@@ -85,6 +85,7 @@ def add_api(network: Network, rooms: Rooms, limits: Limits, told: Callable) -> N
         video = gr.Video(label="Video", sources=["upload"])
         prompts = gr.JSON([], label="Prompts")
         masks = gr.File(None, label="Masks of the first frame")
+        backward = gr.Checkbox(True, label="Also back to the start, from where an object is first marked")
         threshold = gr.Number(network.model.config.foreground_threshold, label="Threshold, 0 to 1")
         top_k = gr.Number(10, label="Objects of a frame to show")
         label_set = gr.Textbox(
@@ -103,7 +104,7 @@ def add_api(network: Network, rooms: Rooms, limits: Limits, told: Callable) -> N
         button = gr.Button()
         button.click(
             track,
-            [video, prompts, masks],
+            [video, prompts, masks, backward],
             outputs,
             api_name="track",
             api_description=f"Follows what is marked through a video. prompts: {PROMPTS} {MASKS} {RETURNS}",

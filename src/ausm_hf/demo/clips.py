@@ -59,11 +59,29 @@ class Clip:
         return _read(self.folder / f"{index:05d}.jpg")
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        return (self.frame(index) for index in range(self.num_frames))
+        return iter(self.part(range(self.num_frames)))
+
+    def part(self, indices: range) -> "Part":
+        """Some of its frames, in the order of `indices`, as a video of their own."""
+        return Part(self, indices)
 
     def time(self, index: int) -> float:
         """Seconds since the first frame; guessed from 24 frames per second where the file doesn't say."""
         return self.times[index] if self.times else index / (self.fps or 24)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Frames of a clip, read as they are asked for."""
+
+    clip: Clip
+    indices: range
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self.clip.frame(index) for index in self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
 
 
 def _read(path: Path) -> np.ndarray:

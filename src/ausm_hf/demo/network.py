@@ -6,10 +6,11 @@ import json
 import shutil
 import time
 import zipfile
+import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from PIL import Image
 
 from ..export import ObjectsJsonWriter, PngMaskWriter, to_coco, to_youtube_vis_data
 from ..model.prompts_ausm import ObjectPrompt, refine_signals, signal_of_marks
-from ..segment import segment_video
+from ..model.session_ausm import AusmInferenceSession
+from ..segment import FrameSegments, segment_video
 from ..video import VideoWriter
 from ..visualization import draw_overlay, object_labels
 from .clips import Clip
@@ -35,16 +37,27 @@ class Stopped(Exception):
 
 @dataclass
 class News:
-    """How far a run is."""
+    """
+    How far a run is.
+
+    Attributes:
+        done (`int`): How many frames are done of the part of the run that is going on.
+        total (`int`): How many it has.
+        fps (`float`): How many are done in a second.
+        pictures (`list[str]`): The frames since the last news with their objects drawn on them, as data URLs.
+        to_come (`int`): How many frames the part after it has: what goes back to the first frame comes before what
+            goes through the video, and shows no pictures.
+    """
 
     done: int
     total: int
     fps: float
-    pictures: list[str]  # the frames since the last news with their objects drawn on them, as data URLs
+    pictures: list[str] = field(default_factory=list)
+    to_come: int = 0
 
     @property
     def seconds_left(self) -> float:
-        return (self.total - self.done) / self.fps
+        return (self.total - self.done + self.to_come) / self.fps
 
 
 @dataclass
@@ -134,6 +147,7 @@ class Network:
         max_objects: int | None = None,
         label_set: str | None = None,
         show_labels: bool = True,
+        backward: bool = False,
     ) -> Iterator[News | Result]:
         """
         Segments a clip into files under `folder`. Yields [`News`] now and then, and at last the [`Result`].
@@ -146,6 +160,7 @@ class Network:
             max_objects: How many objects of a frame to show.
             label_set: Where the labels of found objects come from.
             show_labels: Whether to write them into the video.
+            backward: Whether to follow each object from the first of its masks back to the first frame, too.
 
         Raises:
             Stopped: when a file `stop` appears, or the folder goes.
@@ -153,17 +168,11 @@ class Network:
         names = names or {}
         if masks and set().union(*masks.values()) <= names.keys() and "object" in self.label_sets:
             label_set = "object"  # the scores then say how sure it is of the objects, not of labels that nobody reads
-        session = self.processor.init_video_session(
-            foreground_threshold=threshold, find_new_objects=masks is None, label_set=label_set, seed=0
-        )
-        for frame_index, of_frame in (masks or {}).items():
-            self.processor.add_inputs_to_inference_session(
-                session, frame_index, list(of_frame), input_masks=list(of_frame.values()), original_size=clip.size
-            )
-        results = segment_video(clip, self.model, self.processor, session=session, max_objects=max_objects)
+        started = time.monotonic()
+        earlier = (yield from self._backward(clip, folder, masks, label_set)) if masks and backward else {}
+        results = self._forward(clip, masks, threshold, max_objects, label_set)
         areas: dict[int, list[float]] = defaultdict(lambda: [0.0] * clip.num_frames)
-        stop = folder / "stop"
-        started = told = time.monotonic()
+        begun = told = time.monotonic()
         pictures = []
         (folder / "key").mkdir()
         keys = set(np.linspace(0, clip.num_frames - 1, min(NUM_KEY_FRAMES, clip.num_frames)).round().astype(int))
@@ -172,8 +181,9 @@ class Network:
             pngs = stack.enter_context(PngMaskWriter(folder / "masks"))
             table = stack.enter_context(ObjectsJsonWriter(folder / "objects.json", clip.name, clip.fps))
             for result in results:
-                if stop.exists() or not folder.exists():
-                    raise Stopped
+                _stop_if_asked(folder)
+                if result.index in earlier:
+                    result = _join(result, *earlier.pop(result.index))
                 objects = [{**item, "label": names.get(item["id"], item["label"])} for item in result.objects]
                 shown = objects if show_labels else [{**item, "label": None} for item in objects]
                 at = clip.times[result.index] if clip.times else None
@@ -191,11 +201,11 @@ class Network:
                 now = time.monotonic()
                 if now - told >= SECONDS_BETWEEN_NEWS:
                     done = result.index + 1
-                    yield News(done, clip.num_frames, done / (now - started), pictures)
+                    yield News(done, clip.num_frames, done / (now - begun), pictures)
                     told, pictures = now, []
         found = _pack(folder)
-        seconds = time.monotonic() - started
-        yield News(clip.num_frames, clip.num_frames, clip.num_frames / seconds, pictures)
+        ended = time.monotonic()
+        yield News(clip.num_frames, clip.num_frames, clip.num_frames / (ended - begun), pictures)
         objects = [
             {
                 "id": item["id"],
@@ -206,7 +216,87 @@ class Network:
             }
             for item in found
         ]
-        yield Result(folder, objects, seconds)
+        yield Result(folder, objects, ended - started)
+
+    def _backward(
+        self, clip: Clip, folder: Path, masks: dict[int, dict[int, np.ndarray]], label_set: str | None
+    ) -> Generator[News, None, dict[int, tuple[bytes, list[dict]]]]:
+        """
+        Follows each object from the first of its masks back to the first frame.
+
+        Returns:
+            frame index -> object ids, int32 (H, W), compressed, and the objects as in [`~ausm_hf.FrameSegments`].
+        """
+        first = {object_id: index for index in sorted(masks, reverse=True) for object_id in masks[index]}
+        last = max(first.values())
+        session = self._session(
+            clip, {last - index: masks[index] for index in masks if index <= last}, None, label_set
+        )
+        earlier = {}
+        begun = told = time.monotonic()
+        # The first masks are those of the last frame.
+        for result in segment_video(clip.part(range(last, -1, -1)), self.model, self.processor, session=session):
+            _stop_if_asked(folder)
+            done, index = result.index, last - result.index
+            ids = [object_id for object_id, frame in first.items() if index < frame]
+            earlier[index] = (
+                zlib.compress(np.where(np.isin(result.masks, ids), result.masks, 0).tobytes(), 1),
+                [item for item in result.objects if item["id"] in ids],
+            )
+            now = time.monotonic()
+            if done and now - told >= SECONDS_BETWEEN_NEWS:
+                yield News(done, last, done / (now - begun), to_come=clip.num_frames)
+                told = now
+        return earlier
+
+    def _forward(
+        self,
+        clip: Clip,
+        masks: dict[int, dict[int, np.ndarray]] | None,
+        threshold: float | None,
+        max_objects: int | None,
+        label_set: str | None,
+    ) -> Iterator[FrameSegments]:
+        """Each frame of the clip with its objects. Before the first masks there are none."""
+        start = min(masks) if masks else 0
+        for index in range(start):
+            yield FrameSegments(index, None, clip.frame(index), np.zeros(clip.size, np.int32), [])
+        of_frames = masks and {index - start: of_frame for index, of_frame in masks.items()}
+        session = self._session(clip, of_frames, threshold, label_set)
+        part = clip.part(range(start, clip.num_frames))
+        for result in segment_video(part, self.model, self.processor, session=session, max_objects=max_objects):
+            yield replace(result, index=start + result.index)
+
+    def _session(
+        self,
+        clip: Clip,
+        masks: dict[int, dict[int, np.ndarray]] | None,
+        threshold: float | None,
+        label_set: str | None,
+    ) -> AusmInferenceSession:
+        """A stream in which `masks` are followed, or objects are found."""
+        session = self.processor.init_video_session(
+            foreground_threshold=threshold, find_new_objects=masks is None, label_set=label_set, seed=0
+        )
+        for frame_index, of_frame in (masks or {}).items():
+            self.processor.add_inputs_to_inference_session(
+                session, frame_index, list(of_frame), input_masks=list(of_frame.values()), original_size=clip.size
+            )
+        return session
+
+
+def _stop_if_asked(folder: Path):
+    """Raises Stopped if there is a file `stop` in the folder of a run, or the folder is gone."""
+    if (folder / "stop").exists() or not folder.exists():
+        raise Stopped
+
+
+def _join(result: FrameSegments, ids: bytes, objects: list[dict]) -> FrameSegments:
+    """What was followed forward to a frame, and beside it what was followed back to it."""
+    earlier = np.frombuffer(zlib.decompress(ids), np.int32).reshape(result.masks.shape)
+    masks = np.where(result.masks == 0, earlier, result.masks)
+    shown = np.unique(masks)
+    return replace(result, masks=masks, objects=[*result.objects, *(item for item in objects if item["id"] in shown)])
 
 
 def _pack(folder: Path) -> list[dict]:

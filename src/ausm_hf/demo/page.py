@@ -88,8 +88,8 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
     with gr.Blocks(title="AUSM: follow objects in a video", analytics_enabled=False, fill_width=True) as page:
         page.sweep = visits.sweep
         gr.HTML(
-            "<h1>Follow objects in a video</h1><p>Mark things in a frame, and they are followed from there to the end "
-            "of the video, pixel by pixel. Or mark nothing, and what is there is found and followed.</p>",
+            "<h1>Follow objects in a video</h1><p>Mark things in a frame, and they are followed from there through "
+            "the video, pixel by pixel. Or mark nothing, and what is there is found and followed.</p>",
             elem_classes="ausm-head",
         )
         with gr.Row():
@@ -126,7 +126,11 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
                     add = gr.Button("Another object", min_width=120)
                     undo = gr.Button("Undo", min_width=80)
                     clear = gr.Button("Clear all marks", min_width=120)
-                follow = gr.Button("Follow to the end of the video", variant="primary", elem_id="follow")
+                backward = gr.Checkbox(
+                    True, label="Also back to the start of the video", elem_id="backward",
+                    info="Where something is first marked in a later frame: was it there before?",
+                )  # fmt: skip
+                follow = gr.Button("Follow through the video", variant="primary", elem_id="follow")
             with gr.Tab("Find everything"):
                 gr.Markdown("Nothing to mark: objects are found, named and followed from the first frame on.")
                 with gr.Row():
@@ -322,9 +326,9 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
             return {player: str(video), strip: list(zip(map(str, key_frames), captions))}
 
         @told
-        def on_follow(request: gr.Request):
+        def on_follow(backward: bool, request: gr.Request):
             visit = visits.of(request.session_hash)
-            yield from run(visit, visit.follow(network))
+            yield from run(visit, visit.follow(network, backward))
 
         @told
         def on_find(threshold: float, top_k: int, label_set: str, show_labels: bool, request: gr.Request):
@@ -337,7 +341,7 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
             "show_progress_on": [live],
             **private,
         }
-        follow.click(on_follow, None, shown, **one_at_a_time)
+        follow.click(on_follow, [backward], shown, **one_at_a_time)
         find.click(on_find, [threshold, top_k, label_set, show_labels], shown, **one_at_a_time)
 
         @told
@@ -434,11 +438,14 @@ def _canvas_value(visit: Visit, index: int, chosen: int, picture: np.ndarray) ->
 
 
 def _news(run: int, first: int, news: News) -> dict:
-    left = f"{news.seconds_left:.0f} seconds left" if news.done < news.total else "writing the files ..."
+    left = "writing the files ..."
+    if news.done < news.total or news.to_come:
+        left = f"{news.seconds_left:.0f} seconds left"
+    frame = "Back to the start: frame" if news.to_come else "Frame"
     return {
         "run": run, "state": "running", "first": first, "pictures": news.pictures,
         "done": news.done, "total": news.total,
-        "text": f"Frame {news.done} of {news.total}, {news.fps:.1f} frames per second, {left}",
+        "text": f"{frame} {news.done} of {news.total}, {news.fps:.1f} frames per second, {left}",
     }  # fmt: skip
 
 

@@ -150,15 +150,18 @@ class Visit:
             ids[mask] = object_id
         return draw_overlay(frame, ids, self.names)
 
-    def follow(self, network: Network) -> Iterator[News]:
-        """Follows the marked objects through the clip; the outcome is `result`. Raises Stopped, Refused."""
+    def follow(self, network: Network, backward: bool = True) -> Iterator[News]:
+        """
+        Follows the marked objects to the end of the clip, and `backward` to its start too; the outcome is `result`.
+        Raises Stopped, Refused.
+        """
         if not self.marks:
             self.the_clip()
             raise Refused("Mark something first: click on it, draw a box around it, or paint over it.")
         marks = list(self.marks)
         frames = sorted({mark.frame for mark in marks})
         masks = {index: self.masks(index, network) for index in frames}
-        yield from self._run(network, masks=masks, names=dict(self.names))
+        yield from self._run(network, masks=masks, names=dict(self.names), backward=bool(backward))
         self._keep(self.result, marks)
 
     def find(
