@@ -20,11 +20,14 @@ MINIATURES = {
 }
 
 
+OTHERS = {"half_precision": ["--frames", "2", "--size", "64", "64"]}  # not of those that run together
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MINIATURES)
+@pytest.mark.parametrize("name", [*MINIATURES, *OTHERS])
 def test_runs_to_its_end(name, tmp_path):
     pytest.importorskip("matplotlib")
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *MINIATURES[name], "--output", str(tmp_path)]
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *(MINIATURES | OTHERS)[name], "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert not done.returncode, done.stderr
     found = json.loads((tmp_path / f"{name}.json").read_text())

@@ -111,13 +111,13 @@ def frames(count: int, size, device) -> list[torch.Tensor]:
     return result
 
 
-def agreement(bench: Bench, model, dtype, how: str, size, count: int) -> dict[str, list[float]]:
+def agreement(model, dtype, how: str, size, count: int) -> dict[str, list[float]]:
     """For each frame, intersection over union of what the variant segments and what eager float32 segments."""
     wanted = Stream(model, size, 3, "eager")
     stream = Stream(in_dtype(model, dtype), size, 3, how)
     stream.keep(*wanted.kept())
     overlaps: dict[str, list[float]] = {"IoU": [], "IoU of one step": []}
-    for frame in frames(count, size, bench.device):
+    for frame in frames(count, size, model.device):
         own = copy.deepcopy(stream.kept())
         stream.keep(*wanted.kept())
         led = stream.step(frame.to(dtype)).bool()
@@ -145,7 +145,7 @@ def main():
 
     @cache
     def agreed(dtype, how) -> dict[str, list[float]]:
-        return agreement(bench, nano, dtype, how, check_size, count)
+        return agreement(nano, dtype, how, check_size, count)
 
     def measure(name, dtype, how, objects) -> dict:
         model = networks[name]
