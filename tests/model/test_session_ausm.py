@@ -408,6 +408,11 @@ def test_a_mark_elsewhere_says_what_it_looks_like():
     assert away(play_it(script)[2]) == [False] * 5
 
 
+def test_a_mark_of_one_that_is_away_adds_to_what_it_looks_like():
+    play_it = partial(play, likeness_scale=20, prompts={0: {1: frame_mask(A)}, 3: {1: frame_mask(A)}})
+    assert away(play_it(turned(0, 0, 2, 2, 2, 0))[2]) == [False, False, True, False, False, False]
+
+
 def test_looks_that_are_remembered():
     """The first one, and the last ones that were new: a number that doesn't grow."""
     followed, angles = FollowedObject(1, slot=0, prompted=True), [0.3 * n for n in range(12)]

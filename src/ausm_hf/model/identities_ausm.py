@@ -274,13 +274,14 @@ def _remember_looks(
 ) -> AusmHistory:
     """
     What objects look like is said by their marks, and by what was surely them since. Where a mark says that something
-    else was followed, what that looked like is forgotten, also by the history.
+    else was followed, what that looked like is forgotten, also by the history; of one that was away nothing is.
     """
     mistaken = [
         column
         for column, x in enumerate(before)
         if x.object_id in marks
-        and not _agree(seen.get(x.object_id), marks[x.object_id], model.config.duplicate_overlap)
+        and x.object_id in seen
+        and not _agree(seen[x.object_id], marks[x.object_id], model.config.duplicate_overlap)
     ]
     for column in mistaken:
         before[column].looks = None
@@ -298,9 +299,9 @@ def _remember_looks(
     return history.forget_appearance(mistaken)
 
 
-def _agree(seen: torch.Tensor | None, mark: torch.Tensor, overlap: float) -> bool:
-    """Whether the mask logits (h, w) of an object, None where it is away, and its mark (h, w) overlap (by IoU)."""
-    return seen is not None and bool(overlapping(torch.stack([seen, mark.to(seen) - 0.5]), overlap)[0, 1])
+def _agree(seen: torch.Tensor, mark: torch.Tensor, overlap: float) -> bool:
+    """Whether the mask logits (h, w) of an object and its mark (h, w) overlap (by IoU)."""
+    return bool(overlapping(torch.stack([seen, mark.to(seen) - 0.5]), overlap)[0, 1])
 
 
 def put_objects(history, objects: list[FollowedObject], masks: dict[int, torch.Tensor], size, like: torch.Tensor):
