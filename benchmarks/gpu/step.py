@@ -25,8 +25,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ausm_hf import AusmConfig, AusmForUniversalSegmentation
 from ausm_hf.model.history_ausm import AusmHistory
+from ausm_hf.model.masks_ausm import exclusive, without_duplicates
 
 CHECKPOINT = Path(__file__).parents[2] / "src" / "ausm_hf" / "checkpoints" / "ausm-nano"
+
+
+def first_masks(found, objects: int) -> torch.Tensor:
+    """
+    Of a first frame the masks of so many detections, the surest first, no two of the same thing; but for those that
+    are wanted beyond what there is. Two masks of one thing would part its pixels by chance.
+    """
+    surest = found.foreground_queries_logits[0, objects:].argsort(descending=True).tolist()
+    logits = found.masks_queries_logits[0, objects:].float().clone()
+    rows = without_duplicates(surest, logits, [], 0.5)
+    rows += [row for row in surest if row not in rows]
+    return exclusive(list(logits[rows[:objects]]))
 
 
 class Stream:
@@ -41,8 +54,7 @@ class Stream:
         self.frame = frames(1, size, device)[0].to(dtype)
         nothing = AusmHistory(None, None, self.slots, torch.zeros_like(self.taken), self.masks)
         found = model.step(self.frame, nothing)
-        surest = found.foreground_queries_logits[0, objects:].topk(objects).indices
-        self.masks.copy_(found.masks_queries_logits[:, objects:][:, surest] > 0)
+        self.masks.copy_(first_masks(found, objects))
         history = model.step(self.frame, AusmHistory(None, None, self.slots, self.taken, self.masks)).history
         self.features = history.features.clone()
         self.states = tuple(tuple(part.clone() for part in state) for state in history.states)
@@ -68,7 +80,7 @@ class Stream:
     def advance(self, frame, features, states, masks, appearance):
         history = AusmHistory(features, states, self.slots, self.taken, masks, appearance)
         output = self.model.step(frame, history)
-        new = (output.masks_queries_logits[:, : masks.shape[1]] > 0).to(masks.dtype)
+        new = exclusive(list(output.masks_queries_logits[0, : masks.shape[1]])).to(masks.dtype)[None]
         return output.history.features, output.history.states, new, output.history.appearance
 
     def keep(self, features, states, masks, appearance):
