@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from ausm_hf import AusmImageProcessor, AusmProcessor, VideoWriter, read_video, segment_video
 from ausm_hf.export import JsonlWriter, to_supervision
 from ausm_hf.model import identities_ausm
+from ausm_hf.model.pipeline_ausm import start_session
 from ausm_hf.segment import FORMATS, FrameSegments, load_model, save_segments, segment_videos
 
 
@@ -72,6 +73,16 @@ def test_prompt_in_a_later_frame(run, moving_square):
     assert np.array_equal(results[2].masks, masks[2] * 3)
     same(results[2:], renumbered(run(frames[2:], masks=masks[2] * 3), lambda i: i + 2))
     assert {item["id"] for r in results for item in r.objects} == {3}
+
+
+def test_a_stream_of_ones_own_may_begin_in_a_later_frame(run, processor, moving_square):
+    frames, masks = moving_square
+    session = start_session(processor, frames[0].shape[:2], masks[2])
+    results = run(frames, session=session, prompt_frame=2)
+    same(results, run(frames, masks=masks[2], prompt_frame=2))
+    assert results[2].masks.any() and session.next_frame_idx == 4
+    with pytest.raises(ValueError, match="backward are given without masks or prompts"):
+        run(frames, session=session, backward=True)
 
 
 def test_a_bar_tells_of_the_part_that_goes_backward(run, moving_square, capsys):

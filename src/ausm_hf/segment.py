@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -69,6 +69,30 @@ class FrameSegments:
     frame: np.ndarray
     masks: np.ndarray
     objects: list[dict]
+
+
+class FollowedBack:
+    """What was followed back to frames before its prompt, kept until these frames are due."""
+
+    def __init__(self):
+        self._kept: dict[int, tuple[bytes, list[dict]]] = {}
+
+    def keep(self, index: int, masks: np.ndarray, objects: list[dict]):
+        """Of frame `index`, `masks` and `objects` as in [`FrameSegments`]."""
+        # Compressed, a map is about as small as its run-lengths: a few kB.
+        self._kept[index] = zlib.compress(masks.tobytes(), 1), objects
+
+    def add_to(self, result: FrameSegments) -> FrameSegments:
+        """The frame with what was kept of it too, in the pixels that `result` leaves."""
+        if result.index not in self._kept:
+            return result
+        kept, objects = self._kept.pop(result.index)
+        earlier = np.frombuffer(zlib.decompress(kept), np.int32).reshape(result.masks.shape)
+        masks = np.where(result.masks == 0, earlier, result.masks)
+        shown = np.unique(masks)
+        return replace(
+            result, masks=masks, objects=[*result.objects, *(item for item in objects if item["id"] in shown)]
+        )
 
 
 def load_model(
@@ -178,7 +202,7 @@ def segment_video(
             background. Without it and `prompts` the model finds objects by itself.
         threshold: Foreground probability above which something is an object; the model's own by default.
         session: A stream made ready by the caller instead of one made here; then none of the other arguments that
-            say what to look for is given.
+            say what to look for is given. Its next frame is `prompt_frame`, the first one by default.
         max_objects: How many objects of a frame to show at most: those with the best scores (prompted ones always).
             The model follows the others all the same.
         prompts: Further objects of the prompted frame: `{"boxes": {id: (x0, y0, x1, y1)}, "points": {id: [(x, y),
@@ -210,7 +234,7 @@ def segment_video(
         raise ValueError(
             "masks, prompts, threshold or find_new_objects are given beside session; wanted is a session that has them"
         )
-    if (prompt_frame != 0 or backward) and not prompted:
+    if (prompt_frame != 0 and not prompted and session is None) or (backward and not prompted):
         raise ValueError("prompt_frame or backward are given without masks or prompts")
     if backward and find_new_objects:
         raise ValueError("backward and find_new_objects are given; backwards only what is prompted can be followed")
@@ -224,7 +248,7 @@ def segment_video(
         raise ValueError(f"prompt_frame is {prompt_frame}; the video has {source.num_frames} frames, counted from 0")
 
     # A session starts with its first prompts, unless there is something to find before them.
-    start = prompt_frame if prompted and not find_new_objects else 0
+    start = 0 if find_new_objects else prompt_frame
 
     def new_session():
         return start_session(
@@ -264,22 +288,17 @@ def segment_video(
         return encode_ahead(model, frames, encode, step, live=source.once)
 
     def results(session):
-        earlier = {}
+        earlier = FollowedBack()
         if backward and prompt_frame > 0:
             back = follow(new_session(), source.backward(prompt_frame), prompt_frame)
             for result in tqdm(back, "back to the start", prompt_frame + 1, unit="frame", leave=False):
-                # Compressed, a map is about as small as its run-lengths: a few kB.
-                earlier[result.index] = zlib.compress(result.masks.tobytes(), 1), result.objects
+                earlier.keep(result.index, result.masks, result.objects)
         frames = source.read()
         index = -1
         for index, time, frame in frames:
             if index >= start:
                 break
-            stored, objects = earlier.pop(index, (None, []))
-            shown = np.zeros(source.size, np.int32)
-            if stored is not None:
-                shown = np.frombuffer(zlib.decompress(stored), np.int32).reshape(source.size)
-            yield FrameSegments(index, time, frame, shown, objects)
+            yield earlier.add_to(FrameSegments(index, time, frame, np.zeros(source.size, np.int32), []))
         if index < start:
             raise ValueError(f"prompt_frame is {prompt_frame}; the video has {index + 1} frames, counted from 0")
         yield from follow(session, chain([(index, time, frame)], frames), start)

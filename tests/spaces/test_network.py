@@ -9,7 +9,6 @@ import runpy
 import shutil
 import sys
 import zipfile
-import zlib
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -23,10 +22,10 @@ from pycocotools import mask as rle_tools
 
 from ausm_hf import AusmForUniversalSegmentation, AusmProcessor, load_model, read_video, segment_video
 from ausm_hf.demo.clips import unpack_clip
-from ausm_hf.demo.network import Network, News, Result, Stopped, _join, show_alone
+from ausm_hf.demo.network import Network, News, Result, Stopped, show_alone
 from ausm_hf.demo.unpack import Limits, Refused
 from ausm_hf.model.prompts_ausm import ObjectPrompt
-from ausm_hf.segment import FrameSegments
+from ausm_hf.segment import FollowedBack, FrameSegments
 
 
 @pytest.fixture
@@ -133,15 +132,18 @@ def test_objects_go_back_from_where_each_is_first_marked(network, clip, tmp_path
     everywhere, streams = np.ones((48, 64), bool), []
     left, right = everywhere & (np.arange(64) < 32), everywhere & (np.arange(64) >= 32)
 
-    def results(frames, *_, session, **__):
+    def results(frames, *_, session, prompt_frame=0, **__):
         frames = list(frames)
-        streams.append((frames, {index: sorted(prompts) for index, prompts in session.prompts.items()}))
+        streams.append((frames[prompt_frame:], {index: sorted(prompts) for index, prompts in session.prompts.items()}))
         backward = len(streams) == 1
         # Backward everything is one of two objects; forward the left half is the one, and nothing else any.
         ids = np.where(left, 1, 2 if backward else 0).astype(np.int32)
         objects = [{"id": 1, "label": "cat", "score": 0.9}, {"id": 2, "label": "dog", "score": 0.8}]
         for index, frame in enumerate(frames):
-            yield FrameSegments(index, None, frame, ids, objects if backward else objects[:1])
+            if index < prompt_frame:
+                yield FrameSegments(index, None, frame, 0 * ids, [])
+            else:
+                yield FrameSegments(index, None, frame, ids, objects if backward else objects[:1])
 
     monkeypatch.setattr("ausm_hf.demo.network.segment_video", results)
     (tmp_path / "run").mkdir()
@@ -158,9 +160,12 @@ def test_objects_go_back_from_where_each_is_first_marked(network, clip, tmp_path
 
 
 def test_what_goes_forward_has_its_pixels_before_what_goes_back(network, clip, tmp_path, monkeypatch):
-    def results(frames, *_, session, **__):
+    def results(frames, *_, session, prompt_frame=0, **__):
         object_id = 2 if len(session.prompts[0]) == 2 else 1
         for index, frame in enumerate(frames):
+            if index < prompt_frame:
+                yield FrameSegments(index, None, frame, np.zeros(frame.shape[:2], np.int32), [])
+                continue
             ids = np.full(frame.shape[:2], object_id, np.int32)
             yield FrameSegments(index, None, frame, ids, [{"id": object_id, "label": "cat", "score": 0.9}])
 
@@ -172,8 +177,9 @@ def test_what_goes_forward_has_its_pixels_before_what_goes_back(network, clip, t
     assert [(row["id"], row["frames"]) for row in result.objects] == [(1, 5), (2, 1)]
 
     one = FrameSegments(0, None, clip.frame(0), mask.astype(np.int32), [{"id": 1, "label": "cat", "score": 0.9}])
-    both = _join(one, zlib.compress(2 * one.masks), [{"id": 2, "label": "dog", "score": 0.8}])
-    assert both.objects == one.objects  # as nothing is to be seen of the other
+    earlier = FollowedBack()
+    earlier.keep(0, 2 * one.masks, [{"id": 2, "label": "dog", "score": 0.8}])
+    assert earlier.add_to(one).objects == one.objects  # as nothing is to be seen of the other
 
 
 def test_the_table_says_what_the_files_say(network, clip, tmp_path, monkeypatch):

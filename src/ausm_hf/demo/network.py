@@ -6,11 +6,10 @@ import json
 import shutil
 import time
 import zipfile
-import zlib
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from PIL import Image
 from ..export import ObjectsJsonWriter, PngMaskWriter, to_coco, to_youtube_vis_data
 from ..model.prompts_ausm import ObjectPrompt, refine_signals, signal_of_marks
 from ..model.session_ausm import AusmInferenceSession
-from ..segment import FrameSegments, segment_video
+from ..segment import FollowedBack, FrameSegments, segment_video
 from ..video import VideoWriter
 from ..visualization import draw_overlay, object_labels
 from .clips import Clip
@@ -169,7 +168,9 @@ class Network:
         if masks and set().union(*masks.values()) <= names.keys() and "object" in self.label_sets:
             label_set = "object"  # the scores then say how sure it is of the objects, not of labels that nobody reads
         started = time.monotonic()
-        earlier = (yield from self._backward(clip, folder, masks, label_set)) if masks and backward else {}
+        earlier = FollowedBack()
+        if masks and backward:
+            yield from self._backward(clip, folder, masks, label_set, earlier)
         results = self._forward(clip, masks, threshold, max_objects, label_set)
         areas: dict[int, list[float]] = defaultdict(lambda: [0.0] * clip.num_frames)
         begun = told = time.monotonic()
@@ -182,8 +183,7 @@ class Network:
             table = stack.enter_context(ObjectsJsonWriter(folder / "objects.json", clip.name, clip.fps))
             for result in results:
                 _stop_if_asked(folder)
-                if result.index in earlier:
-                    result = _join(result, *earlier.pop(result.index))
+                result = earlier.add_to(result)
                 objects = [{**item, "label": names.get(item["id"], item["label"])} for item in result.objects]
                 shown = objects if show_labels else [{**item, "label": None} for item in objects]
                 at = clip.times[result.index] if clip.times else None
@@ -219,35 +219,34 @@ class Network:
         yield Result(folder, objects, ended - started)
 
     def _backward(
-        self, clip: Clip, folder: Path, masks: dict[int, dict[int, np.ndarray]], label_set: str | None
-    ) -> Generator[News, None, dict[int, tuple[bytes, list[dict]]]]:
-        """
-        Follows each object from the first of its masks back to the first frame.
-
-        Returns:
-            frame index -> object ids, int32 (H, W), compressed, and the objects as in [`~ausm_hf.FrameSegments`].
-        """
+        self,
+        clip: Clip,
+        folder: Path,
+        masks: dict[int, dict[int, np.ndarray]],
+        label_set: str | None,
+        earlier: FollowedBack,
+    ) -> Iterator[News]:
+        """Follows each object from the first of its masks back to the first frame, into `earlier`."""
         first = {object_id: index for index in sorted(masks, reverse=True) for object_id in masks[index]}
         last = max(first.values())
         session = self._session(
             clip, {last - index: masks[index] for index in masks if index <= last}, None, label_set
         )
-        earlier = {}
         begun = told = time.monotonic()
         # The first masks are those of the last frame.
         for result in segment_video(clip.part(range(last, -1, -1)), self.model, self.processor, session=session):
             _stop_if_asked(folder)
             done, index = result.index, last - result.index
             ids = [object_id for object_id, frame in first.items() if index < frame]
-            earlier[index] = (
-                zlib.compress(np.where(np.isin(result.masks, ids), result.masks, 0).tobytes(), 1),
+            earlier.keep(
+                index,
+                np.where(np.isin(result.masks, ids), result.masks, 0),
                 [item for item in result.objects if item["id"] in ids],
             )
             now = time.monotonic()
             if done and now - told >= SECONDS_BETWEEN_NEWS:
                 yield News(done, last, done / (now - begun), to_come=clip.num_frames)
                 told = now
-        return earlier
 
     def _forward(
         self,
@@ -259,13 +258,16 @@ class Network:
     ) -> Iterator[FrameSegments]:
         """Each frame of the clip with its objects. Before the first masks there are none."""
         start = min(masks) if masks else 0
-        for index in range(start):
-            yield FrameSegments(index, None, clip.frame(index), np.zeros(clip.size, np.int32), [])
         of_frames = masks and {index - start: of_frame for index, of_frame in masks.items()}
         session = self._session(clip, of_frames, threshold, label_set)
-        part = clip.part(range(start, clip.num_frames))
-        for result in segment_video(part, self.model, self.processor, session=session, max_objects=max_objects):
-            yield replace(result, index=start + result.index)
+        return segment_video(
+            clip.part(range(clip.num_frames)),
+            self.model,
+            self.processor,
+            session=session,
+            max_objects=max_objects,
+            prompt_frame=start,
+        )
 
     def _session(
         self,
@@ -289,14 +291,6 @@ def _stop_if_asked(folder: Path):
     """Raises Stopped if there is a file `stop` in the folder of a run, or the folder is gone."""
     if (folder / "stop").exists() or not folder.exists():
         raise Stopped
-
-
-def _join(result: FrameSegments, ids: bytes, objects: list[dict]) -> FrameSegments:
-    """What was followed forward to a frame, and beside it what was followed back to it."""
-    earlier = np.frombuffer(zlib.decompress(ids), np.int32).reshape(result.masks.shape)
-    masks = np.where(result.masks == 0, earlier, result.masks)
-    shown = np.unique(masks)
-    return replace(result, masks=masks, objects=[*result.objects, *(item for item in objects if item["id"] in shown)])
 
 
 def _pack(folder: Path) -> list[dict]:
