@@ -11,6 +11,7 @@ from ausm_hf.data import mixture as mixture_module
 from ausm_hf.data.clips import clip_object, clip_row, clips_from_rows, file
 from ausm_hf.data.collate import ClipCollator
 from ausm_hf.data.mixture import ClipMixture, ClipSource, nano_mixture
+from ausm_hf.data.sampling import Cutout
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,56 @@ def test_one_to_three_objects_are_pasted(sources, monkeypatch):
         mixture[i]
         numbers.add(len(asked))
     assert numbers == {1, 2, 3}
+
+
+def test_clips_are_cut_to_another_video_where_everything_is_away(tmp_path):
+    rows = []
+    for name, colour in (("red", (200, 0, 0)), ("blue", (0, 0, 200))):
+        Image.fromarray(np.full((HEIGHT, WIDTH, 3), colour, np.uint8)).save(tmp_path / f"{name}.png")
+        write_mask(tmp_path / f"{name}-mask.png", np.ones((HEIGHT, WIDTH), np.uint8))
+        frames, masks = [file(tmp_path / f"{name}.png")] * 5, [file(tmp_path / f"{name}-mask.png")] * 5
+        rows.append(clip_row(name, frames, [], annotations=masks))
+    mixture = ClipMixture([ClipSource(clips_from_rows(rows), cut=0.8)], [1], 5, (32, 32), seed=4)
+    shown = set()
+    for i in range(60):
+        item = mixture[i]
+        there = item["masks"].flatten(2).any(-1)
+        assert there.shape == (1, 5) and there[0, 0]
+        colours = item["pixel_values"].flatten(2).float().mean(-1)
+        blue = colours[:, 2] > colours[:, 0]
+        assert torch.equal(blue == blue[0], there[0])
+        assert item["exhaustive"] == bool(there.all())
+        shown.add("".join("-x"[seen] for seen in there[0].tolist()))
+    assert {"xxxxx", "x----", "xxxx-", "x---x", "xxx-x"} <= shown
+    with pytest.raises(ValueError, match="source 0 has cuts; wanted is a second video to cut to"):
+        ClipMixture([ClipSource(clips_from_rows(rows[:1]), cut=0.8)], [1], 5, (32, 32))
+
+
+def test_what_was_pasted_goes_while_the_clip_goes_on(sources, monkeypatch):
+    monkeypatch.setattr(mixture_module, "UNMARKED", 0.0)
+    monkeypatch.setattr(mixture_module, "jitter_colour", lambda frames, rng: frames)
+    monkeypatch.setattr(ClipMixture, "_cutout", lambda self, clip, stride, rng: cutout)
+    cutout = Cutout(torch.full((1, 3, 20, 20), 255, dtype=torch.uint8), torch.ones(1, 20, 20, dtype=torch.bool), None)
+    monkeypatch.setattr(mixture_module, "PASTED", (1.0, 0.0, 0.0))
+    scenes = []
+    original = mixture_module.cut_to
+    monkeypatch.setattr(
+        mixture_module, "cut_to", lambda clip, scene, rng: scenes.append(scene) or original(clip, scene, rng)
+    )
+    mixture = ClipMixture([replace(sources[0], paste=1.0, cut=1.0), sources[1]], [1, 0.3], 5, (64, 96), seed=2)
+    gone = 0
+    for i in range(40):
+        scenes.clear()
+        item = mixture[i]
+        scene = scenes[0] if scenes else None  # none in a photograph; of another video nothing has a mask
+        if scene is None or len(scene.masks) < 2 or len(item["masks"]) < 3:
+            continue
+        away = ~item["masks"][2].flatten(1).any(1)
+        same = (item["pixel_values"] == scene.frames).flatten(1).all(1)
+        assert same.any() and not same[0] and (away | ~same).all()
+        assert torch.equal(item["masks"][:2, same], scene.masks[:, same]) and item["exhaustive"]
+        gone += 1
+    assert gone > 5
 
 
 def test_more_objects_than_fit_leave_the_clip_inexhaustive(tmp_path):

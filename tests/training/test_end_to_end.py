@@ -169,6 +169,7 @@ def test_every_form_trains(recipe_file, tmp_path, monkeypatch, option, form, cal
         ),
         ("data.sources.0.strides=[]", r"^data.sources\[0\].strides: got \[\], want"),
         ("data.sources.0.paste=30", r"^data.sources\[0\].paste: got 30.0, want from 0 to 1"),
+        ("data.sources.0.cut=-1", r"^data.sources\[0\].cut: got -1.0, want from 0 to 1"),
         ("data.sources.0.reverse=-0.1", r"^data.sources\[0\].reverse: got -0.1, want from 0 to 1"),
         ("data.sources.0.weight=0", r"^data.sources\[0\].weight: got 0.0, want a positive number"),
         ("data.sources.0.detect='no'", r"^data.sources\[0\].detect: got 'no' \(str\), want bool"),

@@ -70,7 +70,7 @@ class Clip:
         ignore: `(T, H, W)` bool, pixels without ground truth.
         annotated: `(T,)` bool, frames with ground truth.
         labels: N class names, None where the class isn't known.
-        label_set, exhaustive, first_frame_given: as in `FEATURES`.
+        label_set, exhaustive, first_frame_given, video_id: as in `FEATURES`.
     """
 
     frames: torch.Tensor
@@ -81,6 +81,7 @@ class Clip:
     label_set: str | None = None
     exhaustive: bool = True
     first_frame_given: bool = False
+    video_id: str = ""
 
 
 def file(path: str | os.PathLike | None) -> dict | None:
@@ -226,6 +227,7 @@ def load_clip(row: dict, indices: list[int]) -> Clip:
         label_set=row["label_set"],
         exhaustive=row["exhaustive"],
         first_frame_given=row["first_frame_given"],
+        video_id=row["video_id"],
     )
 
 

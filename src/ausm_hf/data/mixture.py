@@ -41,6 +41,8 @@ class ClipSource:
         strides: Frame distances to draw from, for video.
         reverse: Part of the clips that are played backwards, for video.
         paste: Part of the clips that get one to three objects pasted.
+        cut: Part of the clips in which objects are away for some frames, to the end or not: the clip is cut to
+            another one, or what was pasted is gone while the clip goes on.
         donor: Its objects may be pasted into clips of the mixture.
         detect: False: masks are prompts only. True: objects are there to be found. None: as the rows say.
         exhaustive: Whether whatever has no mask is background. None: as the rows say.
@@ -53,6 +55,7 @@ class ClipSource:
     strides: tuple[int, ...] = (1,)
     reverse: float = 0.3
     paste: float = 0.0
+    cut: float = 0.0
     donor: bool = False
     detect: bool | None = None
     exhaustive: bool | None = None
@@ -106,6 +109,8 @@ class ClipMixture(torch.utils.data.Dataset):
         for number, source in enumerate(sources):
             if len(source.clips) == 0:
                 raise ValueError(f"source {number} has no clips")
+            if source.cut and sum(len(other.clips) for other in sources) < 2:
+                raise ValueError(f"source {number} has cuts; wanted is a second video to cut to")
         self.sources = list(sources)
         self.weights = np.array(weights, dtype=float) / sum(weights)
         self.num_frames, self.size, self.seed = num_frames, (size[0], size[1]), seed
@@ -146,20 +151,28 @@ class ClipMixture(torch.utils.data.Dataset):
             cutouts = [cutout for cutout in cutouts if cutout is not None]
         clip = select_objects(clip, self.max_objects - len(cutouts), rng)
 
-        native = clip.frames.shape[-2], clip.frames.shape[-1]
-        view = random_view(native, self.size, rng, random_anchor(clip, rng) if rng.random() < 0.9 else None)
-        if source.pseudo_video:
-            maps = pseudo_motion(view, native, self.size, self.num_frames, rng)
-        else:
-            maps = np.repeat(view_matrix(self.size, **view)[None], self.num_frames, axis=0)
-        clip = warp_clip(clip, maps, self.size)
+        scene = clip = self._view(clip, source, random_anchor(clip, rng) if rng.random() < 0.9 else None, rng)
         for cutout in cutouts:
             clip = paste_object(clip, cutout, paste_path(clip, cutout, rng), behind=bool(rng.random() < 0.5))
+        if source.cut and self.num_frames > 1 and rng.random() < source.cut:
+            if not cutouts or rng.random() < 0.5:
+                scene = self._another(clip.video_id, stride, rng)
+            clip = cut_to(clip, scene, rng)
         clip.frames = jitter_colour(clip.frames, rng)
         clip = drop_small(clip)
         if cutouts and len(clip.masks) > 1 and rng.random() < UNMARKED:
             clip = leave_one_unmarked(clip, rng)
         return clip
+
+    def _view(
+        self, clip: Clip, source: ClipSource, anchor: tuple[float, float] | None, rng: np.random.Generator
+    ) -> Clip:
+        """What a camera sees of a clip, `anchor` in view: a moving one of a single frame."""
+        native = clip.frames.shape[-2], clip.frames.shape[-1]
+        view = random_view(native, self.size, rng, anchor)
+        if source.pseudo_video:
+            return warp_clip(clip, pseudo_motion(view, native, self.size, self.num_frames, rng), self.size)
+        return warp_clip(clip, np.repeat(view_matrix(self.size, **view)[None], self.num_frames, axis=0), self.size)
 
     def _load(self, source: ClipSource, stride: int, reverse: bool, rng: np.random.Generator) -> Clip:
         """Frames of a random video; for pseudo-video a single one."""
@@ -181,6 +194,15 @@ class ClipMixture(torch.utils.data.Dataset):
                     cutout.label = None
                 return cutout
         return None
+
+    def _another(self, video_id: str, stride: int, rng: np.random.Generator) -> Clip:
+        """A clip of another video than `video_id`, of which nobody says what is in it."""
+        for _ in range(MOST_DRAWS):
+            source = self.sources[rng.choice(len(self.sources), p=self.weights)]
+            clip = self._load(source, stride, bool(rng.random() < source.reverse), rng)
+            if clip.video_id != video_id:
+                return self._view(replace(clip, masks=clip.masks[:0], labels=[], exhaustive=False), source, None, rng)
+        raise RuntimeError(f"{MOST_DRAWS} videos in a row were {video_id}; a cut needs a second one")
 
     def _class_number(self, label_set: str, label: str | None) -> int:
         if label is None:
@@ -204,6 +226,19 @@ class ClipMixture(torch.utils.data.Dataset):
             "ignore_mask": clip.ignore,
             "first_frame_given": clip.first_frame_given,
         }
+
+
+def cut_to(clip: Clip, other: Clip, rng: np.random.Generator) -> Clip:
+    """Show `other` for some frames, half of the time to the end. Its objects are the first of the clip's, or none."""
+    steps = len(clip.frames)
+    first = int(rng.integers(1, steps))
+    last = steps if rng.random() < 0.5 else int(rng.integers(first, steps)) + 1
+    away = slice(first, last)
+    frames, masks, ignore = clip.frames.clone(), clip.masks.clone(), clip.ignore.clone()
+    frames[away], ignore[away] = other.frames[away], other.ignore[away]
+    masks[:, away] = False
+    masks[: len(other.masks), away] = other.masks[:, away]
+    return replace(clip, frames=frames, masks=masks, ignore=ignore, exhaustive=clip.exhaustive and other.exhaustive)
 
 
 def pieces(mask: torch.Tensor) -> int:

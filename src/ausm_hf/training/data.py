@@ -117,7 +117,7 @@ def _check_source(key: str, source: dict[str, Any]) -> tuple[Callable[[], Datase
         if given not in hints:
             raise ValueError(f"{key}.{given}: unknown key; known are {', '.join(['dataset', 'arguments', *hints])}")
         values[given] = convert(value, hints[given], f"{key}.{given}")
-    for part in ("reverse", "paste"):
+    for part in ("reverse", "paste", "cut"):
         check_range(f"{key}.{part}", values.get(part, 0), 0, 1)
     if not values.get("weight", 1) > 0:
         raise ValueError(f"{key}.weight: got {values['weight']}, want a positive number")
