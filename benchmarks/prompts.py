@@ -13,7 +13,7 @@ ROOT is DAVIS 2016 in its official layout. The object is prompted in the first f
   negative where it is too much.
 
 J of the first frame says what the network makes of the prompt, J of the others (without the last, as DAVIS counts)
-what following gives. The seed draws the ID vectors, which moves J by up to a point. Prints a table and writes all
+what following gives. The seed draws the ID vectors, which moves J a little. Prints a table and writes all
 numbers to a JSON file.
 """
 
