@@ -234,7 +234,7 @@ def segment_video(
         raise ValueError(
             "masks, prompts, threshold or find_new_objects are given beside session; wanted is a session that has them"
         )
-    if (prompt_frame != 0 and not prompted and session is None) or (backward and not prompted):
+    if not prompted and (backward or (prompt_frame != 0 and session is None)):
         raise ValueError("prompt_frame or backward are given without masks or prompts")
     if backward and find_new_objects:
         raise ValueError("backward and find_new_objects are given; backwards only what is prompted can be followed")

@@ -19,7 +19,7 @@ from PIL import Image
 from ..export import ObjectsJsonWriter, PngMaskWriter, to_coco, to_youtube_vis_data
 from ..model.prompts_ausm import ObjectPrompt, refine_signals, signal_of_marks
 from ..model.session_ausm import AusmInferenceSession
-from ..segment import FollowedBack, FrameSegments, segment_video
+from ..segment import FollowedBack, segment_video
 from ..video import VideoWriter
 from ..visualization import draw_overlay, object_labels
 from .clips import Clip
@@ -171,7 +171,16 @@ class Network:
         earlier = FollowedBack()
         if masks and backward:
             yield from self._backward(clip, folder, masks, label_set, earlier)
-        results = self._forward(clip, masks, threshold, max_objects, label_set)
+        start = min(masks) if masks else 0
+        of_frames = masks and {index - start: of_frame for index, of_frame in masks.items()}
+        results = segment_video(
+            clip.part(range(clip.num_frames)),
+            self.model,
+            self.processor,
+            session=self._session(clip, of_frames, threshold, label_set),
+            max_objects=max_objects,
+            prompt_frame=start,
+        )
         areas: dict[int, list[float]] = defaultdict(lambda: [0.0] * clip.num_frames)
         begun = told = time.monotonic()
         pictures = []
@@ -247,27 +256,6 @@ class Network:
             if done and now - told >= SECONDS_BETWEEN_NEWS:
                 yield News(done, last, done / (now - begun), to_come=clip.num_frames)
                 told = now
-
-    def _forward(
-        self,
-        clip: Clip,
-        masks: dict[int, dict[int, np.ndarray]] | None,
-        threshold: float | None,
-        max_objects: int | None,
-        label_set: str | None,
-    ) -> Iterator[FrameSegments]:
-        """Each frame of the clip with its objects. Before the first masks there are none."""
-        start = min(masks) if masks else 0
-        of_frames = masks and {index - start: of_frame for index, of_frame in masks.items()}
-        session = self._session(clip, of_frames, threshold, label_set)
-        return segment_video(
-            clip.part(range(clip.num_frames)),
-            self.model,
-            self.processor,
-            session=session,
-            max_objects=max_objects,
-            prompt_frame=start,
-        )
 
     def _session(
         self,
