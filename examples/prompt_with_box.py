@@ -19,7 +19,7 @@ def main(video: str, *rest: str):
     processor.add_inputs_to_inference_session(
         session, frame_idx=0, obj_ids=[1], input_boxes=[[box]], original_size=source.size
     )
-    with ausm_hf.VideoWriter(output, source.fps, source.size) as writer:
+    with ausm_hf.VideoWriter(output, source.fps, source.size, sound=source.sound) as writer:
         for frame in source:
             pixel_values = processor(images=frame)["pixel_values"]
             if session.next_frame_idx == 0:  # what the network makes of the box, before the stream moves on

@@ -73,7 +73,9 @@ def segment(args: argparse.Namespace):
             yield result
 
     with until_interrupted, tqdm(results, total=source.num_frames, unit="frame", desc=source.name) as results:
-        paths = save_segments(noted(results), args.output, formats, source.fps, source.name, source.pixel_aspect)
+        paths = save_segments(
+            noted(results), args.output, formats, source.fps, source.name, source.pixel_aspect, source.sound
+        )
     for path in paths:
         print(path)
     if not found:

@@ -105,7 +105,7 @@ class OverlayVideoWriter(_ResultWriter, VideoWriter):
     """Writes the video with its objects drawn on it ([`~ausm_hf.visualization.draw_overlay`]).
 
     Args:
-        path, fps, size, pixel_aspect: as in [`~ausm_hf.video.VideoWriter`].
+        path, fps, size, pixel_aspect, sound: as in [`~ausm_hf.video.VideoWriter`].
     """
 
     def write(self, frame_index, frame, indexed_mask, objects, time=None) -> None:

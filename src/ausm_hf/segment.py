@@ -313,6 +313,7 @@ def save_segments(
     fps: float | Fraction | None = None,
     name: str | None = None,
     pixel_aspect: Fraction = Fraction(1),
+    sound: str | os.PathLike | None = None,
 ) -> list[Path]:
     """
     Writes results to files while they come, all of them or, if anything goes wrong, none.
@@ -321,13 +322,13 @@ def save_segments(
         results: As [`segment_video`] yields them.
         output: Folder to write into; made if it doesn't exist.
         formats: Which of
-            - `"mp4"`: `overlay.mp4`, the video with its objects drawn on it;
+            - `"mp4"`: `overlay.mp4`, the video with its objects drawn on it, and its `sound`;
             - `"png"`: `masks/00000.png` ..., indexed, of the frames' size;
             - `"json"`: `objects.json`, per object id, label, score, first and last frame and run-length masks;
             - `"jsonl"`: `frames.jsonl`, a line per frame with the same;
             - `"coco"`: `coco.json`, an image per frame; `"youtube_vis"`: `youtube_vis.json`. Annotations as in the
               data sets of these names, for the tools that read them.
-        fps, name, pixel_aspect: Of the video ([`~ausm_hf.video.VideoSource`]), to be noted in the files.
+        fps, name, pixel_aspect, sound: Of the video ([`~ausm_hf.video.VideoSource`]), for the files.
 
     Returns:
         What was written.
@@ -344,7 +345,7 @@ def save_segments(
     # Where each frame has its time, the rate is but a name: that of a time-lapse may be less than can be written.
     overlay_fps = max(fps, 0.01) if fps is not None and fps > 0 and first.time is not None else fps
     writers: dict[str, Callable] = {
-        "mp4": lambda path: OverlayVideoWriter(path, overlay_fps, first.masks.shape, pixel_aspect=pixel_aspect),
+        "mp4": lambda path: OverlayVideoWriter(path, overlay_fps, first.masks.shape, pixel_aspect, sound),
         "png": PngMaskWriter,
         "json": lambda path: ObjectsJsonWriter(path, name, fps),
         "jsonl": JsonlWriter,
@@ -419,7 +420,7 @@ def segment_videos(
                 yield result
 
         results = counted(segment_video(source, model, processor, threshold=threshold, max_objects=max_objects))
-        save_segments(results, folder, formats, source.fps, source.name, source.pixel_aspect)
+        save_segments(results, folder, formats, source.fps, source.name, source.pixel_aspect, source.sound)
         return {"frames": num_frames, "skipped": source.num_skipped}
 
     settings = {

@@ -22,10 +22,12 @@ from typing import Any, TypeVar, cast
 
 import av
 import numpy as np
+from av.container import InputContainer
 from PIL import Image, ImageOps
 
 from .files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, WholeOrNothing, image_files, natural_order, visible
 from .model.upright_ausm import upright
+from .sound import SoundCopy
 
 STREAM_SCHEMES = tuple(f"{x}://" for x in ("http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "srt", "tcp", "udp"))
 FPS_WHEN_UNKNOWN = 24
@@ -119,6 +121,8 @@ class VideoSource:
             file's header says for videos (good for a progress bar), `None` where nobody knows.
         num_skipped (`int`): how many frames, up to now, could not be decoded and were left out.
         once (`bool`): whether it can be read only once.
+        sound (`str` or `None`): path of the file that its sound is in; `None` without any, and for what can be read
+            only once.
     """
 
     def __init__(
@@ -136,6 +140,7 @@ class VideoSource:
         self._live, self._stopped = live, False
         self._come: SimpleQueue = SimpleQueue()  # what `_awaited` waits for
         self.pixel_aspect = Fraction(1)
+        self.sound: str | None = None
         self._open_frames, self._strict = open_frames, strict
         self._last_bad = (-1, "")  # what was reported last: reading again doesn't report it again
         opened = self._good_frames(0)
@@ -462,20 +467,26 @@ def _read_stdin(strict: bool, raw_size: tuple[int, int] | None) -> VideoSource:
     return VideoSource("stdin", frames, once=True, strict=strict, live=True)
 
 
+def _open_container(location: str | _Stdin, name: str, **options) -> InputContainer:
+    """What FFmpeg reads a video from. Raises ValueError if there is none."""
+    try:
+        container = av.open(location, **ANY_METADATA, **options)
+    except (av.FFmpegError, OSError) as error:
+        # `from None`: the original names the whole URL, with the password that may be in it.
+        raise ValueError(f"video {name!r} can't be opened: {error.strerror or 'unknown reason'}") from None
+    if not container.streams.video:
+        container.close()
+        raise ValueError(f"video {name!r} can't be opened: there are no pictures in it")
+    return container
+
+
 def _read_container(
     location: str | _Stdin, name: str, strict: bool, live: bool = False, has_clock: bool = True, **options
 ) -> VideoSource:
     """A video that FFmpeg reads. `live`: no second reading, and no frames held back by the decoder's threads."""
 
     def open_stream(in_threads: bool = not live):
-        try:
-            container = av.open(location, **ANY_METADATA, **options)
-        except (av.FFmpegError, OSError) as error:
-            # `from None`: the original names the whole URL, with the password that may be in it.
-            raise ValueError(f"video {name!r} can't be opened: {error.strerror or 'unknown reason'}") from None
-        if not container.streams.video:
-            container.close()
-            raise ValueError(f"video {name!r} can't be opened: there are no pictures in it")
+        container = _open_container(location, name, **options)
         stream = container.streams.video[0]
         if stream.codec_context is None:  # of no known codec; before version 18 PyAV crashes if it is asked to decode
             container.close()
@@ -531,11 +542,13 @@ def _read_container(
 
     container, stream = _awaited(open_stream, SimpleQueue()) if live else open_stream()
     opened = [(container, stream)]  # for the first reading; later ones open the file anew
-    aspect = stream.sample_aspect_ratio or Fraction(1)
+    aspect, has_sound = stream.sample_aspect_ratio or Fraction(1), bool(container.streams.audio)
     turned: set[bool] = set()  # whether frames are, by 90 degrees
     fps, num_frames = (stream.average_rate or stream.guessed_rate) if has_clock else None, stream.frames
     source = VideoSource(name, frames, fps or None, num_frames or None, once=live, strict=strict, live=live)
     source.pixel_aspect = 1 / aspect if True in turned else aspect
+    if has_sound and not live:
+        source.sound = str(location)
     return source
 
 
@@ -553,12 +566,14 @@ class VideoWriter(WholeOrNothing):
         size: (height, width) of the frames in pixels, up to 16384. H.264 wants even numbers: an odd last row or
             column is repeated.
         pixel_aspect: width by height of a pixel as it is to be shown.
+        sound: a video file, such as `source.sound`, the sound of which to copy for as long as there are frames.
 
     Raises:
-        ValueError: for a suffix, rate or size that can't be; on leaving the block, when no frame was written.
+        ValueError: for a suffix, rate or size that can't be, or a file of sound that can't be opened; on leaving the
+            block, when no frame was written.
 
     ```python
-    with VideoWriter("out.mp4", fps=source.fps, size=source.size) as writer:
+    with VideoWriter("out.mp4", fps=source.fps, size=source.size, sound=source.sound) as writer:
         for frame in source:
             writer.write(frame)
     ```
@@ -573,6 +588,7 @@ class VideoWriter(WholeOrNothing):
         fps: float | Fraction | None,
         size: tuple[int, int],
         pixel_aspect: Fraction = Fraction(1),
+        sound: str | os.PathLike | None = None,
     ):
         super().__init__(path)
         if self.path.suffix.lower() not in (".mp4", ".mkv", ".mov"):
@@ -581,10 +597,11 @@ class VideoWriter(WholeOrNothing):
         if not 0.01 <= fps <= 100_000:  # NaN fails too
             raise ValueError(f"fps is {fps}; wanted is a number from 0.01 to 100000")
         self.fps = Fraction(fps).limit_denominator(1001)
-        self.size, self.pixel_aspect = tuple(size), pixel_aspect
+        self.size, self.pixel_aspect, self.sound = tuple(size), pixel_aspect, sound
         if len(self.size) != 2 or min(self.size) < 1 or max(self.size) > 16384:
             raise ValueError(f"size is {size}; wanted are (height, width), both from 1 to 16384")
         self._container: av.container.OutputContainer = None  # type: ignore[assignment]  # until `_start`
+        self._sound: SoundCopy | None = None
 
     def _start(self):
         height, width = self.size
@@ -598,6 +615,9 @@ class VideoWriter(WholeOrNothing):
         codec.colorspace = codec.color_primaries = codec.color_trc = 6  # SMPTE 170M, said so that no player guesses
         codec.color_range = 1  # limited
         codec.sample_aspect_ratio = self.pixel_aspect
+        if self.sound is not None:
+            opened = _open_container(os.path.abspath(self.sound), Path(self.sound).name)
+            self._sound = SoundCopy(opened, self._container)
         self._last_pts, self._last_step = -1, 0
         self._timed = None
 
@@ -634,6 +654,8 @@ class VideoWriter(WholeOrNothing):
         self._last_step = picture.pts - max(self._last_pts, 0)
         self._last_pts = picture.pts
         self._container.mux(self._stream.encode(picture))
+        if self._sound is not None:
+            self._sound.copy(float(self._last_pts * self._tick))
 
     def _finish(self):
         if self._last_pts < 0:
@@ -642,9 +664,14 @@ class VideoWriter(WholeOrNothing):
         if packets and self._timed and self._last_step:
             packets[-1].duration = self._last_step  # nobody has said; FFmpeg would go by the rate
         self._container.mux(packets)
+        if self._sound is not None:
+            self._sound.copy(float((self._last_pts + max(1, self._last_step)) * self._tick))
+            self._sound.finish()
         self._container.close()
 
     def _release(self):
+        if self._sound is not None:
+            self._sound.close()
         if self._container is not None:
             with suppress(av.FFmpegError):  # nothing more to lose: an unfinished file is about to be removed
                 self._container.close()

@@ -1,0 +1,102 @@
+"""The sound of a video file, copied beside pictures that were made of it."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import groupby
+
+import av
+import numpy as np
+from av.container import InputContainer, OutputContainer
+
+RATE = 48_000  # samples per second
+SLACK = RATE // 100  # samples that time stamps may be wrong by
+
+
+class SoundCopy:
+    """The first sound track of a file, piece by piece into another as AAC, which every browser plays.
+
+    Times are seconds since the first picture of the file: what is heard before it is left out, and there is silence
+    where the track has nothing, or nothing that can be decoded. A warning tells of a track of an unknown codec, which
+    is left out.
+
+    Args:
+        source: the file, at its beginning; it is read as far as the copy goes, and closed with it.
+        container: where to write; nothing may have been written to it yet.
+    """
+
+    def __init__(self, source: InputContainer, container: OutputContainer):
+        self._source, self._container = source, container
+        self._end = 0  # the sample up to which it is copied
+        self._held = np.zeros((1, 0), np.float32)
+        self._pieces: Iterator[np.ndarray] = iter(())
+        tracks = source.streams.audio
+        if tracks and tracks[0].codec_context is None:
+            warnings.warn("the sound is left out: its codec is unknown", stacklevel=2)
+        elif tracks:
+            self._layout = "mono" if tracks[0].channels == 1 else "stereo"
+            self._stream = container.add_stream("aac", rate=RATE, layout=self._layout)
+            self._pieces = self._from_first_picture(tracks[0])
+
+    def copy(self, until: float) -> None:
+        """Goes on to the time `until`, or to the end of the track."""
+        stop = round(until * RATE)
+        while self._end < stop:
+            if not self._held.size:
+                self._held = next(self._pieces, self._held)
+                if not self._held.size:
+                    return
+            piece, self._held = np.split(self._held, [stop - self._end], axis=1)
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(piece), format="fltp", layout=self._layout)
+            frame.sample_rate, frame.pts = RATE, self._end
+            self._end += frame.samples
+            self._container.mux(self._stream.encode(frame))
+
+    def finish(self) -> None:
+        """Writes what the encoder holds back."""
+        if self._end > 0:
+            self._container.mux(self._stream.encode(None))
+
+    def close(self) -> None:
+        self._source.close()
+
+    def _from_first_picture(self, track: av.AudioStream) -> Iterator[np.ndarray]:
+        """Samples without a gap, float32 (channels, number): where some come late there is silence before them."""
+        pictures = self._source.streams.video[0]
+        start = float((pictures.start_time or 0) * (pictures.time_base or 0))
+        end = 0
+        for frame in self._resampled(track):
+            piece = np.nan_to_num(frame.to_ndarray()).clip(-1, 1)  # the encoder refuses what is no number, or huge
+            begin = end if frame.time is None else round((frame.time - start) * RATE)
+            if begin < end - SLACK:
+                piece = piece[:, end - begin :]
+            while begin > end + SLACK:
+                silence = np.zeros((len(piece), min(RATE, begin - end)), np.float32)
+                end += silence.shape[1]
+                yield silence
+            if piece.size:
+                end += piece.shape[1]
+                yield piece
+
+    def _resampled(self, track: av.AudioStream) -> Iterator[av.AudioFrame]:
+        # Broadcasts change the kind of their sound on the way, and a resampler is for one kind.
+        for _, frames in groupby(
+            _decoded(self._source, track), lambda x: (x.sample_rate, x.format.name, x.layout.name)
+        ):
+            resampler = av.AudioResampler(format="fltp", layout=self._layout, rate=RATE)
+            for frame in frames:
+                yield from resampler.resample(frame)
+
+
+def _decoded(source: InputContainer, track: av.AudioStream) -> Iterator[av.AudioFrame]:
+    """The frames of a track, without those that are damaged, as far as the file can be read."""
+    packets = source.demux(track)
+    while True:
+        try:
+            packet = next(packets, None)
+        except (av.FFmpegError, OSError):
+            return
+        if packet is None:
+            return
+        with suppress(av.FFmpegError):
+            yield from packet.decode()
