@@ -75,7 +75,7 @@ def test_prompt_in_a_later_frame(run, moving_square):
     assert {item["id"] for r in results for item in r.objects} == {3}
 
 
-def test_a_stream_of_ones_own_may_begin_in_a_later_frame(run, processor, moving_square):
+def test_a_stream_of_ones_own_may_begin_in_a_later_frame(run, tiny_model, processor, moving_square):
     frames, masks = moving_square
     session = start_session(processor, frames[0].shape[:2], masks[2])
     results = run(frames, session=session, prompt_frame=2)
@@ -83,6 +83,10 @@ def test_a_stream_of_ones_own_may_begin_in_a_later_frame(run, processor, moving_
     assert results[2].masks.any() and session.next_frame_idx == 4
     with pytest.raises(ValueError, match="backward are given without masks or prompts"):
         run(frames, session=session, backward=True)
+    other = processor.init_video_session()
+    processor.add_inputs_to_inference_session(other, obj_ids=1, input_masks=masks[0].T, original_size=(64, 48))
+    with pytest.raises(ValueError, match=r"session is of a video of \(64, 48\) .*this one has \(48, 64\)"):
+        segment_video(frames, tiny_model, processor, session=other)
 
 
 def test_a_bar_tells_of_the_part_that_goes_backward(run, moving_square, capsys):
@@ -111,7 +115,7 @@ def test_backward_is_the_video_played_backwards(run, moving_square, monkeypatch)
 def test_boxes_and_points(run, tiny_model, processor, moving_square):
     """They arrive at the network as its processor takes them, beside masks of other objects."""
     frames, masks = moving_square
-    prompts = {"boxes": {2: [8, 12, 26, 30]}, "points": {5: [[40, 40], [2, 2]]}, "labels": {5: [1, 0]}}
+    prompts = {"boxes": {2: [44, 2, 60, 14]}, "points": {5: [[40, 40], [2, 2]]}, "labels": {5: [1, 0]}}
     results = run(frames, masks=masks[0] * 7, prompts=prompts)
     assert {item["id"] for item in results[0].objects} <= {2, 5, 7} and np.array_equal(results[0].masks == 7, masks[0])
     for wrong, message in [

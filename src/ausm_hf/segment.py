@@ -247,6 +247,9 @@ def segment_video(
     if source.fps is None and source.num_frames is not None and prompt_frame >= source.num_frames:
         raise ValueError(f"prompt_frame is {prompt_frame}; the video has {source.num_frames} frames, counted from 0")
 
+    if session is not None and session.video_size not in (None, source.size):
+        raise ValueError(f"session is of a video of {session.video_size} (height, width); this one has {source.size}")
+
     # A session starts with its first prompts, unless there is something to find before them.
     start = 0 if find_new_objects else prompt_frame
 

@@ -273,8 +273,55 @@ def test_what_other_threads_say_waits_for_the_frame_that_is_segmented():
     assert step_session(model, session, FRAME).object_ids == [1, 2]
     for thread in others:
         thread.join()
-    assert session.obj_ids == [1] and session.prompts.keys() == {2}
+    assert [x.object_id for x in session.objects] == [1] and session.prompts.keys() == {2}
+    assert session.obj_ids == [1, 3]
     assert step_session(model, session, FRAME).object_ids == [1, 3]
+
+
+@pytest.mark.parametrize("at_work_on", ["step", "encode_frames"])
+@pytest.mark.parametrize("previewing", [False, True])
+def test_who_clicks_meanwhile_marks_the_next_frame(tiny_model, tmp_path, monkeypatch, at_work_on, previewing):
+    """Clicks count from the next frame on, whatever the network is at; a session is saved as it is between frames."""
+    processor = AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64}))
+    session = processor.init_video_session(seed=0)
+    at_work, threads, errors = getattr(tiny_model, at_work_on), [], []
+
+    def click(more):
+        try:
+            processor.add_inputs_to_inference_session(
+                session, obj_ids=2, input_points=[[more, more]], clear_old_inputs=more == 20, original_size=(48, 64)
+            )
+        except ValueError as error:
+            errors.append(error)
+
+    def busy(*args, **kwargs):
+        if not threads:
+            says = [(click, 20), (click, 30), (session.save, tmp_path / "stream.safetensors")]
+            threads.extend(threading.Thread(target=what[0], args=what[1:]) for what in says)
+            for thread in threads:
+                thread.start()
+                thread.join(0.2)
+                assert thread.is_alive()
+        return at_work(*args, **kwargs)
+
+    mask = np.zeros((48, 64), bool)
+    mask[10:20, 10:20] = True
+    processor.add_inputs_to_inference_session(session, obj_ids=1, input_masks=mask, original_size=(48, 64))
+    pixel_values = processor(images=np.zeros((48, 64, 3), np.uint8))["pixel_values"]
+    if previewing:
+        tiny_model(inference_session=session, frame=pixel_values)
+        processor.add_inputs_to_inference_session(session, obj_ids=1, input_points=[[12, 12]])
+    monkeypatch.setattr(tiny_model, at_work_on, busy)
+    if previewing:
+        assert tiny_model.preview_prompts(session, pixel_values).keys() == {1}
+    else:
+        assert 2 not in tiny_model(inference_session=session, frame=pixel_values).object_ids
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert session.prompts[1][2].points == ((20.0, 20.0), (30.0, 30.0)) and session.obj_ids == [1, 2]
+    assert AusmInferenceSession.load(tmp_path / "stream.safetensors").next_frame_idx == 1
+    assert tiny_model(inference_session=session, frame=pixel_values).object_ids == [1, 2]
 
 
 def test_a_saved_stream_is_not_bound_by_the_length_of_the_video_it_began_with(tmp_path):
@@ -406,6 +453,41 @@ def test_a_mark_elsewhere_says_what_it_looks_like():
     assert away(play_it(script)[2]) == [False, False, False, True, False]
     script = [*turned(0, 0), *turned(0.4, box=C.box), *turned(0, 0.8)]  # the mark agrees with what was followed
     assert away(play_it(script)[2]) == [False] * 5
+
+
+def test_a_mark_elsewhere_says_what_it_is():
+    """What was followed in its place was a cat; it is a dog. Until the network has answered for it nobody knows."""
+    cat, dog = Seen(A.box, 0.9, dog=0.1), Seen(B.box, 0.8, dog=0.7)
+    script = [({1: cat}, []), ({1: cat}, []), ({1: dog}, []), ({1: Seen(A.box, 0.2, dog=0.0)}, []), ({1: dog}, [])]
+    session = AusmInferenceSession(seed=0)
+    session.add_prompts(0, [1], [ObjectPrompt(mask=frame_mask(A))], (16, 24))
+    session.add_prompts(1, [1], [ObjectPrompt(mask=frame_mask(B))], (16, 24))
+    session.add_prompts(3, [1], [ObjectPrompt(mask=frame_mask(B))], (16, 24))
+    _, _, outputs = play(script, session)
+    assert [output.labels for output in outputs] == [["cat"], [None], ["dog"], ["dog"], ["dog"]]
+    # The fourth frame's mark says that it is there, and the network's answer for where it was not is nobody's.
+    assert outputs[1].scores.tolist() == [1]
+    torch.testing.assert_close([float(x.scores) for x in outputs[2:]], [0.8 * 0.7, 0.7, 0.8 * 0.7])
+
+
+def test_of_marks_that_share_pixels_the_smaller_is_on_top():
+    """Whatever the order, and each mark comes back whole in the output; of two alike the first is."""
+    processor = AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64}))
+    whole, part = torch.zeros(16, 24, dtype=torch.bool), torch.zeros(16, 24, dtype=torch.bool)
+    whole[4:12, 4:20] = part[6:8, 6:10] = True
+    for ids in ([1, 2], [2, 1]):
+        session = AusmInferenceSession(seed=0)
+        marks = {1: whole, 2: part}
+        session.add_prompts(0, ids, [ObjectPrompt(mask=marks[x]) for x in ids], (16, 24))
+        _, _, (output,) = play([(dict.fromkeys(ids, A), [])], session)
+        assert output.object_ids == ids and (output.pred_masks[:, 0] > 0).equal(torch.stack([marks[x] for x in ids]))
+        (result,) = processor.post_process_instance_segmentation(output, target_sizes=[(16, 24)])
+        assert result["segmentation"].equal(whole.int() + part.int())
+    session = AusmInferenceSession(seed=0)
+    session.add_prompts(0, [5, 6], [ObjectPrompt(mask=part)] * 2, (16, 24))
+    _, _, (output,) = play([({5: A, 6: A}, [])], session)
+    (result,) = processor.post_process_instance_segmentation(output, target_sizes=[(16, 24)])
+    assert result["segmentation"].equal(5 * part.int())
 
 
 def test_a_mark_of_one_that_is_away_adds_to_what_it_looks_like():
@@ -627,15 +709,41 @@ def test_propagating():
         return [output.frame_idx for output in propagate_in_video_iterator(model, session, *args)]
 
     model, session = started()
-    assert indices(model, session, None, 2) == [0, 1]  # exactly as many as asked for
+    assert indices(model, session, None, 1) == [0, 1]  # as many after the first as asked for, as in SAM 2
     assert indices(model, session) == [2, 3, 4] and indices(model, session) == []
     assert indices(*started(), 3, 9) == [3, 4]
-    assert indices(*started(), 0, 0) == []
+    assert indices(*started(), 0, 0) == [0]
     assert indices(*started(num_frames=5), 5) == []
 
     model, session = started()
     frames = propagate_in_video_iterator(model, session, show_progress_bar=True)
     assert next(frames).frame_idx == 0 and session.next_frame_idx == 1  # one at a time
+
+
+@pytest.mark.parametrize(
+    ("find", "followed", "first"), [(None, {}, 2), (False, {}, 2), (True, {}, 0), (None, {1: A}, 1)]
+)
+def test_propagating_begins_where_there_is_something_to_follow(find, followed, first):
+    """As in SAM 2, whose outputs begin at the first prompt."""
+    model = ScriptedModel([(followed if first < 2 else {9: B}, [])] * 4)
+    model.session = session = AusmInferenceSession(video=[FRAME] * 4, find_new_objects=find)
+    if followed:
+        session.add_prompts(0, [1], [ObjectPrompt(mask=frame_mask(A))], (16, 24))
+        next(propagate_in_video_iterator(model, session))
+    session.add_prompts(3, [8], [ObjectPrompt(mask=frame_mask(A))], (16, 24))
+    session.add_prompts(2, [9], [ObjectPrompt(mask=frame_mask(B))], (16, 24))
+    assert [output.frame_idx for output in propagate_in_video_iterator(model, session)] == list(range(first, 4))
+
+
+def test_prompts_that_come_after_propagating_was_asked_for_are_not_passed_over():
+    model = ScriptedModel([({1: A}, [])] * 2)
+    model.session = session = AusmInferenceSession(video=[FRAME] * 3)
+    frames = propagate_in_video_iterator(model, session, 2)
+    session.add_prompts(1, [1], [ObjectPrompt(mask=frame_mask(A))], (16, 24))
+    with pytest.raises(ValueError, match="prompts of frame 1"):
+        next(frames)
+    assert session.next_frame_idx == 0
+    assert [output.frame_idx for output in propagate_in_video_iterator(model, session)] == [1, 2]
 
 
 def test_wrong_propagation():

@@ -178,7 +178,8 @@ def test_removed_objects_leave_the_history_and_others_stay():
     prompt(session, 1, o2=ObjectPrompt(box=(0, 0, 9, 9)))
     prompt(session, 5, o2=ObjectPrompt(box=(0, 0, 9, 9)), o8=ObjectPrompt(box=(0, 0, 9, 9)))
     session.remove_object(2)
-    assert session.obj_ids == [1, 3] and list(session.prompts) == [5] and list(session.prompts[5]) == [8]
+    assert session.obj_ids == [1, 3, 8] and list(session.prompts) == [5] and list(session.prompts[5]) == [8]
+    assert session.get_obj_num() == 3
     assert [step_session(model, session, FRAME).object_ids for _ in range(2)] == [[1, 3], [1, 3, 9]]  # a new id
     assert model.histories[1].slots.tolist() == [[slots[0], slots[2]]] and model.histories[1].taken.tolist() == [
         [1, 1]
@@ -417,8 +418,10 @@ def test_wrong_streams_together(tiny_model):
         ([], [], "one or more"),
         (sessions, [frame], "2 sessions .* and 1 frames"),
         ([sessions[0]] * 2, [frame] * 2, r"\(1 different\)"),
-        (sessions, [frame, torch.zeros(3, 96, 64)], r"of one size .*\[\(64, 96\), \(96, 64\)\]"),
-        (sessions, [frame, frame.byte()], "floating point"),
+        (sessions, [frame, torch.zeros(3, 96, 64)], r"session 1 of 2: .*of one size .*\(64, 96\).*got \(96, 64\)"),
+        (sessions, [frame, frame.byte()], "session 1 of 2: .*floating point"),
+        ([sessions[0], AusmInferenceSession(label_set="pet")], [frame] * 2, r"session 1 of 2: label_set .*\['pets'\]"),
+        ([AusmInferenceSession(video=[frame]), sessions[0]], [frame] * 2, "session 0 of 2: .*made with a video"),
     ]:
         with pytest.raises(ValueError, match=message):
             step_sessions(tiny_model, wrong, frames)

@@ -139,15 +139,20 @@ def finish_frame(
 
     # Followed objects: the first queries, in the order of the history.
     scores: dict[int, float] = {}
+    small = {object_id: history_mask(mask, size) for object_id, mask in prompts.items()}
+    mistaken = _mistaken(objects, seen, small, config.duplicate_overlap)
     for row, followed in enumerate(objects):
+        is_answer = followed.object_id in seen and row not in mistaken
         if followed.object_id in prompts:
             followed.prompted, followed.quality = True, 1.0
-        if followed.object_id in seen or followed.object_id in prompts:
-            followed.absent_frames = 0
+            is_answer |= session.history is None  # the first frame is predicted from its prompts
+        if row in mistaken:
+            followed.class_votes = followed.looks = None
+        if is_answer:
             followed.vote(answer.foreground[row], answer.classes[row])
-        else:
-            followed.absent_frames += 1
-        scores[followed.object_id] = answer.foreground[row] * followed.quality
+        is_here = is_answer or followed.object_id in prompts
+        followed.absent_frames = 0 if is_here else followed.absent_frames + 1
+        scores[followed.object_id] = 1.0 if is_here and not is_answer else answer.foreground[row] * followed.quality
     before = objects
 
     # Prompts are what the user says they are: they replace what the network thought of these objects, and the found
@@ -157,7 +162,6 @@ def finish_frame(
         if object_id not in {x.object_id for x in objects}:
             joining.append(FollowedObject(object_id, slot=-1, prompted=True))
             scores[object_id] = 1.0
-    small = {object_id: history_mask(mask, size) for object_id, mask in prompts.items()}
     logits = seen | {object_id: (mask * 2 - 1) * PROMPT_LOGIT for object_id, mask in small.items()}
     prompted = {x.object_id: x.prompted for x in [*objects, *joining]}
     twin_ids = twins(prompted, logits, config.duplicate_overlap)
@@ -199,7 +203,8 @@ def finish_frame(
 
     followed_on = set(map(id, objects))  # a bystander that comes may have the number of one that has just gone
     history = without_trace(answer.history, [i for i, x in enumerate(before) if id(x) not in followed_on])
-    history = _remember_looks(model, history, before, objects, seen, small, answer)
+    history = history.forget_appearance(mistaken)
+    _remember_looks(model, before, objects, seen, small, answer)
     session.history = put_objects(history, objects, masks, size, frame.stride_4)
     session.objects = objects
     session.slots_held_until |= {x.slot: session.next_frame_idx for x in objects}
@@ -219,6 +224,23 @@ def finish_frame(
     result = _describe(session, asked_for, logits, scores, prompts, labels)
     session.next_frame_idx += 1
     return result
+
+
+def _mistaken(
+    objects: list[FollowedObject], seen: dict[int, torch.Tensor], marks: dict[int, torch.Tensor], overlap: float
+) -> list[int]:
+    """
+    Rows of the objects in place of which something else was followed, as their marks (h, w) say: name and looks are
+    not theirs. Of one that was away nothing was taken for it, and what it is stays known.
+    """
+
+    def is_mistaken(object_id: int) -> bool:
+        if object_id not in marks or object_id not in seen:
+            return False
+        both = torch.stack([seen[object_id], marks[object_id].to(seen[object_id]) - 0.5])
+        return not overlapping(both, overlap)[0, 1]
+
+    return [row for row, x in enumerate(objects) if is_mistaken(x.object_id)]
 
 
 def _detections(
@@ -265,26 +287,13 @@ def _detections(
 
 def _remember_looks(
     model,
-    history: AusmHistory,
     before: list[FollowedObject],
     objects: list[FollowedObject],
     seen: dict[int, torch.Tensor],
     marks: dict[int, torch.Tensor],
     answer: Answer,
-) -> AusmHistory:
-    """
-    What objects look like is said by their marks, and by what was surely them since. Where a mark says that something
-    else was followed, what that looked like is forgotten, also by the history; of one that was away nothing is.
-    """
-    mistaken = [
-        column
-        for column, x in enumerate(before)
-        if x.object_id in marks
-        and x.object_id in seen
-        and not _agree(seen[x.object_id], marks[x.object_id], model.config.duplicate_overlap)
-    ]
-    for column in mistaken:
-        before[column].looks = None
+):
+    """What objects look like is said by their marks, and by what was surely them since."""
     looks: dict[int, torch.Tensor] = {}
     if answer.looks is not None:
         stayed = {id(x) for x in objects}
@@ -296,12 +305,6 @@ def _remember_looks(
     for followed in objects:
         if not followed.is_bystander and followed.object_id in looks:
             followed.remember(looks[followed.object_id])
-    return history.forget_appearance(mistaken)
-
-
-def _agree(seen: torch.Tensor, mark: torch.Tensor, overlap: float) -> bool:
-    """Whether the mask logits (h, w) of an object and its mark (h, w) overlap (by IoU)."""
-    return bool(overlapping(torch.stack([seen, mark.to(seen) - 0.5]), overlap)[0, 1])
 
 
 def put_objects(history, objects: list[FollowedObject], masks: dict[int, torch.Tensor], size, like: torch.Tensor):
@@ -322,9 +325,12 @@ def _describe(session, seen, logits, scores, prompts, labels) -> AusmVideoSegmen
         pred_masks = session.history.masks[0, :0, None].float()
     if prompts:
         pred_masks = F.interpolate(pred_masks, session.video_size, mode="bilinear")
+        by_area = sorted(prompts, key=lambda object_id: int(prompts[object_id].sum()))
         for i, followed in enumerate(seen):
             if followed.object_id in prompts:
-                pred_masks[i, 0] = (prompts[followed.object_id].float() * 2 - 1) * PROMPT_LOGIT
+                # Of marks that share pixels the smaller one is on top, as what a person holds.
+                logit = PROMPT_LOGIT + len(prompts) - 1 - by_area.index(followed.object_id)
+                pred_masks[i, 0] = torch.where(prompts[followed.object_id], logit, -PROMPT_LOGIT)
     label_ids, object_scores = [], []
     for followed in seen:
         label_id, score = -1, scores[followed.object_id]

@@ -238,7 +238,6 @@ class AusmProcessor(ProcessorMixin):
         scribbles = _per_object("input_scribbles", input_scribbles, len(obj_ids), 2)
         if input_labels is None:
             labels = [[1] * len(of_object) for of_object in points]
-        frame_idx = session.next_frame_idx if frame_idx is None else _as_int(frame_idx)
         prompts = [
             ObjectPrompt(
                 mask=mask,
@@ -249,15 +248,17 @@ class AusmProcessor(ProcessorMixin):
             )
             for mask, box, of_points, of_labels, scribble in zip(masks, boxes, points, labels, scribbles)
         ]
-        if not clear_old_inputs:
-            if any(x is not None for x in (input_boxes, input_masks, input_scribbles)):
-                raise ValueError(
-                    "clear_old_inputs=False adds points to what was said before; input_boxes, input_masks and "
-                    "input_scribbles come first, and replace it"
-                )
-            before = session.prompts.get(frame_idx, {})
-            prompts = [before[x].with_points(more) if x in before else more for x, more in zip(obj_ids, prompts)]
-        session.add_prompts(frame_idx, obj_ids, prompts, size)
+        if not clear_old_inputs and any(x is not None for x in (input_boxes, input_masks, input_scribbles)):
+            raise ValueError(
+                "clear_old_inputs=False adds points to what was said before; input_boxes, input_masks and "
+                "input_scribbles come first, and replace it"
+            )
+        with session.lock:  # while a frame is segmented in another thread, which is the next one isn't known
+            frame_idx = session.next_frame_idx if frame_idx is None else _as_int(frame_idx)
+            if not clear_old_inputs:
+                before = session.prompts.get(frame_idx, {})
+                prompts = [before[x].with_points(more) if x in before else more for x, more in zip(obj_ids, prompts)]
+            session.add_prompts(frame_idx, obj_ids, prompts, size)
         return session
 
     def post_process_masks(self, masks, original_sizes, mask_threshold: float = 0.0, binarize: bool = True):

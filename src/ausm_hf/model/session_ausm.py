@@ -40,8 +40,9 @@ class AusmVideoSegmentationOutput(ModelOutput):
             Ids of the objects, constant over the stream.
         pred_masks (`torch.FloatTensor` of shape `(num_objects, 1, h, w)`):
             Mask logits at a quarter of the network's input size. On a frame that has prompts: at the video's own
-            size, so that the prompts come back as they were given. A pixel belongs to the object of the highest
-            logit, if that is positive, see [`~AusmProcessor.post_process_instance_segmentation`].
+            size, so that the prompts come back as they were given, the smaller ones on top. A pixel belongs to the
+            object of the highest logit, if that is positive, see
+            [`~AusmProcessor.post_process_instance_segmentation`].
         scores (`torch.FloatTensor` of shape `(num_objects,)`):
             Foreground probability in this frame times class probability, of found objects also times the quality of
             their first mask; 1 where a prompt introduces an object while the stream runs.
@@ -178,7 +179,7 @@ class AusmInferenceSession:
             Their number, where it is known.
         video_height (`int`, *optional*), video_width (`int`, *optional*):
             Size of the frames before preprocessing, which is the size of prompts. All frames of a stream have one
-            size: one of another size is refused.
+            size after it: one of another size is refused.
         foreground_threshold (`float`, *optional*):
             Foreground probability above which a detection becomes an object, and below which one that was found
             counts as absent (a prompted one does below 0.5). `config.foreground_threshold` if not given.
@@ -256,11 +257,12 @@ class AusmInferenceSession:
 
     @property
     def obj_ids(self) -> list[int]:
-        """Ids of the objects that are followed now, absent ones included."""
-        return [followed.object_id for followed in self.objects if not followed.is_bystander]
+        """Ids of the objects that are followed, absent ones included, and of those marked in frames to come."""
+        followed = [x.object_id for x in self.objects if not x.is_bystander]
+        return list(dict.fromkeys([*followed, *(x for given in list(self.prompts.values()) for x in list(given))]))
 
     def get_obj_num(self) -> int:
-        """How many objects are followed now."""
+        """How many objects `obj_ids` has."""
         return len(self.obj_ids)
 
     def warn_once(self, what: str, message: str) -> None:
@@ -301,10 +303,8 @@ class AusmInferenceSession:
                 raise ValueError(f"obj_ids must be positive integers below 2**30, got {object_id!r}")
         if not obj_ids or len(set(obj_ids)) != len(obj_ids):
             raise ValueError(f"obj_ids must name at least one object and each one once, got {obj_ids}")
-        expected = {
-            *self.obj_ids,
-            *(x for earlier, given in self.prompts.items() if earlier < frame_idx for x in given),
-        }
+        expected = {x.object_id for x in self.objects}
+        expected |= {x for earlier, given in self.prompts.items() if earlier < frame_idx for x in given}
         for object_id, prompt in zip(obj_ids, prompts, strict=True):
             prompt.check(object_id, video_size)
             if prompt.only_negative and object_id not in expected:
@@ -328,7 +328,7 @@ class AusmInferenceSession:
         Raises:
             ValueError: if there is no such object now.
         """
-        known = sorted({*self.obj_ids, *(x for given in self.prompts.values() for x in given)})
+        known = sorted(self.obj_ids)
         if isinstance(obj_id, torch.Tensor):  # equal to an integer, but another key of a dict
             obj_id = int(obj_id)
         if obj_id not in known:
@@ -393,6 +393,7 @@ class AusmInferenceSession:
         drawn = [free[i] for i in torch.randperm(len(free), generator=self.generator).tolist()]
         return sorted(drawn, key=lambda slot: self.slots_held_until.get(slot, -1))[:number]
 
+    @_between_frames
     def save(self, path: str | os.PathLike) -> None:
         """
         Write the stream to one safetensors file, whole or not at all; [`~AusmInferenceSession.load`] goes on from it,

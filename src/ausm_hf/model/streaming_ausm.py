@@ -66,16 +66,10 @@ def step_sessions(
             f"sessions must be one or more, each once, with one frame each, got {len(sessions)} sessions "
             f"({len({id(session) for session in sessions})} different) and {len(frames)} frames"
         )
-    if any(session.video is not None and frame is not session.video_frame for session, frame in zip(sessions, frames)):
-        raise ValueError(
-            "inference_session was made with a video, whose frames propagate_in_video_iterator takes; one that is to "
-            "be given its frames is made without"
-        )
-    inputs = _encoded_frames(model, sessions, frames)
     with ExitStack() as unless_done:
         for session in sorted(sessions, key=id):  # in one order, so that no two threads wait for each other
             unless_done.enter_context(session.as_it_was_on_error())
-        return _step_sessions(model, sessions, inputs)
+        return _step_sessions(model, sessions, _encoded_frames(model, sessions, frames, takes_frames=True))
 
 
 def _step_sessions(
@@ -131,16 +125,17 @@ def preview_prompts(
         ValueError: as [`step_session`].
     """
     session = inference_session
-    (encoded,) = _encoded_frames(model, [session], [frame])
-    seen: dict[int, torch.Tensor] = {}
-    if session.history is not None and session.prompts.get(session.next_frame_idx):  # it may correct what is seen
-        (answer,) = _ask(model, encoded, [session.history], [session.objects], session.label_set)
-        seen = seen_objects(model, session, session.objects, answer)
-    said = set(session.warnings_given)
-    try:
-        return _prompt_masks(model, session, encoded, seen)
-    finally:
-        session.warnings_given = said  # what is wrong with these prompts is said again should they come to be followed
+    with session.lock:
+        (encoded,) = _encoded_frames(model, [session], [frame])
+        seen: dict[int, torch.Tensor] = {}
+        if session.history is not None and session.prompts.get(session.next_frame_idx):  # it may correct what is seen
+            (answer,) = _ask(model, encoded, [session.history], [session.objects], session.label_set)
+            seen = seen_objects(model, session, session.objects, answer)
+        said = set(session.warnings_given)
+        try:
+            return _prompt_masks(model, session, encoded, seen)
+        finally:
+            session.warnings_given = said  # what is wrong with them is said again should they come to be followed
 
 
 def propagate_in_video_iterator(
@@ -156,9 +151,10 @@ def propagate_in_video_iterator(
     Args:
         model ([`AusmForUniversalSegmentation`]): The network.
         inference_session ([`AusmInferenceSession`]): Made with a video.
-        start_frame_idx (`int`, *optional*): First frame to segment, the next one of the stream if not given. Frames
-            before it are passed over.
-        max_frame_num_to_track (`int`, *optional*): How many frames to segment, all that follow if not given.
+        start_frame_idx (`int`, *optional*): First frame to segment; frames before it are passed over. If not given,
+            the next one of the stream, or, where nothing is followed or looked for before it, the first one that has
+            prompts.
+        max_frame_num_to_track (`int`, *optional*): How many frames to segment after that one, all if not given.
         show_progress_bar (`bool`, *optional*, defaults to `False`): Whether to show a progress bar.
 
     Yields:
@@ -175,33 +171,41 @@ def propagate_in_video_iterator(
             "one made without is given its frames by model(inference_session=..., frame=...)"
         )
     start = session.next_frame_idx if start_frame_idx is None else start_frame_idx
+    if start_frame_idx is None and session.prompts and not session.objects and not session.find_new_objects:
+        start = min(session.prompts)
     if start < session.next_frame_idx:
         raise ValueError(
             f"start_frame_idx must be at least {session.next_frame_idx}, the next frame of the stream, got {start}"
         )
     if session.num_frames is not None and start > session.num_frames:
         raise ValueError(f"start_frame_idx must be at most {session.num_frames}, the length of the video, got {start}")
-    if passed_over := [frame_idx for frame_idx in session.prompts if frame_idx < start]:
-        raise ValueError(f"start_frame_idx must not pass over the prompts of frame {min(passed_over)}, got {start}")
+    _check_passed_over(session, start)
     if max_frame_num_to_track is not None and max_frame_num_to_track < 0:
         raise ValueError(f"max_frame_num_to_track must not be negative, got {max_frame_num_to_track}")
     return _propagate(model, session, start, max_frame_num_to_track, show_progress_bar)
 
 
+def _check_passed_over(session: AusmInferenceSession, start: int):
+    if passed_over := [frame_idx for frame_idx in session.prompts if frame_idx < start]:
+        raise ValueError(f"start_frame_idx must not pass over the prompts of frame {min(passed_over)}, got {start}")
+
+
 def _propagate(model, session, start, max_frames, show_progress_bar) -> Iterator[AusmVideoSegmentationOutput]:
     while session.next_frame_idx < start:
-        if not session.pass_over_video_frame():
-            raise ValueError(
-                f"start_frame_idx must be at most {session.next_frame_idx}, the video's length, got {start}"
-            )
-        session.next_frame_idx += 1
-    total = max_frames
+        with session.lock:
+            _check_passed_over(session, start)  # some may have come since this was called
+            if not session.pass_over_video_frame():
+                raise ValueError(
+                    f"start_frame_idx must be at most {session.next_frame_idx}, the video's length, got {start}"
+                )
+            session.next_frame_idx += 1
+    total = None if max_frames is None else max_frames + 1
     if session.num_frames is not None:
         remaining = session.num_frames - start
-        total = remaining if max_frames is None else min(max_frames, remaining)
+        total = remaining if total is None else min(total, remaining)
     with logging.tqdm(total=total, desc="propagate in video", disable=not show_progress_bar) as progress:
         done = 0
-        while max_frames is None or done < max_frames:
+        while max_frames is None or done <= max_frames:
             frame = session.next_video_frame()
             if frame is None:
                 return
@@ -211,19 +215,35 @@ def _propagate(model, session, start, max_frames, show_progress_bar) -> Iterator
 
 
 def _encoded_frames(
-    model, sessions: list[AusmInferenceSession], frames: list[torch.Tensor | AusmFrameFeatures]
+    model,
+    sessions: list[AusmInferenceSession],
+    frames: list[torch.Tensor | AusmFrameFeatures],
+    takes_frames: bool = False,
 ) -> list[AusmFrameFeatures]:
-    """What the network sees in each stream's frame alone; refused if a stream can't go on with its frame."""
-    inputs = []
+    """
+    What the network sees in each stream's frame alone; refused if a stream can't go on with its frame.
+
+    Args:
+        takes_frames: Whether the streams move on with these frames.
+    """
+    inputs: list[torch.Tensor | AusmFrameFeatures] = []
     for number, (session, frame) in enumerate(zip(sessions, frames)):
         try:
+            if takes_frames and session.video is not None and frame is not session.video_frame:
+                raise ValueError(
+                    "inference_session was made with a video, whose frames propagate_in_video_iterator takes; one "
+                    "that is to be given its frames is made without"
+                )
             inputs.append(_checked_frame(model, session, frame))
+            if (size := _frame_size(inputs[-1])) != (first := _frame_size(inputs[0])):
+                raise ValueError(
+                    f"frames must be of one size to go through the network together, {first} (height, width) as that "
+                    f"of session 0, got {size}"
+                )
         except ValueError as error:
             if len(sessions) == 1:
                 raise
             raise ValueError(f"session {number} of {len(sessions)}: {error}") from error
-    if len(sizes := set(map(_frame_size, inputs))) > 1:
-        raise ValueError(f"frames must be of one size to go through the network together, got {sorted(sizes)}")
     images = [frame for frame in inputs if isinstance(frame, torch.Tensor)]
     encoded = iter(model.encode_frames(torch.cat(images)).split() if images else [])
     return [next(encoded) if isinstance(frame, torch.Tensor) else frame for frame in inputs]
@@ -237,6 +257,8 @@ def _checked_frame(
     model, session: AusmInferenceSession, frame: torch.Tensor | AusmFrameFeatures
 ) -> torch.Tensor | AusmFrameFeatures:
     """A frame as (1, 3, H, W), where the model is, or encoded; refused if the stream can't go on with it."""
+    if session.label_set not in (None, *model.config.label_sets):
+        raise ValueError(f"label_set must be one of {sorted(model.config.label_sets)}, got {session.label_set!r}")
     if isinstance(frame, AusmFrameFeatures):
         if len(frame.stride_4) != 1:
             raise ValueError(f"frame must hold what is seen in one frame, got {len(frame.stride_4)} frames")
