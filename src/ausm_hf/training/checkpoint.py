@@ -226,7 +226,16 @@ def _fsync(path: str | Path) -> None:
 
 
 def _load_weights(model: PreTrainedModel, folder: Path) -> None:
-    # Read by who wrote them: transformers stores some backbones under other names than their modules have.
+    own = model.state_dict()
+    file = folder / "model.safetensors"
+    weights = load_file(file) if file.exists() else {}
+    if {name: x.shape for name, x in weights.items()} != {name: x.shape for name, x in own.items()}:
+        weights = _as_transformers_reads(model, folder)
+    model.load_state_dict({name: _divided_as(value, own[name]) for name, value in weights.items()})
+
+
+def _as_transformers_reads(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
+    """Weights by the names of the modules; transformers stores some backbones under others."""
     with no_progress_bars():
         stored: Any
         report: Any
@@ -244,8 +253,7 @@ def _load_weights(model: PreTrainedModel, folder: Path) -> None:
             + ", ".join(f"{kind} {names}" for kind, names in wrong.items() if names)
             + "; use another output_dir"
         )
-    own = model.state_dict()
-    model.load_state_dict({name: _divided_as(value, own[name]) for name, value in stored.state_dict().items()})
+    return stored.state_dict()
 
 
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
