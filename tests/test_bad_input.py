@@ -147,7 +147,7 @@ RECIPES = {
     ),
     "label set without labels": ({"model.label_sets": {"mine": None}}, "model.label_sets.mine: has no labels"),
     "label set that is empty": ({"model.label_sets": {"mine": []}}, "want a list of labels"),
-    "no network": ({"model": {}}, "exactly one of model.preset and model.path"),
+    "two networks": ({"model": {"preset": "nano", "path": "a/b"}}, "want one of model.preset and model.path"),
     "no such preset": ({"model.preset": "huge"}, "model.preset"),
     "size": ({"data.size": [100, 100]}, "multiples of 32"),
     "no steps": ({"optim.max_steps": 0}, "optim.max_steps"),

@@ -216,7 +216,7 @@ def test_clips_without_objects_are_passed_over_and_an_empty_source_is_an_error(t
     empty = ClipSource(clips_from_rows([row]))
     mixture = ClipMixture([sources[0], empty], [1, 30], 2, (32, 32))  # as from a camera that mostly sees nothing
     assert all(len(mixture[i]["masks"]) for i in range(10))
-    with pytest.raises(RuntimeError, match="no object in view"):
+    with pytest.raises(ValueError, match="no object in view"):
         ClipMixture([empty], [1], 2, (32, 32))[0]
 
 

@@ -274,6 +274,17 @@ def test_own_json_with_polygons_and_its_mistakes(tmp_path, no_reading):
         vis_json(str(tmp_path), str(source))
 
 
+def test_videos_whose_frames_lie_in_one_folder_are_told_apart(tmp_path):
+    content = vis_content(["fish"], "dive", [index_mask(0, [1]) > 0, None], counts)
+    for video_id in (8, 9):
+        names = [f"{'flat' if video_id == 8 else 'reef'}/{video_id}_{t}.jpg" for t in range(2)]
+        content["videos"].append({**content["videos"][0], "id": video_id, "file_names": names})
+    content["videos"].append({**content["videos"][0], "id": 10, "file_names": ["flat/10_0.jpg", "flat/10_1.jpg"]})
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    clips = vis_json(str(tmp_path), str(tmp_path / "own.json"))
+    assert clips["video_id"] == ["dive", "8", "reef", "10"]
+
+
 def test_json_of_a_validation_split_has_no_annotations(tmp_path):
     content = vis_content(["fish"], "dive", [None, None], counts)
     del content["annotations"]

@@ -112,6 +112,22 @@ def test_thin_objects_stay_in_the_history():
     assert binarize(torch.tensor([[[0.9, 0.5], [0.4, 0.0]]])).tolist() == [[[1, 1], [0, 0]]]
 
 
+@pytest.mark.parametrize("value", [1, 2, 255])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_what_is_not_0_belongs_to_the_object(value, dtype):
+    """Masks come as 0 and 1, as 0 and 255, and as ids."""
+    masks = cell_masks([[0, 1], [3, None]])
+    frames = torch.zeros(1, 2, 3, SIZE, SIZE)
+    of_bool = [[x.bool()] for x in (masks, masks.flip(1), masks[:, 1])]
+    of_value = [[x.to(dtype) * value] for x in (masks, masks.flip(1), masks[:, 1])]
+    wanted, got = (
+        pad_instances(frames, true, None, history, None, None, prompts)
+        for true, history, prompts in (of_bool, of_value)
+    )
+    for name, tensor in vars(wanted).items():
+        torch.testing.assert_close(getattr(got, name), tensor)
+
+
 def test_matching_is_optimal():
     torch.manual_seed(0)
     cost = torch.rand(1, 2, 5, 3)

@@ -418,6 +418,26 @@ def test_class_logits_are_of_the_clips_label_set_if_it_is_one(class_sets, labels
     assert output.class_queries_logits.shape[-1] == labels + 1
 
 
+def test_without_classes_no_class_is_trained():
+    """Not that nothing is an object of any class, either."""
+    pixels, masks, switch, slots = clips()
+    model = tiny_model()
+
+    def class_loss(**labels):
+        return model(
+            pixels, mask_labels=masks, switch_frames=switch, id_slots=slots, generator=torch.Generator(), **labels
+        ).loss_dict["class"]
+
+    assert class_loss() == class_loss(class_sets=[None, None]) == 0
+    assert class_loss(class_labels=[torch.tensor([0, 1, -100]), torch.tensor([0])]) > 0
+    assert class_loss(class_sets=["shapes", "shapes"]) > 0
+
+
+@pytest.mark.parametrize("name", ["class_weight", "likeness_scale"])
+def test_whole_numbers_are_numbers(name):
+    assert getattr(AusmConfig.from_preset("nano", **{name: 1}), name) == 1
+
+
 def test_maps_at_other_strides_are_refused():
     sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 16, "image_size": 96}
     backbone = {"model_type": "vitdet", "out_indices": [1, 2, 3, 4], **sizes}

@@ -369,6 +369,8 @@ def test_arguments_that_can_not_work_are_refused_before_anything_is_loaded(tiny,
         train(tiny.make_recipe(tmp_path / "run"), dataset=tiny.TinyClips())
     with pytest.raises(ValueError, match="^data: .*got neither"):
         train(tiny.make_recipe(tmp_path / "run"))
+    with pytest.raises(ValueError, match="^model: .*got neither"):
+        train(tiny.make_recipe(tmp_path / "run", "model.preset=null"), dataset=tiny.TinyClips(), collator=tiny.collate)
     with pytest.raises(ValueError, match="^tracker: 'abacus' is not installed"):
         tiny.run(tmp_path / "run", "tracker=abacus")
     assert not (tmp_path / "run").exists()

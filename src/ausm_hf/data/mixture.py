@@ -130,7 +130,7 @@ class ClipMixture(torch.utils.data.Dataset):
             clip = self._draw(self.sources[rng.choice(len(self.sources), p=self.weights)], rng)
             if len(clip.masks):
                 return self._sample(clip)
-        raise RuntimeError(
+        raise ValueError(
             f"{MOST_DRAWS} clips in a row had no object in view (item {index}); are the annotations empty, or all "
             f"objects smaller than {MIN_SHARE:.2%} of the picture?"
         )
@@ -202,7 +202,7 @@ class ClipMixture(torch.utils.data.Dataset):
             clip = self._load(source, stride, bool(rng.random() < source.reverse), rng)
             if clip.video_id != video_id:
                 return self._view(replace(clip, masks=clip.masks[:0], labels=[], exhaustive=False), source, None, rng)
-        raise RuntimeError(f"{MOST_DRAWS} videos in a row were {video_id}; a cut needs a second one")
+        raise ValueError(f"{MOST_DRAWS} videos in a row were {video_id}; a cut needs a second one")
 
     def _class_number(self, label_set: str, label: str | None) -> int:
         if label is None:

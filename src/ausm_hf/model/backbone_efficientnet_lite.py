@@ -52,7 +52,7 @@ class EfficientNetLiteConfig(BackboneConfigMixin, PreTrainedConfig):
     kernel_sizes: list[int] | tuple[int, ...] = (3, 3, 5, 3, 5, 5, 3)
     strides: list[int] | tuple[int, ...] = (1, 2, 2, 2, 1, 2, 1)
     expand_ratios: list[int] | tuple[int, ...] = (1, 6, 6, 6, 6, 6, 6)
-    batch_norm_eps: float = 1e-3
+    batch_norm_eps: float | int = 1e-3
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 

@@ -63,6 +63,11 @@ def _pad(tensors: list[Tensor], value: float = 0) -> Tensor:
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
 
+def _pad_masks(masks: list[Tensor], device: torch.device) -> Tensor:
+    """Of integers what is not 0 belongs to the object, be it 1, an id or 255."""
+    return _pad([(m if m.is_floating_point() else m.ne(0)).to(device) for m in masks])
+
+
 def pad_instances(
     frames: Tensor,
     mask_labels: list[Tensor],
@@ -119,13 +124,13 @@ def pad_instances(
         raise ValueError(
             f"`ignore_masks` must have shape ({batch}, {length}, {height}, {width}), got {tuple(ignore_masks.shape)}."
         )
-    masks = _pad([m.to(device) for m in mask_labels])
+    masks = _pad_masks(mask_labels, device)
     small_masks = _shrink(masks)
-    history = small_masks if history_masks is None else _shrink(_pad([m.to(device) for m in history_masks]))
+    history = small_masks if history_masks is None else _shrink(_pad_masks(history_masks, device))
     history = binarize(history)
     prompts = history[:, :, 0]
     if prompt_masks is not None:
-        prompts = binarize(_shrink(_pad([m.to(device) for m in prompt_masks])))
+        prompts = binarize(_shrink(_pad_masks(prompt_masks, device)))
     counts = torch.tensor([len(m) for m in mask_labels], device=device)
     return Instances(
         masks=masks,

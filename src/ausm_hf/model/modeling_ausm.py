@@ -539,7 +539,8 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             pixel_values_videos (`torch.Tensor` of shape `(B, T, 3, H, W)`):
                 Frames; H and W multiples of 32.
             mask_labels (`list[torch.Tensor]`, one of shape `(N_b, T, H, W)` per clip):
-                True masks of each instance, empty where it is not in the frame.
+                True masks of each instance, empty where it is not in the frame: bool, integers of which those that
+                are not 0 belong to it, or floating point in 0..1.
             class_labels (`list[torch.LongTensor]`, one of shape `(N_b,)` per clip, *optional*):
                 Index into the clip's label set, -100 where no class is known. All -100 by default.
             switch_frames (`list[torch.LongTensor]`, one of shape `(N_b,)` per clip, *optional*):
@@ -552,7 +553,8 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
                 What is given of the instances of switch frame 0 before the first frame, `M_0`: boxes filled, points
                 stamped. By default what the history shows of the first frame.
             class_sets (`list[str | None]`, *optional*):
-                Label set of each clip's classes; `None` trains no class. The default label set for all by default.
+                Label set of each clip's classes; `None` trains no class. By default the default label set for all,
+                and `None` for all without `class_labels`.
             exhaustive (`list[bool]`, *optional*):
                 Whether every object of the clip is annotated, so that unmatched detections are wrong; where not, only
                 those are that draw a part or a copy of what is annotated. True by default.
@@ -603,7 +605,8 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             result = self._last_predictions(output, self._class_head(None))
             return result if return_dict else result.to_tuple()
 
-        names = [self.config.default_label_set] * len(mask_labels) if class_sets is None else class_sets
+        default = None if class_labels is None else self.config.default_label_set
+        names = [default] * len(mask_labels) if class_sets is None else class_sets
         if len(names) != len(mask_labels):
             raise ValueError(f"`class_sets` needs one entry per clip: {len(mask_labels)}, got {len(names)}.")
         for name in names:

@@ -104,6 +104,8 @@ def train(
     recipe.validate()
     if (dataset is None) != (collator is None):
         raise ValueError("collator: want dataset and collator together, got only one of them")
+    if model is None and recipe.model.preset is None and recipe.model.path is None:
+        raise ValueError("model: want one of model.preset and model.path, got neither")
     if dataset is None and recipe.data.mixture is None and recipe.data.sources is None:
         raise ValueError("data: want one of data.mixture and data.sources, got neither")
     available = [str(tracker) for tracker in get_available_trackers()]

@@ -162,6 +162,7 @@ class Recipe:
         for key in ("carried_state", "gradient_accumulation_steps", "log_every", "save_every", "keep_checkpoints"):
             check_range(key, getattr(self, key), 1)
         check_range("eval_every", self.eval_every, 0)
+        check_range("seed", self.seed, 0, 2**32 - 1)
         if self.ema_decay is not None:
             check_range("ema_decay", self.ema_decay, 0, 1)
         for key in ("batch_size", "num_frames"):
@@ -190,10 +191,8 @@ class Recipe:
 
     def _validate_model(self) -> None:
         model = self.model
-        if (model.preset is None) == (model.path is None):
-            raise ValueError(
-                f"model: want exactly one of model.preset and model.path, got {model.preset!r} and {model.path!r}"
-            )
+        if model.preset is not None and model.path is not None:
+            raise ValueError("model: want one of model.preset and model.path, got both")
         if model.preset is not None:
             _check_choice("model.preset", model.preset, ("nano", "tiny", "base"))
         if model.imagenet_backbone and model.preset != "nano":
