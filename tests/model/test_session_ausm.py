@@ -455,6 +455,56 @@ def test_a_mark_elsewhere_says_what_it_looks_like():
     assert away(play_it(script)[2]) == [False] * 5
 
 
+EMPTY = torch.zeros(16, 24, dtype=torch.bool)
+
+
+def test_who_is_said_not_to_be_there_is_back_when_something_looks_like_it(tmp_path):
+    looks = (0, 1.5, 1.5, 1.5, 0.1, 1.5)
+    marks = {0: {1: frame_mask(A)}, 2: {1: EMPTY}}
+    play_it = partial(play, turned(*looks, foreground=0.97), likeness_scale=2)
+    assert not any(away(play_it(prompts={0: {1: frame_mask(A)}})[2]))  # the network alone is sure of it
+    model, session, outputs = play_it(prompts=marks)
+    assert away(outputs) == [False, False, True, True, False, False]
+    assert [output.object_ids for output in outputs] == [[1]] * 6
+    assert outputs[2].pred_masks.shape == (1, 1, 16, 24)  # as in every frame with prompts
+    assert [bool(history.masks.any()) for history in model.histories] == [True, True, True, False, False, True]
+    assert not session.objects[0].dismissed
+
+    # Where looks aren't asked, the network alone says when it is back; and a mark says so at once.
+    assert away(play(turned(*looks), prompts=marks)[2]) == [False, False, True, False, False, False]
+    assert away(play_it(prompts=marks | {3: {1: frame_mask(A)}})[2]) == [False, False, True, False, False, False]
+
+    # A saved stream knows.
+    _, session, _ = play(turned(*looks[:3], foreground=0.97), likeness_scale=2, prompts=marks)
+    session.history = None
+    session.save(tmp_path / "stream.safetensors")
+    assert [x.dismissed for x in AusmInferenceSession.load(tmp_path / "stream.safetensors").objects] == [True]
+
+
+def test_who_was_found_may_be_said_not_to_be_there_and_stays_known():
+    script = [({}, [A, B]), ({1: A, 2: B}, []), ({1: Seen(A.box, 0.2), 2: B}, []), ({1: A, 2: B}, [])]
+    _, session, _ = play(script, max_age=1)
+    assert session.obj_ids == [2]  # by itself it is let go
+    session = AusmInferenceSession(find_new_objects=True)
+    model = ScriptedModel(script, max_age=1)
+    model.session = session
+    step_session(model, session, FRAME)
+    session.add_prompts(1, [1], [ObjectPrompt(mask=EMPTY)], (16, 24))
+    outputs = [step_session(model, session, FRAME) for _ in range(3)]
+    assert [output.object_ids for output in outputs] == [[1, 2]] * 3
+    assert away(outputs) == [True, True, False] and outputs[0].prompted == [True, False]
+
+
+def test_who_was_never_followed_needs_no_saying():
+    """Its mark of an earlier frame left nothing of it, so there is nobody who could be away."""
+    session = AusmInferenceSession(seed=0)
+    session.add_prompts(0, [1, 2], [ObjectPrompt(mask=frame_mask(seen)) for seen in (A, B)], (16, 24))
+    session.add_prompts(1, [1], [ObjectPrompt(mask=EMPTY)], (16, 24))
+    del session.prompts[0][1]
+    _, _, outputs = play([({2: B}, [])] * 2, session)
+    assert [output.object_ids for output in outputs] == [[2], [2]] and not session.prompts
+
+
 def test_a_mark_elsewhere_says_what_it_is():
     """What was followed in its place was a cat; it is a dog. Until the network has answered for it nobody knows."""
     cat, dog = Seen(A.box, 0.9, dog=0.1), Seen(B.box, 0.8, dog=0.7)

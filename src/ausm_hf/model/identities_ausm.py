@@ -69,6 +69,9 @@ def seen_objects(
     overlap = model.config.duplicate_overlap
 
     def is_likely(row: int, followed: FollowedObject) -> bool:
+        if followed.dismissed and answer.looks is not None:  # the network alone was wrong
+            if followed.likeness(answer.looks[row]) < model.config.likeness_offset:
+                return False
         least = PRESENCE_THRESHOLD if followed.prompted else _threshold(model, session, followed.is_bystander)
         return answer.foreground[row] >= least and answer.non_empty[row]
 
@@ -121,7 +124,8 @@ def finish_frame(
     Args:
         objects: Those in the history that the network was given.
         seen: Mask logits of those of them that are in the frame.
-        prompts: Masks of the objects prompted in this frame, at the video's size.
+        prompts: Masks of the objects prompted in this frame, at the video's size; empty ones of those that are not in
+            it.
         answer: What the network says.
     """
     config = model.config
@@ -137,14 +141,19 @@ def finish_frame(
     if find_new_objects:
         seen = adopt_bystanders(session, objects, seen)
 
+    marks, prompts = prompts, {object_id: mask for object_id, mask in prompts.items() if mask.any()}
+    dismissed = marks.keys() - prompts.keys()
+    seen = {object_id: logits for object_id, logits in seen.items() if object_id not in dismissed}
+
     # Followed objects: the first queries, in the order of the history.
     scores: dict[int, float] = {}
     small = {object_id: history_mask(mask, size) for object_id, mask in prompts.items()}
     mistaken = _mistaken(objects, seen, small, config.duplicate_overlap)
     for row, followed in enumerate(objects):
         is_answer = followed.object_id in seen and row not in mistaken
-        if followed.object_id in prompts:
+        if followed.object_id in marks:
             followed.prompted, followed.quality = True, 1.0
+        if followed.object_id in prompts:
             is_answer |= session.history is None  # the first frame is predicted from its prompts
         if row in mistaken:
             followed.class_votes = followed.looks = None
@@ -152,6 +161,7 @@ def finish_frame(
             followed.vote(answer.foreground[row], answer.classes[row])
         is_here = is_answer or followed.object_id in prompts
         followed.absent_frames = 0 if is_here else followed.absent_frames + 1
+        followed.dismissed = not is_here and (followed.dismissed or followed.object_id in dismissed)
         scores[followed.object_id] = 1.0 if is_here and not is_answer else answer.foreground[row] * followed.quality
     before = objects
 
@@ -221,7 +231,7 @@ def finish_frame(
         logits |= {
             x.object_id: torch.where(of_bystanders, -logits[x.object_id].abs(), logits[x.object_id]) for x in asked_for
         }
-    result = _describe(session, asked_for, logits, scores, prompts, labels)
+    result = _describe(session, asked_for, logits, scores, marks, labels)
     session.next_frame_idx += 1
     return result
 

@@ -201,7 +201,8 @@ class AusmProcessor(ProcessorMixin):
                 Boxes `(x0, y0, x1, y1)`. What lies beyond the frame is cut off.
             input_masks (array, tensor, PIL image or a list of them, one per object, *optional*):
                 Masks of shape `(height, width)`, also with leading axes of 1, at the video's own size. Zero outside
-                the object and one other value inside it. They stand alone.
+                the object and one other value inside it. They stand alone. An empty one says that an object that is
+                followed is not in the frame: it is away until something there looks like it.
             original_size (`tuple[int, int]`, *optional*):
                 Height and width of the video before preprocessing. Needed once, if the session was made without a
                 video.
@@ -215,10 +216,11 @@ class AusmProcessor(ProcessorMixin):
             [`AusmInferenceSession`]: the same session.
 
         Raises:
-            ValueError: if the frame is past, an id is no positive integer or comes twice, a mask is empty, has
-                several values or another size than the video, a box has no area in the frame, a point lies outside
-                it, labels don't fit the points or are neither 0 nor 1, an object has no prompt, an object that is not
-                followed yet has negative points alone, or anything but points is to be added.
+            ValueError: if the frame is past, an id is no positive integer or comes twice, a mask has several values or
+                another size than the video, or is empty where its object is not followed yet, a box has no area in
+                the frame, a point lies outside it, labels don't fit the points or are neither 0 nor 1, an object has
+                no prompt, an object that is not followed yet has negative points alone, or anything but points is to
+                be added.
         """
         session = inference_session
         known_size = session.video_size

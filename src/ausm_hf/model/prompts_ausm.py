@@ -52,7 +52,8 @@ class ObjectPrompt:
     What the user says of one object in one frame: its mask, or what the network is to make a mask of.
 
     Attributes:
-        mask (`torch.BoolTensor` of shape `(height, width)`, *optional*): Exactly the object. Stands alone.
+        mask (`torch.BoolTensor` of shape `(height, width)`, *optional*): Exactly the object. Stands alone. An empty
+            one says that the object is not in the frame.
         box (4 numbers, *optional*): `(x0, y0, x1, y1)`.
         points (tuple of pairs, *optional*): Points `(x, y)`.
         labels (tuple of `int`, *optional*): 1 for each point on the object, 0 for one that is not on it.
@@ -68,7 +69,9 @@ class ObjectPrompt:
     @property
     def only_negative(self) -> bool:
         """Whether it says where the object is not, and nothing else."""
-        return self.mask is None and self.box is None and not self.scribble and not any(self.labels)
+        if self.mask is not None:
+            return not self.mask.any()
+        return self.box is None and not self.scribble and not any(self.labels)
 
     def with_points(self, more: ObjectPrompt) -> ObjectPrompt:
         """The same, with the points of another after its own."""
@@ -100,8 +103,6 @@ class ObjectPrompt:
                     f"input_masks must have the size of the video, {tuple(size)} (height, width), "
                     f"got {tuple(self.mask.shape)} {of_object}"
                 )
-            if not self.mask.any():
-                raise ValueError(f"input_masks must not be empty, got an empty mask {of_object}")
             return
         if self.box is None and not self.points and not self.labels and not self.scribble:
             raise ValueError(f"a mask, a box, points or a scribble must be given, got nothing {of_object}")

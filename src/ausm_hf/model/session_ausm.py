@@ -86,6 +86,7 @@ class FollowedObject:
             network has answered for the object.
         quality (`float`): How good its first mask is, as the foreground of the detection says; 1 for what the user
             marked. A part of its score: once followed, it is only asked whether it is in the frame.
+        dismissed (`bool`): The user has said that it isn't in the frame, and it hasn't been seen since.
         looks (`torch.FloatTensor` of shape `(k, D)`, *optional*): What it has looked like, each of length 1: at
             first, and the last times that it looked unlike before, `MAX_LOOKS` at most. None of a bystander.
     """
@@ -97,6 +98,7 @@ class FollowedObject:
     class_votes: torch.Tensor | None = None
     quality: float = 1.0
     looks: torch.Tensor | None = None
+    dismissed: bool = False
 
     @property
     def is_bystander(self) -> bool:
@@ -308,6 +310,11 @@ class AusmInferenceSession:
         for object_id, prompt in zip(obj_ids, prompts, strict=True):
             prompt.check(object_id, video_size)
             if prompt.only_negative and object_id not in expected:
+                if prompt.mask is not None:
+                    raise ValueError(
+                        "input_masks must not be empty where an object is new, got an empty mask for object "
+                        f"{object_id}"
+                    )
                 raise ValueError(
                     "input_labels must have a 1 where an object is new, or there must be a box or a scribble, got "
                     f"negative points alone for object {object_id}"
@@ -425,7 +432,9 @@ class AusmInferenceSession:
                     tensors[f"mask.{frame_idx}.{object_id}"] = prompt.mask
                 prompts.append([frame_idx, object_id, prompt.box, prompt.points, prompt.labels, prompt.scribble])
         state = {name: getattr(self, name) for name in _SAVED}
-        state["objects"] = [[x.object_id, x.slot, x.prompted, x.absent_frames, x.quality] for x in self.objects]
+        state["objects"] = [
+            [x.object_id, x.slot, x.prompted, x.absent_frames, x.quality, x.dismissed] for x in self.objects
+        ]
         state["prompts"] = prompts
         state["slots_held_until"] = list(self.slots_held_until.items())
         state["warnings_given"] = sorted(self.warnings_given)
@@ -482,11 +491,13 @@ class AusmInferenceSession:
         session.generator.set_state(tensors["generator"].cpu())
         session.slots_held_until = dict(state["slots_held_until"])
         session.warnings_given = set(state["warnings_given"])
-        for object_id, slot, prompted, absent_frames, quality in state["objects"]:
+        for object_id, slot, prompted, absent_frames, quality, dismissed in state["objects"]:
             votes = tensors.get(f"class_votes.{object_id}")
             votes = None if votes is None else votes.cpu()
             looks = tensors.get(f"looks.{object_id}")
-            session.objects.append(FollowedObject(object_id, slot, prompted, absent_frames, votes, quality, looks))
+            session.objects.append(
+                FollowedObject(object_id, slot, prompted, absent_frames, votes, quality, looks, dismissed)
+            )
         for frame_idx, object_id, box, points, labels, scribble in state["prompts"]:
             mask = tensors.get(f"mask.{frame_idx}.{object_id}")
             session.prompts.setdefault(frame_idx, {})[object_id] = ObjectPrompt(
@@ -548,7 +559,7 @@ def without_trace(history: AusmHistory, columns: list[int]) -> AusmHistory:
     return replace(history, states=states).forget_appearance(columns)
 
 
-_FILE_TAG = "ausm_session_v2"
+_FILE_TAG = "ausm_session_v3"
 
 # Attributes of a session that are saved as they are.
 _SAVED = (
