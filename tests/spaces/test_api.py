@@ -96,6 +96,16 @@ def test_numbers_are_whole_ones_however_they_are_written(key):
             read_prompts([{**entry, key: number}])
 
 
+@pytest.mark.parametrize("on", [True, False, 1, 0, 1.0, 0.0, 2, -1, "0", None])
+def test_a_point_is_on_the_object_or_not(on):
+    entry = {"frame": 0, "object": 1, "points": [[5, 5, on]]}
+    if on in (0, 1):
+        assert read_prompts([entry])[0][0].add == bool(on)
+    else:
+        with pytest.raises(Refused, match="The prompts can't be understood"):
+            read_prompts([entry])
+
+
 def test_a_gif_from_a_program(client, moving_square, tmp_path):
     frames = [Image.fromarray(frame) for frame in moving_square[0]]
     frames[0].save(tmp_path / "square.gif", save_all=True, append_images=frames[1:], duration=100)

@@ -240,14 +240,29 @@ def test_clicks_paint_a_second_object_and_a_later_frame(visit, astronaut):
     wait_for_canvas(page, 7, 2)
     drag(page, (0.9, 0.8), (0.95, 0.95))
     wait_for_canvas(page, 7, 3)
+    page.fill("#frame input[type=number]", "9")
+    page.press("#frame input[type=number]", "Enter")
+    wait_for_canvas(page, 9, 3)
+    page.get_by_role("button", name="Not in this frame").click()
+    wait_for_canvas(page, 9, 4)
+    assert page.inner_text("#canvas .note") == "Not in this frame: 2"
+    shoot(page, "space-away", full_page=True)
     page.click("#follow")
     assert "2 objects" in wait_for_text(page, "Done")
     masks = downloaded_masks(page)
     assert (masks[0][60:140, 176:184] == 2).all()
     assert (masks[7][200:220, 218:224] == 2).mean() > 0.5
+    assert (masks[8] == 2).any() and (masks[9] == 1).any() and not (masks[9] == 2).any()
     assert page.locator("#table tbody tr").count() == 2
     page.get_by_role("button", name="Clear all marks").click()
     page.wait_for_selector("#objects label:nth-of-type(2)", state="detached")
+    page.click("#follow")
+    page.wait_for_selector("text=Mark something first")
+    page.wait_for_selector("#results", state="visible")  # the results stay
+    page.click("#name textarea, #name input")
+    page.keyboard.insert_text("pasted")
+    page.click("#canvas .note, h1", force=True)
+    page.wait_for_function("document.querySelector('#objects').innerText.includes('1 pasted')")
 
 
 def test_a_mark_in_the_last_frame_goes_back_to_the_first_unless_asked_not_to(visit, astronaut):
@@ -383,6 +398,12 @@ def test_an_example_on_a_phone_in_the_dark(visit):
     page.tap("button[data-kind=point][data-add='1']")
     page.touchscreen.tap(*at(page, 0.4, 0.7))
     wait_for_canvas(page, 0, 1)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.locator("#name input, #name textarea").press_sequentially("a very long name of an object")
+    page.wait_for_function("document.querySelector('#objects').innerText.includes('of an object')")
+    page.tap("#follow")
+    wait_for_text(page, "Done")
+    page.wait_for_selector("#table tbody tr")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert "dark" in page.evaluate("document.body.className")
     shoot(page, "space-phone", full_page=True)

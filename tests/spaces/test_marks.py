@@ -58,8 +58,26 @@ def test_objects_share_no_pixel(signals_are_masks):
     of = masks(signals_are_masks, (2, "box", ((0, 0), (30, 40))), (1, "box", ((20, 0), (60, 40))))
     assert list(of) == [1, 2] and not (of[1] & of[2]).any()
     assert of[1][10, 25] and of[2][10, 10]
-    with pytest.raises(Refused, match="Nothing of object 2 is left"):
+    with pytest.raises(Refused, match="nothing of object 2, so nothing was changed"):
         masks(signals_are_masks, (2, "box", ((30, 0), (40, 40))), (1, "box", ((20, 0), (60, 40))))
+
+
+def test_who_is_not_in_the_frame(signals_are_masks):
+    """Because it is said, or because nothing is left of what was known; what is marked after that counts again."""
+    box = (1, "box", ((0, 0), (30, 40)))
+    other = (2, "box", ((20, 0), (60, 40)))
+    known = {1: np.ones((40, 60), dtype=bool)}
+    of = masks(signals_are_masks, box, other, (1, "away", ()), known=known)
+    assert list(of) == [1, 2] and not of[1].any() and of[2][:, 20:].all()
+    assert not masks(signals_are_masks, (1, "paint", ((10, 20), (50, 20)), False, 60), known=known)[1].any()
+    again = masks(signals_are_masks, box, (1, "away", ()), (1, "paint", ((50, 30),), True, 2), known=known)
+    assert again[1][30, 50] and not again[1][:, :40].any()
+    again = masks(signals_are_masks, (1, "away", ()), box)
+    assert again[1][:, :30].all()
+    with pytest.raises(Refused, match="First click on the object"):
+        masks(signals_are_masks, (1, "away", ()), (1, "point", ((5, 5),), False), known=known)
+    with pytest.raises(Refused, match="nothing of object 1, so nothing was changed"):  # it was new
+        masks(signals_are_masks, box, (1, "paint", ((10, 20), (50, 20)), False, 60))
 
 
 GOOD = {"frame": 0, "kind": "box", "points": [[1, 2], [30, 20]], "add": True, "radius": 4}
@@ -72,11 +90,12 @@ GOOD = {"frame": 0, "kind": "box", "points": [[1, 2], [30, 20]], "add": True, "r
         {"points": [[1, 2]]}, {"points": [[1, 2], [math.nan, 3]]}, {"points": [[1, 2], [1e9, 3]]},
         {"points": [[1, 2], [1, 20]]}, {"kind": "paint", "points": [[1, 1]] * 5000}, {"kind": "paint", "radius": 1e6},
         {"kind": "paint", "radius": math.inf}, {"points": []}, {"kind": "point", "points": [[60, 20]]},
-        {"kind": "point", "points": [[30, 40]]},
+        {"kind": "point", "points": [[30, 40]]}, {"kind": "away"},
     ],
 )  # fmt: skip
 def test_what_a_browser_can_not_have_sent_is_refused(change):
     assert read_mark(GOOD, 1).check((40, 60), 3).points == ((1, 2), (30, 20))
+    read_mark({**GOOD, "kind": "away", "points": []}, 1).check((40, 60), 3)
     read_mark({**GOOD, "points": [[1, 2], [60, 40]]}, 1).check((40, 60), 3)  # a box may end at the edge
     read_mark({**GOOD, "kind": "point", "points": [[59.9, 39.9]]}, 1).check((40, 60), 3)
     with pytest.raises(Refused):
@@ -122,7 +141,7 @@ def test_a_refused_mark_leaves_those_like_it_where_they_were(visit, signals_are_
     outer, inner = (Mark(0, n, "box", corners) for n, corners in ((1, ((5, 5), (35, 35))), (2, ((10, 10), (20, 20)))))
     visit.mark(outer, signals_are_masks)
     visit.mark(inner, signals_are_masks)
-    with pytest.raises(Refused, match="Nothing of object 2 is left"):
+    with pytest.raises(Refused, match="nothing of object 2, so nothing was changed"):
         visit.mark(Mark(0, 1, "box", ((5, 5), (35, 35))), signals_are_masks)
     assert visit.marks == [outer, inner]
     visit.picture(0, signals_are_masks)
@@ -213,6 +232,40 @@ def test_a_mark_undone_while_it_is_followed_is_undone(visit, network):
     np.testing.assert_array_equal(followed(visit, network), first)
 
 
+def test_only_who_is_marked_somewhere_can_be_away(visit, network):
+    away = Mark(2, 1, "away", ())
+    for marks in ([], [Mark(0, 2, "box", ((10, 10), (30, 30)))], [Mark(2, 1, "box", ((10, 10), (30, 30)))]):
+        visit.marks = marks
+        with pytest.raises(Refused, match="First mark object 1 in a frame in which it is"):
+            visit.mark(away, network)
+        assert visit.marks == marks
+    visit.marks = []
+    visit.mark(Mark(0, 1, "box", ((10, 10), (30, 30))), network)
+    before = followed(visit, network)
+    visit.mark(away, network)
+    assert (visit.picture(2, network) == 0).all()
+    after = followed(visit, network)
+    assert (after[:2] == before[:2]).all() and before[2].any() and not after[2].any()
+    visit.marks = [away]  # the other was undone
+    with pytest.raises(Refused, match="Mark something first"):
+        followed(visit, network)
+
+
+def test_the_page_says_who_is_away(visit):
+    pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'ausm-hf[demo]'")
+    from ausm_hf.demo.page import _canvas_value
+
+    visit.names = {2: "dog"}
+    box = Mark(2, 1, "box", ((10, 10), (30, 30)))
+    visit.marks = [Mark(0, 2, "away", ()), box, Mark(2, 2, "away", ()), Mark(2, 1, "away", ())]
+    value = _canvas_value(visit, 2, 1, FRAME)
+    assert (value["note"], value["marks"]) == ("Not in this frame: 1, 2 dog", [])
+    visit.marks.append(box)
+    value = _canvas_value(visit, 2, 1, FRAME)
+    assert value["note"] == "Not in this frame: 2 dog" and [mark["kind"] for mark in value["marks"]] == ["box"]
+    assert _canvas_value(visit, 1, 1, FRAME)["note"] == ""
+
+
 def test_the_picture_to_mark_has_the_pixels_shape(visit):
     pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'ausm-hf[demo]'")
     from ausm_hf.demo.page import _canvas_value
@@ -232,6 +285,23 @@ def test_clearing_and_another_clip_forget_what_was_before_the_marks(visit, netwo
         visit.mark(Mark(2, 1, "paint", ((50, 35),), True, 2), network)
         forget()
         assert visit.before == {}
+
+
+def test_who_marks_while_the_video_is_read_is_asked_to_wait(visit, rooms, clip_file, signals_are_masks):
+    mark = Mark(0, 1, "box", ((10, 10), (30, 30)))
+    reading = visit.take(str(clip_file), Limits(), rooms)
+    assert not isinstance(next(reading), Clip)  # the first frame, for the visitor to see
+    with pytest.raises(Refused, match="still being read"):
+        visit.mark(mark, signals_are_masks)
+    assert isinstance(next(reading), Clip)
+    visit.mark(mark, signals_are_masks)
+    list(reading)
+    broken = clip_file.with_name("broken.mp4")
+    broken.write_bytes(b"this is no video")
+    with pytest.raises(Refused):
+        list(visit.take(str(broken), Limits(), rooms))
+    with pytest.raises(Refused, match="Upload a video first"):
+        visit.mark(mark, signals_are_masks)
 
 
 def test_names_objects_and_what_goes_without_a_clip(visit, signals_are_masks, tmp_path):

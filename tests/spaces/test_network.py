@@ -78,12 +78,10 @@ def test_files_of_a_followed_object(network, clip, moving_square, tmp_path):
     assert row["frames"] == sum((ids == 3).any() for ids in wanted)
 
 
-@pytest.mark.parametrize(
-    "names, label_set", [({3: "my dog", 4: "hers"}, "object"), ({3: "my dog"}, "pets"), ({}, "pets")]
-)
-def test_scores_are_of_labels_only_where_labels_are_read(
-    tiny_checkpoint, clip, moving_square, tmp_path, names, label_set
-):
+@pytest.mark.parametrize("names", [{3: "my dog", 4: "hers"}, {3: "my dog"}, {}])
+@pytest.mark.parametrize("first", [0, 3])
+def test_scores_are_of_labels_only_where_labels_are_read(tiny_checkpoint, clip, moving_square, tmp_path, names, first):
+    """Who calls an object something asks whether it is there, not whether it is a cat."""
     label_sets = {"pets": ["cat", "dog"], "object": ["object"]}
     model = AusmForUniversalSegmentation.from_pretrained(tiny_checkpoint, label_sets=label_sets)
     torch.nn.init.normal_(model.class_heads["object"].weight, std=3.0)
@@ -91,16 +89,24 @@ def test_scores_are_of_labels_only_where_labels_are_read(
     (tmp_path / "run").mkdir()
     square = moving_square[1][0] == 1
     marked = {3: square, 4: ~square}
-    *_, result = network.run(clip, tmp_path / "run", masks={0: marked}, names=names)
+    *_, result = network.run(clip, tmp_path / "run", masks={first: marked}, names=names, backward=True)
+    assert [row["label"] for row in result.objects if row["id"] in names] == list(names.values())
 
-    session = network.processor.init_video_session(find_new_objects=False, label_set=label_set, seed=0)
-    network.processor.add_inputs_to_inference_session(
-        session, 0, [3, 4], input_masks=list(marked.values()), original_size=(48, 64)
-    )
-    frames = list(segment_video(list(clip), network.model, network.processor, session=session))
+    def scores(label_set: str, frames: list) -> dict[int, list[float]]:
+        """With the single label "object" a score is how sure it is that something is there."""
+        session = network.processor.init_video_session(find_new_objects=False, label_set=label_set, seed=0)
+        network.processor.add_inputs_to_inference_session(
+            session, 0, [3, 4], input_masks=list(marked.values()), original_size=(48, 64)
+        )
+        followed = list(segment_video(frames, network.model, network.processor, session=session))
+        return {x: [[item["score"] for item in r.objects if item["id"] == x] for r in followed] for x in marked}
+
+    frames = list(clip)
     for row in result.objects:
-        scores = [item["score"] for r in frames for item in r.objects if item["id"] == row["id"]]
-        assert row["score"] == pytest.approx(np.mean(scores))
+        label_set = "object" if row["id"] in names else "pets"
+        back = scores(label_set, frames[first::-1])[row["id"]][1:] if first else []
+        forth = scores(label_set, frames[first:])[row["id"]]
+        assert row["score"] == pytest.approx(np.mean(sum([*back, *forth], [])))
 
 
 def test_what_is_marked_in_a_later_frame_is_followed_back_too(network, clip, moving_square, tmp_path, monkeypatch):
@@ -157,6 +163,28 @@ def test_objects_go_back_from_where_each_is_first_marked(network, clip, tmp_path
         np.testing.assert_array_equal(result.mask(index) == 1, left)
         np.testing.assert_array_equal(result.mask(index) == 2, right if index < 4 else ~everywhere)
     assert [(row["id"], row["frames"]) for row in result.objects] == [(1, 6), (2, 4)]
+
+
+def test_who_is_away_is_told_once_it_is_known(network, clip, tmp_path, monkeypatch):
+    """Forward of the frames after its first mark, backward of those before its last one."""
+    streams = []
+
+    def results(frames, *_, session, prompt_frame=0, **__):
+        told = {i: {x: bool(prompt.mask.any()) for x, prompt in of.items()} for i, of in session.prompts.items()}
+        streams.append((prompt_frame, told))
+        return iter([])
+
+    monkeypatch.setattr("ausm_hf.demo.network.segment_video", results)
+    monkeypatch.setattr("ausm_hf.demo.network._pack", lambda folder: [])
+    here = np.ones((48, 64), bool)
+    masks = {0: {1: ~here}, 2: {1: here}, 3: {1: ~here, 2: ~here}, 4: {2: here}, 5: {2: ~here}}
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match="no frame"):  # as none came
+        list(network.run(clip, tmp_path / "run", masks=masks, backward=True))
+    assert streams == [
+        (0, {0: {2: True}, 1: {2: False}, 2: {1: True}, 4: {1: False}}),
+        (2, {0: {1: True}, 1: {1: False}, 2: {2: True}, 3: {2: False}}),
+    ]
 
 
 def test_what_goes_forward_has_its_pixels_before_what_goes_back(network, clip, tmp_path, monkeypatch):

@@ -154,7 +154,7 @@ def read_prompts(prompts) -> tuple[list[Mark], dict[int, str]]:
             if name := read_name(entry.get("name")):
                 names[object_id] = name
             contents = [
-                {"frame": frame, "kind": "point", "points": [[x, y]], "add": bool(on)}
+                {"frame": frame, "kind": "point", "points": [[x, y]], "add": _read_label(on)}
                 for x, y, on in entry.get("points") or []
             ]
             if entry.get("box"):
@@ -170,6 +170,12 @@ def read_prompts(prompts) -> tuple[list[Mark], dict[int, str]]:
     if len(marks) > MAX_MARKS:
         raise Refused(f"These are {len(marks)} marks; more than {MAX_MARKS} are not taken.")
     return marks, names
+
+
+def _read_label(on) -> bool:
+    if on not in (0, 1):
+        raise ValueError(f"a point is labelled {on!r}")
+    return bool(on)
 
 
 def prompt_masks(clip: Clip, marks: list[Mark], network: Network) -> dict[int, dict[int, np.ndarray]]:

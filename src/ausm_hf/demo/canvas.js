@@ -75,6 +75,7 @@ function draw() {
 function show() {
   const view = props.value || {};
   element.dataset.ready = view.image ? "yes" : "no";
+  element.querySelector(".note").textContent = view.note || "";
   if (!view.image) return;
   canvas.width = view.width;
   canvas.height = view.height;
@@ -124,6 +125,9 @@ canvas.addEventListener("pointerup", () => {
 canvas.addEventListener("pointercancel", () => {
   drag = null;
   draw();
+});
+element.querySelector("button.away").addEventListener("click", () => {
+  if (props.value?.image) trigger("mark", { frame: props.value.frame, kind: "away", points: [], add: false });
 });
 for (const button of tools) button.addEventListener("click", () => choose(button));
 new ResizeObserver(draw).observe(canvas);

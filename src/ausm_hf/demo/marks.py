@@ -13,7 +13,7 @@ MAX_OBJECTS = 10
 MAX_MARKS = 500
 MAX_STROKE = 2000  # points of one brush stroke
 MAX_NAME = 30  # letters of an object's name
-KINDS = ("point", "box", "paint")
+KINDS = ("point", "box", "paint", "away")
 
 # (frame, prompts, known) -> masks: see `Network.refine`
 Refine = Callable[[np.ndarray, list[ObjectPrompt], list[np.ndarray | None]], list[np.ndarray]]
@@ -27,7 +27,8 @@ class Mark:
     Attributes:
         frame (`int`): Index of the frame.
         object_id (`int`): 1 to MAX_OBJECTS.
-        kind (`str`): `"point"`, `"box"` (two opposite corners) or `"paint"` (a stroke).
+        kind (`str`): `"point"`, `"box"` (two opposite corners), `"paint"` (a stroke) or `"away"`: the object is not in
+            the frame, whatever was said of it there before.
         points (`tuple`): `(x, y)` in pixels of the frame, x to the right.
         add (`bool`): Whether this belongs to the object, or doesn't.
         radius (`float`): Of the brush, in pixels.
@@ -47,7 +48,7 @@ class Mark:
             raise Refused(f"There is no frame {self.frame}; the video has the frames 0 to {num_frames - 1}.")
         if not 1 <= self.object_id <= MAX_OBJECTS:
             raise Refused(f"Objects are numbered 1 to {MAX_OBJECTS}; {self.object_id} is none of them.")
-        wanted = {"point": (1, 1), "box": (2, 2), "paint": (1, MAX_STROKE)}[self.kind]
+        wanted = {"point": (1, 1), "box": (2, 2), "paint": (1, MAX_STROKE), "away": (0, 0)}[self.kind]
         if not wanted[0] <= len(self.points) <= wanted[1]:
             raise Refused(f"A {self.kind} has {wanted[0]} to {wanted[1]} points; these are {len(self.points)}.")
         for x, y in self.points:
@@ -94,6 +95,12 @@ def read_mark(content: dict, object_id: int) -> Mark:
     return mark
 
 
+def marks_that_count(marks: list[Mark]) -> list[Mark]:
+    """The marks of a frame without those of an object that somebody then said is not in it."""
+    away = {mark.object_id: i for i, mark in enumerate(marks) if mark.kind == "away"}
+    return [mark for i, mark in enumerate(marks) if i >= away.get(mark.object_id, 0)]
+
+
 def masks_of_frame(
     marks: list[Mark], frame: np.ndarray, refine: Refine, known: dict[int, np.ndarray] | None = None
 ) -> dict[int, np.ndarray]:
@@ -111,12 +118,16 @@ def masks_of_frame(
         known: Masks, bool (H, W), by object id.
 
     Returns:
-        A mask, bool (H, W), by object id. They don't overlap: the object that was marked last has the pixel.
+        A mask, bool (H, W), by object id. They don't overlap: the object that was marked last has the pixel. Empty if
+        the object is not in the frame: because a mark says so, or marks leave nothing of what was known.
 
     Raises:
-        Refused: if marks leave nothing of an object.
+        Refused: if marks leave nothing of a new object, or another one has all of its pixels.
     """
-    size, known = frame.shape[:2], known or {}
+    marks = marks_that_count(marks)
+    away = {mark.object_id for mark in marks if mark.kind == "away"}
+    size = frame.shape[:2]
+    known = {object_id: mask for object_id, mask in (known or {}).items() if object_id not in away}
     objects = list(dict.fromkeys(mark.object_id for mark in marks))
     prompts = {}
     for object_id in objects:
@@ -139,6 +150,7 @@ def masks_of_frame(
     before = [known.get(object_id) if prompt.box is None else None for object_id, prompt in prompts.items()]
     masks = dict(zip(prompts, refine(frame, list(prompts.values()), before)))
 
+    masks |= {object_id: np.zeros(size, dtype=bool) for object_id in away - masks.keys()}
     for mark in marks:
         if mark.kind == "paint":
             mask = masks.get(mark.object_id)
@@ -150,10 +162,14 @@ def masks_of_frame(
     last = sorted(objects, key=lambda object_id: max(i for i, mark in enumerate(marks) if mark.object_id == object_id))
     taken = np.zeros(size, dtype=bool)
     for object_id in reversed(last):
+        is_away = object_id in away | known.keys() and not masks[object_id].any()
         masks[object_id] = masks[object_id] & ~taken
         taken |= masks[object_id]
-        if not masks[object_id].any():
-            raise Refused(f"Nothing of object {object_id} is left in this frame. Undo, or mark it elsewhere.")
+        if not masks[object_id].any() and not is_away:
+            raise Refused(
+                f"That would leave nothing of object {object_id}, so nothing was changed. Draw a box around it, or "
+                "paint it; if it is in other frames but not in this one, say so with the button above the picture."
+            )
     return {object_id: masks[object_id] for object_id in sorted(objects)}
 
 

@@ -9,7 +9,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +153,8 @@ class Network:
 
         Args:
             clip, folder: What to read and where to write. A file `stop` in `folder` ends the work.
-            masks: Frame index -> object id -> mask, bool (H, W): what to follow. Without it objects are found.
+            masks: Frame index -> object id -> mask, bool (H, W): what to follow; an empty one says that the object is
+                not in that frame. Without it objects are found.
             names: What the visitor calls the objects, by id.
             threshold: Foreground probability above which something is an object.
             max_objects: How many objects of a frame to show.
@@ -165,19 +166,18 @@ class Network:
             Stopped: when a file `stop` appears, or the folder goes.
         """
         names = names or {}
-        if masks and set().union(*masks.values()) <= names.keys() and "object" in self.label_sets:
-            label_set = "object"  # the scores then say how sure it is of the objects, not of labels that nobody reads
         started = time.monotonic()
         earlier = FollowedBack()
         if masks and backward:
-            yield from self._backward(clip, folder, masks, label_set, earlier)
-        start = min(masks) if masks else 0
-        of_frames = masks and {index - start: of_frame for index, of_frame in masks.items()}
+            yield from self._backward(clip, folder, masks, names, label_set, earlier)
+        of_frames = _in_turn(masks, sorted(masks)) if masks else {}
+        start = min(of_frames, default=0)
+        session = self._session(clip, {i - start: x for i, x in of_frames.items()}, threshold, label_set)
         results = segment_video(
             clip.part(range(clip.num_frames)),
             self.model,
             self.processor,
-            session=self._session(clip, of_frames, threshold, label_set),
+            session=session,
             max_objects=max_objects,
             prompt_frame=start,
         )
@@ -192,8 +192,8 @@ class Network:
             table = stack.enter_context(ObjectsJsonWriter(folder / "objects.json", clip.name, clip.fps))
             for result in results:
                 _stop_if_asked(folder)
-                result = earlier.add_to(result)
-                objects = [{**item, "label": names.get(item["id"], item["label"])} for item in result.objects]
+                result = earlier.add_to(replace(result, objects=_called(result.objects, names, session)))
+                objects = result.objects
                 shown = objects if show_labels else [{**item, "label": None} for item in objects]
                 at = clip.times[result.index] if clip.times else None
                 drawn = draw_overlay(result.frame, result.masks, object_labels(shown))
@@ -232,15 +232,20 @@ class Network:
         clip: Clip,
         folder: Path,
         masks: dict[int, dict[int, np.ndarray]],
+        names: dict[int, str],
         label_set: str | None,
         earlier: FollowedBack,
     ) -> Iterator[News]:
         """Follows each object from the first of its masks back to the first frame, into `earlier`."""
-        first = {object_id: index for index in sorted(masks, reverse=True) for object_id in masks[index]}
+        first = {
+            object_id: index
+            for index in sorted(masks, reverse=True)
+            for object_id, mask in masks[index].items()
+            if mask.any()
+        }
         last = max(first.values())
-        session = self._session(
-            clip, {last - index: masks[index] for index in masks if index <= last}, None, label_set
-        )
+        of_frames = _in_turn(masks, sorted((index for index in masks if index <= last), reverse=True))
+        session = self._session(clip, {last - i: x for i, x in of_frames.items()}, None, label_set)
         begun = told = time.monotonic()
         # The first masks are those of the last frame.
         for result in segment_video(clip.part(range(last, -1, -1)), self.model, self.processor, session=session):
@@ -250,7 +255,7 @@ class Network:
             earlier.keep(
                 index,
                 np.where(np.isin(result.masks, ids), result.masks, 0),
-                [item for item in result.objects if item["id"] in ids],
+                [item for item in _called(result.objects, names, session) if item["id"] in ids],
             )
             now = time.monotonic()
             if done and now - told >= SECONDS_BETWEEN_NEWS:
@@ -260,19 +265,45 @@ class Network:
     def _session(
         self,
         clip: Clip,
-        masks: dict[int, dict[int, np.ndarray]] | None,
+        masks: dict[int, dict[int, np.ndarray]],
         threshold: float | None,
         label_set: str | None,
     ) -> AusmInferenceSession:
-        """A stream in which `masks` are followed, or objects are found."""
+        """A stream in which `masks` are followed, or objects are found if there are none."""
         session = self.processor.init_video_session(
-            foreground_threshold=threshold, find_new_objects=masks is None, label_set=label_set, seed=0
+            foreground_threshold=threshold, find_new_objects=not masks, label_set=label_set, seed=0
         )
-        for frame_index, of_frame in (masks or {}).items():
+        for frame_index, of_frame in masks.items():
             self.processor.add_inputs_to_inference_session(
                 session, frame_index, list(of_frame), input_masks=list(of_frame.values()), original_size=clip.size
             )
         return session
+
+
+def _called(objects: list[dict], names: dict[int, str], session: AusmInferenceSession) -> list[dict]:
+    """
+    The objects of a frame under the names that the visitor gave them. The score of what has one is how sure it is that
+    it is there, whatever it may be; that of others, also that they are what their labels say.
+    """
+    votes = {x.object_id: x.class_votes for x in session.objects}
+    called = []
+    for item in objects:
+        name, of_item = names.get(item["id"]), votes.get(item["id"])
+        if name is not None:
+            share = 1.0 if of_item is None else float(of_item.max() / of_item.sum())
+            item = {**item, "label": name, "score": item["score"] / share}
+        called.append(item)
+    return called
+
+
+def _in_turn(masks: dict[int, dict[int, np.ndarray]], indices: list[int]) -> dict[int, dict[int, np.ndarray]]:
+    """The masks of these frames in this order: who has not been marked yet need not be said to be away."""
+    known: set[int] = set()
+    in_turn = {}
+    for index in indices:
+        known |= {object_id for object_id, mask in masks[index].items() if mask.any()}
+        in_turn[index] = {object_id: mask for object_id, mask in masks[index].items() if object_id in known}
+    return {index: of_frame for index, of_frame in in_turn.items() if of_frame}
 
 
 def _stop_if_asked(folder: Path):

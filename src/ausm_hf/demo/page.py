@@ -15,7 +15,7 @@ from .api import add_api
 from .camera import see
 from .clips import Clip, Rooms
 from .examples import make_examples
-from .marks import MAX_NAME, MAX_OBJECTS, read_mark
+from .marks import MAX_NAME, MAX_OBJECTS, marks_that_count, read_mark
 from .network import Network, News, Result, Stopped, data_url, show_alone
 from .unpack import Limits, Refused
 from .visits import Visit, Visits
@@ -30,11 +30,12 @@ CANVAS = """<div class="ausm-tools" role="toolbar" aria-label="Tools to mark wit
 <button type="button" data-kind="box" data-add="1">Box</button>
 <button type="button" data-kind="paint" data-add="1">Paint</button>
 <button type="button" data-kind="paint" data-add="0">Erase</button>
+<button type="button" class="away">Not in this frame</button>
 <label>Brush <input type="range" min="4" max="80" value="20" aria-label="Size of the brush"></label>
 </div>
 <div class="stage"><canvas aria-label="The frame to mark objects in"></canvas>
 <p class="hint">The first frame of your video appears here. Click on an object, draw a box around it, or paint it.</p>
-</div>"""
+</div><p class="note" role="status"></p>"""
 
 LIVE = """<div class="ausm-live" aria-live="off"><progress></progress><span class="text" role="status"></span>
 <img alt="The newest frame with its objects"><input type="range" min="0" max="0" value="0" step="1"
@@ -114,7 +115,9 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
                     elem_classes="ausm-canvas",
                     apply_default_css=False,
                 )
-                frame = gr.Slider(0, 1, 0, step=1, label="Frame to mark", interactive=False, elem_id="frame")
+                frame = gr.Slider(
+                    0, 1, 0, step=1, label="Frame to mark", interactive=False, elem_id="frame", buttons=[]
+                )
                 with gr.Row(equal_height=True):
                     objects = gr.Radio(
                         _choices(Visit(root)), value=1, label="Object to mark", elem_id="objects", scale=3
@@ -194,13 +197,12 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
         @told
         def on_upload(file: str | None, request: gr.Request):
             visit = visits.of(request.session_hash)
-            nothing = {
+            visit.stop()
+            visit.forget()
+            yield {
                 canvas: {}, facts: welcome, results: gr.Column(visible=False), live: {},
                 objects: gr.Radio(_choices(visit), value=1), name: "", frame: gr.Slider(value=0, interactive=False),
             }  # fmt: skip
-            visit.stop()
-            visit.forget()
-            yield nothing
             if file is None:
                 return
             for item in visit.take(visits.rooms.uploaded(file), limits, visits.rooms):
@@ -278,7 +280,9 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
         canvas.mark(on_mark, [objects], [canvas], trigger_mode="multiple", **quick)
         frame.input(on_frame, [frame, objects], [canvas], trigger_mode="always_last", **quick)
         objects.input(on_object, [frame, objects], [name, canvas], **quick)
-        name.input(on_name, [objects, name], [objects], trigger_mode="always_last", **quick)
+        # Gradio tells of what is typed; of what is pasted only when the field is left.
+        for told_of_name in (name.input, name.blur, name.submit):
+            told_of_name(on_name, [objects, name], [objects], trigger_mode="always_last", **quick)
         add.click(on_add, [frame], [objects, name, canvas], **quick)
         undo.click(on_undo, [frame, objects], [canvas, frame], **quick)
         clear.click(on_clear, [frame], [canvas, objects, name], **quick)
@@ -303,11 +307,12 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
                     first += len(item.pictures)
                     yield {live: news}
             except Stopped:
-                text = f"Stopped after {news['done']} of {news['total']} frames. Nothing was kept."
-                yield {live: {**news, "pictures": [], "state": "done", "text": text}, stop: gr.Button(visible=False)}
+                left = "Nothing was kept." if visit.result is None else "Below is what the run before gave."
+                text = f"Stopped after {news['done']} of {news['total']} frames. {left}"
+                yield {live: {**news, "pictures": [], "state": "done", "text": text}, **as_before(visit)}
                 return
             except Exception:
-                yield {live: {}, stop: gr.Button(visible=False)}
+                yield {live: {}, **as_before(visit)}
                 raise
             result = visit.the_result()
             text = f"Done: {news['total']} frames in {result.seconds:.1f} seconds, {_count(len(result.objects))}."
@@ -320,6 +325,9 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
                 **look(visit, result.folder / "overlay.mp4", result.key_frames()),
                 **{button: str(result.folder / name) for button, name in zip(downloads, DOWNLOADS)},
             }
+
+        def as_before(visit: Visit) -> dict:
+            return {stop: gr.Button(visible=False), results: gr.Column(visible=visit.result is not None)}
 
         def look(visit: Visit, video: Path, key_frames: list[Path]) -> dict:
             captions = [f"{visit.the_clip().time(int(path.stem)):.1f} s" for path in key_frames]
@@ -341,8 +349,10 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
             "show_progress_on": [live],
             **private,
         }
-        follow.click(on_follow, [backward], shown, **one_at_a_time)
-        find.click(on_find, [threshold, top_k, label_set, show_labels], shown, **one_at_a_time)
+        followed = follow.click(on_follow, [backward], shown, **one_at_a_time)
+        found = find.click(on_find, [threshold, top_k, label_set, show_labels], shown, **one_at_a_time)
+        for done in (followed, found):  # what is followed in the frame to mark is another now
+            done.success(on_frame, [frame, objects], [canvas], **quick)
 
         @told
         def on_stop(request: gr.Request):
@@ -411,7 +421,12 @@ def style() -> str:
 
 
 def _choices(visit: Visit) -> list[tuple[str, int]]:
-    return [(f"{n} {visit.names.get(n, '')}".strip(), n) for n in range(1, visit.num_objects + 1)]
+    return [(_called(visit, n), n) for n in range(1, visit.num_objects + 1)]
+
+
+def _called(visit: Visit, object_id: int) -> str:
+    """As in "3 dog"."""
+    return f"{object_id} {visit.names.get(object_id, '')}".strip()
 
 
 def _describe(key: str, labels: list[str]) -> str:
@@ -419,11 +434,14 @@ def _describe(key: str, labels: list[str]) -> str:
 
 
 def _canvas_value(visit: Visit, index: int, chosen: int, picture: np.ndarray) -> dict:
+    of_frame = marks_that_count([mark for mark in visit.marks if mark.frame == index])
     marks = [
         {"kind": mark.kind, "points": mark.points, "add": mark.add, "color": f"rgb{color_of(mark.object_id)}"}
-        for mark in visit.marks
-        if mark.frame == index and mark.kind != "paint"
+        for mark in of_frame
+        if mark.kind in ("point", "box")
     ]
+    last = {mark.object_id: mark.kind for mark in of_frame}
+    away = [_called(visit, object_id) for object_id in sorted(last) if last[object_id] == "away"]
     width, height = visit.clip.shown_size if visit.clip else (picture.shape[1], picture.shape[0])
     return {
         "image": data_url(picture, quality=90),
@@ -433,6 +451,7 @@ def _canvas_value(visit: Visit, index: int, chosen: int, picture: np.ndarray) ->
         "frame": index,
         "number": len(visit.marks),
         "marks": marks,
+        "note": f"Not in this frame: {', '.join(away)}" if away else "",
         "color": f"rgb{color_of(chosen)}",
     }
 

@@ -33,6 +33,7 @@ class Visit:
             COCO's run lengths. All marks of the object in that frame correct this, whatever was followed
             by them since, so that they can be undone, and followed again.
         camera (`CameraStream`, *optional*): The stream of the webcam.
+        reading (`bool`): Whether a video that was brought is still being read.
     """
 
     room: Path
@@ -44,6 +45,7 @@ class Visit:
     followed: Result | None = None
     before: dict[tuple[int, int], dict] = field(default_factory=dict)
     camera: object = None
+    reading: bool = False
     running: Path | None = None
     num_folders: int = 0
 
@@ -57,10 +59,14 @@ class Visit:
         self.stop()
         self.forget()
         rooms.check_space()
-        for item in unpack_clip(file, self.new_folder("clip"), limits):
-            if isinstance(item, Clip):
-                self.clip = item
-            yield item
+        self.reading = True
+        try:
+            for item in unpack_clip(file, self.new_folder("clip"), limits):
+                if isinstance(item, Clip):
+                    self.clip, self.reading = item, False
+                yield item
+        finally:
+            self.reading = False
 
     def forget(self):
         """As if nothing had been uploaded yet: the files go, too."""
@@ -73,6 +79,8 @@ class Visit:
 
     def the_clip(self) -> Clip:
         """Raises Refused if there is none yet."""
+        if self.clip is None and self.reading:
+            raise Refused("The video is still being read. Please try again in a moment.")
         if self.clip is None:
             raise Refused("Upload a video first, or take one of the examples.")
         touch(self.room)
@@ -90,6 +98,9 @@ class Visit:
         if len(self.marks) >= MAX_MARKS:
             raise Refused(f"These are {MAX_MARKS} marks; more are not taken.")
         mark.check(clip.size, clip.num_frames)
+        elsewhere = [other for other in self.marks if other.object_id == mark.object_id and other.frame != mark.frame]
+        if mark.kind == "away" and all(other.kind == "away" for other in elsewhere):
+            raise Refused(f"First mark object {mark.object_id} in a frame in which it is.")
         key = (mark.object_id, mark.frame)
         if key not in self.before:
             ids = np.zeros(clip.size, np.int32) if self.followed is None else self.followed.mask(mark.frame)
@@ -121,7 +132,7 @@ class Visit:
         self.marks, self.names, self.num_objects, self.followed, self.before = [], {}, 1, None, {}
 
     def masks(self, index: int, network: Network) -> dict[int, np.ndarray]:
-        """The masks of the objects marked in a frame, bool (H, W), by object id."""
+        """The masks of the objects marked in a frame, bool (H, W), by object id; empty of those not in it."""
         marks = [mark for mark in self.marks if mark.frame == index]
         if not marks:
             return {}
@@ -155,7 +166,7 @@ class Visit:
         Follows the marked objects to the end of the clip, and `backward` to its start too; the outcome is `result`.
         Raises Stopped, Refused.
         """
-        if not self.marks:
+        if all(mark.kind == "away" for mark in self.marks):
             self.the_clip()
             raise Refused("Mark something first: click on it, draw a box around it, or paint over it.")
         marks = list(self.marks)

@@ -24,6 +24,7 @@ from .session_ausm import (
 PROMPT_LOGIT = 100.0  # logit of a pixel that the user says belongs to an object; above any that the network gives
 PRESENCE_THRESHOLD = 0.5  # foreground from which on a marked object is in the frame
 SURE_THRESHOLD = 0.9  # foreground from which on an object is believed to look like what its mask covers
+RETURN_SLACK = 0.02  # by which one that was said not to be there may look less like itself than `likeness_offset`
 BYSTANDER_THRESHOLD = 0.3  # foreground of what is kept off the objects that were marked
 
 
@@ -70,7 +71,7 @@ def seen_objects(
 
     def is_likely(row: int, followed: FollowedObject) -> bool:
         if followed.dismissed and answer.looks is not None:  # the network alone was wrong
-            if followed.likeness(answer.looks[row]) < model.config.likeness_offset:
+            if followed.likeness(answer.looks[row]) < model.config.likeness_offset - RETURN_SLACK:
                 return False
         least = PRESENCE_THRESHOLD if followed.prompted else _threshold(model, session, followed.is_bystander)
         return answer.foreground[row] >= least and answer.non_empty[row]
