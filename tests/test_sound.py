@@ -24,13 +24,13 @@ def tones(seconds, rate=RATE, channels=1):
     return np.repeat(tone.astype(np.float32)[None], channels, 0)
 
 
-def film(path, seconds=3.0, sound_at=0.0, codec="aac", rate=RATE, channels=1, begins=0.0, sounds=None, bf=0):
+def film(path, seconds=3.0, sound_at=0.0, codec="aac", rate=RATE, channels=1, begins=0.0, sounds=None, bf=0, gop=250):
     """A video whose clock begins at `begins`, with `sounds` (second -> samples): tones from `sound_at` on."""
-    layout = {1: "mono", 2: "stereo", 6: "5.1"}[channels]
+    layout = {1: "mono", 2: "stereo", 6: "5.1", 9: "9 channels"}[channels]
     with av.open(str(path), "w") as container:
         pictures = container.add_stream("libx264", rate=FPS)
         pictures.width, pictures.height, pictures.pix_fmt = 64, 48, "yuv420p"
-        pictures.options = {"bf": str(bf)}
+        pictures.options = {"bf": str(bf), "g": str(gop)}
         track = container.add_stream(codec, rate=rate, layout=layout)
         for index in range(round(seconds * FPS)):
             frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), index % 256, np.uint8), format="rgb24")
@@ -39,8 +39,8 @@ def film(path, seconds=3.0, sound_at=0.0, codec="aac", rate=RATE, channels=1, be
         container.mux(pictures.encode())
         for second, samples in (sounds or {sound_at: tones(seconds, rate, channels)}).items():
             for start in range(0, samples.shape[1], 1024):
-                piece = np.ascontiguousarray(samples[:, start : start + 1024])
-                frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout=layout)
+                piece = np.ascontiguousarray(samples[:, start : start + 1024].T).reshape(1, -1)
+                frame = av.AudioFrame.from_ndarray(piece, format="flt", layout=layout)
                 frame.sample_rate, frame.time_base = rate, Fraction(1, rate)
                 frame.pts = round((second + begins) * rate) + start
                 container.mux(track.encode(frame))
@@ -145,7 +145,7 @@ def test_silence_where_there_is_no_sound(tmp_path):
 def test_hours_of_silence_are_not_held_in_memory(tmp_path):
     path = film(tmp_path / "in.mkv", seconds=1, sounds={0.0: tones(0.5), 36_000.0: tones(0.5)})
     container = av.open(str(tmp_path / "out.mp4"), "w")
-    copy = SoundCopy(av.open(str(path)), container)
+    copy = SoundCopy(path, container)
     tracemalloc.start()
     for until in range(0, 120, 10):
         copy.copy(until)
@@ -200,9 +200,40 @@ def test_a_video_without_sound(tmp_path):
 def test_sound_of_an_unknown_codec(tmp_path):
     path = film(tmp_path / "in.mkv", codec="pcm_s16le")
     path.write_bytes(path.read_bytes().replace(b"A_PCM/INT/LIT", b"A_NEVERHEARD!"))
-    with pytest.warns(UserWarning, match="the sound is left out: its codec is unknown"):
+    with pytest.warns(UserWarning, match="the sound of 'in.mkv' is left out: its codec is unknown"):
         out = copied(path, tmp_path / "out.mp4")
     assert len(list(read_video(out))) == 75 and read_video(out).sound is None
+
+
+def test_sound_that_can_not_be_converted(tmp_path):
+    """FFmpeg knows no way from nine channels to two. The pictures are there all the same."""
+    path = film(tmp_path / "in.mkv", codec="pcm_s16le", channels=9)
+    with pytest.warns(UserWarning, match="the sound of 'in.mkv' is left out"):
+        out = copied(path, tmp_path / "out.mp4")
+    assert len(list(read_video(out))) == 75
+
+
+@pytest.mark.parametrize("part", [0.1, 0.2])
+def test_a_recording_that_begins_between_key_frames(tmp_path, part):
+    """As one that was cut does: its first pictures can't be decoded, and are not shown."""
+    path = film(tmp_path / "in.ts", seconds=6, bf=2, gop=50)
+    data = path.read_bytes()
+    path.write_bytes(data[188 * int(part * len(data) / 188) :])
+    out = copied(path, tmp_path / "out.mp4")
+    with av.open(str(path)) as container:
+        first = next(container.decode(video=0)).time - 2 / FPS  # as the clock of the whole begins two frames late
+    with av.open(str(path)) as container:
+        assert next(container.decode(audio=0)).time < first - 0.3  # seconds of sound without a picture
+    np.testing.assert_allclose(
+        tones_in(out), [[k - first, k + 0.5 - first] for k in range(6) if k > first], atol=0.012
+    )
+
+
+def test_joined_recordings_sound_to_the_end(tmp_path):
+    path = film(tmp_path / "in.ts", seconds=2)
+    path.write_bytes(2 * path.read_bytes())
+    out = copied(path, tmp_path / "out.mp4")
+    np.testing.assert_allclose(tones_in(out), [[k, k + 0.5] for k in range(4)], atol=0.05)
 
 
 def test_a_file_of_sound_that_is_not_there(tmp_path):

@@ -639,6 +639,82 @@ def test_frame_that_cannot_be_decoded_is_reported_and_left_out(with_bad_frame):
         list(read_video(path, strict=True))
 
 
+def numbered(path, count, spoilt):
+    """A video whose frames are as light as their numbers say, with noise in these packets; which frames they are."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"bf": "3", "b_strategy": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(count):
+            picture = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 5 * number, np.uint8), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        step = container.streams.video[0].duration // count
+        packets = [(x.pos, x.size, x.pts // step) for x in container.demux(video=0) if x.size]
+    data = bytearray(path.read_bytes())
+    for number in spoilt:
+        position, size, _ = packets[number]
+        data[position : position + size] = b"\xff" * size
+    path.write_bytes(data)
+    return [packets[number][2] for number in spoilt]
+
+
+@pytest.mark.parametrize("spoilt", [5, 6, 7, 20, 33, 37, 38, 39])
+def test_the_index_of_a_damaged_frame_is_left_out_whatever_the_order_they_are_coded_in(tmp_path, spoilt):
+    """With B-frames a decoder holds some back, and says that one is damaged before it gives those shown earlier."""
+    (lost,) = numbered(tmp_path / "a.mp4", 40, spoilt=[spoilt])
+    with pytest.warns(UserWarning, match=f"frame {lost} of 'a' can't be decoded"):
+        read = list(read_video(tmp_path / "a.mp4").read())
+    assert [index for index, _, _ in read] == [index for index in range(40) if index != lost]
+    assert [time for _, time, _ in read] == pytest.approx([index / 10 for index, _, _ in read], abs=1e-3)
+    # What was coded as a difference to it is damaged too: up to three that are shown before it.
+    light = [frame.mean() / 5 for _, _, frame in read]
+    assert light[: lost - 3] == pytest.approx(np.arange(lost - 3), abs=0.6)
+
+
+def test_a_short_piece_of_a_video_begins_with_its_first_frame(tmp_path):
+    """The cut is found before the decoder has given any frame."""
+    with av.open(str(tmp_path / "a.mp4"), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=10, options={"bf": "3", "b_strategy": "0", "threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for frame in np.random.default_rng(0).integers(0, 255, (12, 48, 64, 3), np.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    data = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "a.mp4").write_bytes(data[: len(data) // 2])
+    with pytest.warns(UserWarning):
+        read = list(read_video(tmp_path / "a.mp4").read())
+    assert [index for index, _, _ in read[:3]] == [0, 1, 2] and len(read) < 12
+
+
+@pytest.mark.parametrize("without", ["some", "the first", "all"])
+def test_frames_of_which_nobody_says_when_they_are_shown(tmp_path, without):
+    """H.264 in MPEG-TS whose time stamps are blanked: but every twelfth, the first one, all of them."""
+    with av.open(str(tmp_path / "a.ts"), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for frame in smooth_frames(36):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    data, number = bytearray((tmp_path / "a.ts").read_bytes()), 0
+    for at in range(0, len(data), 188):
+        packet = data[at : at + 188]
+        start = packet.find(b"\x00\x00\x01\xe0")
+        if packet[1] & 0x40 and start >= 0:
+            flags, length = at + start + 7, packet[start + 8]
+            if {"some": number % 12 != 0, "the first": number == 0, "all": True}[without]:
+                data[flags] &= 0x3F
+                data[flags + 2 : flags + 2 + length] = b"\xff" * length
+            number += 1
+    assert number == 36
+    (tmp_path / "a.ts").write_bytes(data)
+    times = [time for time, _ in read_video(tmp_path / "a.ts").with_times()]
+    if without == "some":
+        assert times == pytest.approx(np.arange(36) / 25, abs=1e-3)
+    else:
+        assert times == [None] * 36 or times == pytest.approx(np.arange(36) / 25, abs=1e-3)
+
+
 def test_bad_images_at_both_ends_of_a_folder(tmp_path):
     for i in range(5):
         Image.new("RGB", (6, 4), (i, i, i)).save(tmp_path / f"{i}.png")

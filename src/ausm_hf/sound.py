@@ -1,13 +1,17 @@
 """The sound of a video file, copied beside pictures that were made of it."""
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import groupby
+from pathlib import Path
 
 import av
 import numpy as np
 from av.container import InputContainer, OutputContainer
+
+from .decoding import BadFrame, frames_in_order, open_container
 
 RATE = 48_000  # samples per second
 SLACK = RATE // 100  # samples that time stamps may be wrong by
@@ -16,23 +20,29 @@ SLACK = RATE // 100  # samples that time stamps may be wrong by
 class SoundCopy:
     """The first sound track of a file, piece by piece into another as AAC, which every browser plays.
 
-    Times are seconds since the first picture of the file: what is heard before it is left out, and there is silence
-    where the track has nothing, or nothing that can be decoded. A warning tells of a track of an unknown codec, which
-    is left out.
+    Times are seconds since the first picture of the file that can be decoded: what is heard before it is left out, and
+    there is silence where the track has nothing, or nothing that can be decoded. Where its clock goes back, as where
+    recordings were joined, it goes on as if it hadn't. A warning tells of a track that can't be copied.
 
     Args:
-        source: the file, at its beginning; it is read as far as the copy goes, and closed with it.
+        path: the file; it is read as far as the copy goes.
         container: where to write; nothing may have been written to it yet.
+
+    Raises:
+        ValueError: if the file can't be opened, or has no pictures.
     """
 
-    def __init__(self, source: InputContainer, container: OutputContainer):
-        self._source, self._container = source, container
+    def __init__(self, path: str | os.PathLike, container: OutputContainer):
+        self._name, self._container = Path(path).name, container
+        with open_container(os.path.abspath(path), self._name) as pictures:
+            self._start = _first_shown(pictures)
+        self._source = open_container(os.path.abspath(path), self._name)
         self._end = 0  # the sample up to which it is copied
         self._held = np.zeros((1, 0), np.float32)
         self._pieces: Iterator[np.ndarray] = iter(())
-        tracks = source.streams.audio
+        tracks = self._source.streams.audio
         if tracks and tracks[0].codec_context is None:
-            warnings.warn("the sound is left out: its codec is unknown", stacklevel=2)
+            self._leave_out("its codec is unknown")
         elif tracks:
             self._layout = "mono" if tracks[0].channels == 1 else "stereo"
             self._stream = container.add_stream("aac", rate=RATE, layout=self._layout)
@@ -43,7 +53,10 @@ class SoundCopy:
         stop = round(until * RATE)
         while self._end < stop:
             if not self._held.size:
-                self._held = next(self._pieces, self._held)
+                try:
+                    self._held = next(self._pieces, self._held)
+                except (av.FFmpegError, ValueError) as error:
+                    self._leave_out(str(error))
                 if not self._held.size:
                     return
             piece, self._held = np.split(self._held, [stop - self._end], axis=1)
@@ -62,12 +75,13 @@ class SoundCopy:
 
     def _from_first_picture(self, track: av.AudioStream) -> Iterator[np.ndarray]:
         """Samples without a gap, float32 (channels, number): where some come late there is silence before them."""
-        pictures = self._source.streams.video[0]
-        start = float((pictures.start_time or 0) * (pictures.time_base or 0))
-        end = 0
+        start, end = self._start, 0
         for frame in self._resampled(track):
             piece = np.nan_to_num(frame.to_ndarray()).clip(-1, 1)  # the encoder refuses what is no number, or huge
             begin = end if frame.time is None else round((frame.time - start) * RATE)
+            if begin < end - RATE and end > 0:
+                start += (begin - end) / RATE
+                begin = end
             if begin < end - SLACK:
                 piece = piece[:, end - begin :]
             while begin > end + SLACK:
@@ -78,6 +92,10 @@ class SoundCopy:
                 end += piece.shape[1]
                 yield piece
 
+    def _leave_out(self, reason: str):
+        self._pieces = iter(())
+        warnings.warn(f"the sound of {self._name!r} is left out: {reason}", stacklevel=4)
+
     def _resampled(self, track: av.AudioStream) -> Iterator[av.AudioFrame]:
         # Broadcasts change the kind of their sound on the way, and a resampler is for one kind.
         for _, frames in groupby(
@@ -86,6 +104,14 @@ class SoundCopy:
             resampler = av.AudioResampler(format="fltp", layout=self._layout, rate=RATE)
             for frame in frames:
                 yield from resampler.resample(frame)
+
+
+def _first_shown(container: InputContainer) -> float:
+    """Seconds on the clock of a file at which its first picture is shown."""
+    if container.format.name == "avi":  # it has no clock but the number of the picture
+        return 0.0
+    frames = frames_in_order(container, container.streams.video[0])
+    return next((frame.time or 0.0 for frame in frames if not isinstance(frame, BadFrame)), 0.0)
 
 
 def _decoded(source: InputContainer, track: av.AudioStream) -> Iterator[av.AudioFrame]:

@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import suppress
-from dataclasses import dataclass
 from fractions import Fraction
 from io import BufferedReader
 from itertools import islice
@@ -22,17 +21,15 @@ from typing import Any, TypeVar, cast
 
 import av
 import numpy as np
-from av.container import InputContainer
 from PIL import Image, ImageOps
 
+from .decoding import BadFrame, frames_in_order, open_container
 from .files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, WholeOrNothing, image_files, natural_order, visible
 from .model.upright_ausm import upright
 from .sound import SoundCopy
 
 STREAM_SCHEMES = tuple(f"{x}://" for x in ("http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "srt", "tcp", "udp"))
 FPS_WHEN_UNKNOWN = 24
-# Titles and the like come in any encoding. From version 19 on PyAV takes them as they are, and has no such argument.
-ANY_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 HELD_BYTES = 256 * 2**20  # of frames, for reading backwards
 
 Result = TypeVar("Result")
@@ -96,14 +93,6 @@ def as_rgb_frame(frame) -> np.ndarray:
     if array.shape[2] == 1:
         array = array.repeat(3, axis=2)
     return np.ascontiguousarray(array)
-
-
-@dataclass
-class _BadFrame:
-    """Stands where a frame would be that can't be decoded."""
-
-    reason: str
-    is_end: bool = False  # nothing after it can be read either
 
 
 class VideoSource:
@@ -233,7 +222,7 @@ class VideoSource:
     def _good_frames(self, first: int) -> Iterator[tuple[int, float | None, np.ndarray]]:
         frames = self._awaited_frames(first) if self._live else self._open_frames(first)
         for index, (time, frame) in enumerate(frames, first):
-            if not isinstance(frame, _BadFrame):
+            if not isinstance(frame, BadFrame):
                 try:
                     yield index, time, as_rgb_frame(frame)
                 except ValueError as error:
@@ -379,7 +368,7 @@ def _read_animation(path: Path, num_frames: int, strict: bool) -> VideoSource:
                     image.seek(index)
                     image.load()
                 except (OSError, SyntaxError, EOFError) as error:
-                    yield None, _BadFrame(f"{path.name!r}, frame {index}: {error}")
+                    yield None, BadFrame(f"{path.name!r}, frame {index}: {error}")
                     return
                 if index >= first:
                     yield time, image.convert("RGB")
@@ -396,7 +385,7 @@ def _read_images(name: str, paths: list[Path], strict: bool) -> VideoSource:
                     picture = ImageOps.exif_transpose(image)
                     picture.load()
             except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
-                yield None, _BadFrame(f"{path.name!r}: {error}")
+                yield None, BadFrame(f"{path.name!r}: {error}")
             else:
                 yield None, picture
 
@@ -460,24 +449,11 @@ def _read_stdin(strict: bool, raw_size: tuple[int, int] | None) -> VideoSource:
                 data += more
             if len(data) < num_bytes:
                 if data:
-                    yield None, _BadFrame(f"it has {len(data)} bytes, wanted are {num_bytes}")
+                    yield None, BadFrame(f"it has {len(data)} bytes, wanted are {num_bytes}")
                 return
             yield None, np.frombuffer(data, np.uint8).reshape(*raw_size, 3)
 
     return VideoSource("stdin", frames, once=True, strict=strict, live=True)
-
-
-def _open_container(location: str | _Stdin, name: str, **options) -> InputContainer:
-    """What FFmpeg reads a video from. Raises ValueError if there is none."""
-    try:
-        container = av.open(location, **ANY_METADATA, **options)
-    except (av.FFmpegError, OSError) as error:
-        # `from None`: the original names the whole URL, with the password that may be in it.
-        raise ValueError(f"video {name!r} can't be opened: {error.strerror or 'unknown reason'}") from None
-    if not container.streams.video:
-        container.close()
-        raise ValueError(f"video {name!r} can't be opened: there are no pictures in it")
-    return container
 
 
 def _read_container(
@@ -486,7 +462,7 @@ def _read_container(
     """A video that FFmpeg reads. `live`: no second reading, and no frames held back by the decoder's threads."""
 
     def open_stream(in_threads: bool = not live):
-        container = _open_container(location, name, **options)
+        container = open_container(location, name, **options)
         stream = container.streams.video[0]
         if stream.codec_context is None:  # of no known codec; before version 18 PyAV crashes if it is asked to decode
             container.close()
@@ -495,8 +471,10 @@ def _read_container(
         return container, stream
 
     def frames(first):
-        index = yield from decoded(first, *(opened.pop() if opened else open_stream()))
-        if index < num_frames and not live:
+        left: list[BadFrame] = []
+        now_open = opened.pop() if opened else open_stream()
+        index = yield from decoded(first, *now_open, left=None if live else left)
+        if (index < num_frames or left) and not live:
             # Where a file was cut off, the decoder's threads lose the frames before the end; one alone doesn't.
             index = yield from decoded(max(first, index), *open_stream(in_threads=False))
         if index < num_frames:
@@ -504,40 +482,37 @@ def _read_container(
             message = f"video {name!r} should have {num_frames} frames, {index} could be read; it may be cut short"
             warnings.warn(message, stacklevel=2)
 
-    def decoded(first, container, stream):
+    def decoded(first, container, stream, left=None):
         """The frames from `first` on; returns how many there are with those before it."""
-        index, start, last = 0, None, None
+        index, start, last, clock = 0, 0.0, None, has_clock
         step = float(1 / (fps or FPS_WHEN_UNKNOWN))
         # AVI doesn't say when frames are shown. What FFmpeg guesses is wrong where they are coded in another order.
         guessed = container.format.name == "avi" and stream.codec_context.has_b_frames
         with container:
-            packets = container.demux(stream)
-            while True:
-                try:
-                    packet = next(packets, None)
-                except (av.FFmpegError, OSError) as error:
-                    yield None, _BadFrame(error.strerror or str(error), is_end=True)
-                    return num_frames
-                if packet is None:
-                    break
-                try:
-                    decoded = packet.decode()
-                except (av.FFmpegError, OSError) as error:
-                    decoded = [_BadFrame(error.strerror or str(error))]
-                for frame in decoded:
-                    time = None
-                    if has_clock and not isinstance(frame, _BadFrame) and frame.time is not None:
-                        shown = index * step if guessed else frame.time
-                        start = shown if start is None else start
-                        if last is not None and shown - start <= last:  # recordings joined: the clock restarts
+            frame: Any
+            for frame in frames_in_order(container, stream, left):
+                time = None
+                if isinstance(frame, BadFrame):
+                    if frame.is_end:
+                        yield None, frame
+                        return num_frames
+                elif clock:
+                    shown = index * step if guessed else frame.time
+                    if last is None:
+                        start, time, clock = shown, 0.0, shown is not None
+                    elif shown is None:  # of some frames a stream may not say when they are shown
+                        time = last + step
+                    else:
+                        if shown - start <= last:  # recordings joined: the clock restarts
                             start = shown - last - step
-                        time = last = shown - start
-                    if index >= first:
-                        if not isinstance(frame, _BadFrame):
-                            turned.add(round(frame.rotation / 90) % 2 == 1)
-                            frame = upright(frame)
-                        yield time, frame
-                    index += 1
+                        time = shown - start
+                    time = last = time if clock else None
+                if index >= first:
+                    if not isinstance(frame, BadFrame):
+                        turned.add(round(frame.rotation / 90) % 2 == 1)
+                        frame = upright(frame)
+                    yield time, frame
+                index += 1
         return index
 
     container, stream = _awaited(open_stream, SimpleQueue()) if live else open_stream()
@@ -616,8 +591,7 @@ class VideoWriter(WholeOrNothing):
         codec.color_range = 1  # limited
         codec.sample_aspect_ratio = self.pixel_aspect
         if self.sound is not None:
-            opened = _open_container(os.path.abspath(self.sound), Path(self.sound).name)
-            self._sound = SoundCopy(opened, self._container)
+            self._sound = SoundCopy(self.sound, self._container)
         self._last_pts, self._last_step = -1, 0
         self._timed = None
 

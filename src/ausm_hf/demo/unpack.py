@@ -85,8 +85,8 @@ def unpack(path: str | os.PathLike, folder: Path, limits: Limits):
     """Writes the frames of a video and what is known of them. Raises Refused."""
     import av
 
+    from ..decoding import ANY_METADATA
     from ..model.upright_ausm import upright
-    from ..video import ANY_METADATA
 
     options = {
         "protocol_whitelist": "file",
