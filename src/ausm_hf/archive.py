@@ -69,6 +69,12 @@ def are_many(inputs: list[str]) -> bool:
     return not all(path.lower().endswith(IMAGE_SUFFIXES) for path in glob(inputs[0], recursive=True))
 
 
+def _goes_round(path: str) -> bool:
+    """Whether a path comes through the same folder twice, by a link to a folder above."""
+    folders = [os.path.realpath(parent) for parent in Path(os.path.abspath(path)).parents]
+    return len(set(folders)) < len(folders)
+
+
 def find_videos(inputs: Iterable[str | os.PathLike], output: str | os.PathLike | None = None) -> dict[str, str]:
     """The videos that `inputs` name.
 
@@ -93,7 +99,7 @@ def find_videos(inputs: Iterable[str | os.PathLike], output: str | os.PathLike |
             parts = Path(location).parts  # the root is the folders before the first wildcard
             wild = next(i for i, part in enumerate(parts) if any(letter in part for letter in "*?["))
             roots.append(os.path.abspath(os.path.join(".", *parts[:wild])))
-            matches = sorted(glob(location, recursive=True))
+            matches = [path for path in sorted(glob(location, recursive=True)) if not _goes_round(path)]
             if output is not None:
                 matches = [path for path in matches if not _is_result(path, output, Path(roots[-1]))]
             files = [path for path in matches if os.path.isfile(path)]
