@@ -411,6 +411,17 @@ def test_streams_together_are_what_they_are_alone(tiny_model, clips):
     assert together[0].obj_ids and 5 in together[0].obj_ids
 
 
+def test_streams_that_went_together_keep_nothing_of_each_other(tiny_model):
+    """What is kept of a stream is its own memory, not a view of all that went with it."""
+    sessions = [AusmInferenceSession(seed=i) for i in range(4)]
+    for number in (4, 3, 2, 1):  # one after the other falls silent
+        tiny_model.step_sessions(sessions[:number], [torch.randn(3, 64, 96) for _ in range(number)])
+    for session in sessions[1:]:
+        assert session.history.num_bytes > 0
+        for name, tensor in session.history.tensors().items():
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size(), name
+
+
 def test_wrong_streams_together(tiny_model):
     sessions = [AusmInferenceSession(), AusmInferenceSession()]
     frame = torch.zeros(3, 64, 96)

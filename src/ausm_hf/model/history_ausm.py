@@ -103,7 +103,10 @@ class AusmHistory:
         )
 
     def split(self, numbers: list[int]) -> list[AusmHistory]:
-        """Those of the streams of a batch after a frame, which follow `numbers` objects, without padding."""
+        """
+        Those of the streams of a batch after a frame, which follow `numbers` objects, without padding. Each has memory
+        of its own: a stream that goes on keeps nothing of the others.
+        """
         if len(numbers) == 1:
             return [self]
         assert self.features is not None and self.states is not None
@@ -117,7 +120,7 @@ class AusmHistory:
                 self.taken[i : i + 1, :number],
                 self.masks[i : i + 1, :number],
                 appearance[i],
-            )
+            )._each(torch.clone)
             for i, (number, features) in enumerate(zip(numbers, self.features.split(1)))
         ]
 
