@@ -95,6 +95,8 @@ def test_coco_labels_in_voc_spelling_get_coco_names():
 def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`pre_norm`"):
         from_mask2former(mask2former(pre_norm=True))
+    with pytest.raises(ValueError, match="has ReLUs; the Mask2Former has 'gelu'"):
+        from_mask2former(mask2former(activation_function="gelu"))
     with pytest.raises(ValueError, match="`hidden_size` comes from the Mask2Former, 32"):
         from_mask2former(mask2former(), hidden_size=64)
     with pytest.raises(ValueError, match="no preset 'huge'"):

@@ -44,7 +44,7 @@ def from_mask2former(
 
     Raises:
         ValueError: If the checkpoint is not a Mask2Former, has a layout that AUSM does not (pre-norm, input
-            projections, strides other than 4, 8, 16, 32), or an override contradicts it.
+            projections, activations other than ReLU, strides other than 4, 8, 16, 32), or an override contradicts it.
     """
     if not isinstance(source, Mask2FormerForUniversalSegmentation):
         config = AutoConfig.from_pretrained(source)
@@ -57,6 +57,8 @@ def from_mask2former(
             "A Mask2Former with `pre_norm`, `enforce_input_projection` or `feature_size` other than `hidden_dim` "
             "can't be turned into AUSM."
         )
+    if theirs.activation_function != "relu":
+        raise ValueError(f"AUSM's decoder has ReLUs; the Mask2Former has {theirs.activation_function!r}.")
     if list(theirs.feature_strides) != [4, 8, 16, 32] or theirs.common_stride != 4:
         raise ValueError(f"AUSM wants feature strides 4, 8, 16, 32; the Mask2Former has {theirs.feature_strides}.")
     sizes = {
