@@ -1,9 +1,8 @@
 """Segment a video with ONNX Runtime and NumPy, without PyTorch: python run_onnx.py STEP.onnx VIDEO OUT_DIR [MASK.png]
 
 `ausm export-onnx STEP.onnx --like VIDEO` writes the step. MASK.png marks objects of the first frame (pixel = id of the
-object, 0 = background); without it objects are found. OUT_DIR gets an indexed PNG per frame. Shorter than the package:
-nothing is followed unseen, a mask may reach anywhere, also onto what is unlike its object, detections are not merged.
-"""
+object, 0 = background); without it objects are found. OUT_DIR gets such a PNG per frame. Shorter than the package:
+nothing is followed unseen, a mask may reach anywhere, and onto what is unlike its object, detections aren't merged."""
 
 import json
 import sys
@@ -26,20 +25,21 @@ step = onnxruntime.InferenceSession(sys.argv[1])
 about = {key: json.loads(value) for key, value in step.get_modelmeta().custom_metadata_map.items()}
 # A stream starts with zeros; `next_x` of one frame is `x` of the next.
 inputs = {x.name: np.zeros(x.shape, bool if "bool" in x.type else np.float32) for x in step.get_inputs()}
-height, width = inputs["pixel_values"].shape[2:]
 taken, masks = inputs["taken"][0], inputs["masks"][0]  # column i is object i + 1
 marked = np.array(Image.open(sys.argv[4])) if len(sys.argv) > 4 else None
-for column in [] if marked is None else np.unique(marked[marked > 0]) - 1:
-    cover = Image.fromarray(np.float32(marked == column + 1)).resize(masks.shape[:0:-1], Image.Resampling.BOX)
-    taken[column], masks[column] = True, np.array(cover) >= 0.5
 
 for index, frame in enumerate(av.open(sys.argv[2]).decode(video=0)):
     image, mirrored = frame.to_image(), False
     with suppress(KeyError, ValueError):  # there is no matrix, or it is beside data that PyAV does not know
         mirrored = np.linalg.det(np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32).reshape(3, 3)) < 0
     image = (ImageOps.flip(image) if mirrored else image).rotate(frame.rotation, expand=True)  # as players show it
-    pixels = np.float32(image.resize((width, height), Image.BILINEAR)) / 255 - np.float32(about["image_mean"])
-    inputs["pixel_values"] = (pixels / np.float32(about["image_std"])).transpose(2, 0, 1)[None]
+    if index == 0 and marked is not None and (marked.shape != image.size[::-1] or marked.max() > len(taken)):
+        sys.exit(f"{sys.argv[4]}: wanted are {image.width} x {image.height} pixels, one channel, ids to {len(taken)}")
+    for column in [] if index or marked is None else np.unique(marked[marked > 0]) - 1:
+        cover = Image.fromarray(np.float32(marked == column + 1)).resize(masks.shape[:0:-1], Image.Resampling.BOX)
+        taken[column], masks[column] = True, np.array(cover) >= 0.5
+    pixels = np.array(image.resize(inputs["pixel_values"].shape[:1:-1], Image.BILINEAR)) / 255 - about["image_mean"]
+    inputs["pixel_values"] = np.float32(pixels / about["image_std"]).transpose(2, 0, 1)[None]
     result = dict(zip([x.name for x in step.get_outputs()], step.run(None, inputs)))
     logits, sure = result["mask_logits"][0], 1 / (1 + np.exp(-result["foreground_logits"][0]))
     rows = {i: i for i in np.flatnonzero(taken) if sure[i] >= about["foreground_threshold"]}  # column -> query

@@ -327,3 +327,10 @@ def test_the_example_runs_without_torch(nano, shared_data, tmp_path, monkeypatch
             for result in expected
         ]
         assert len(overlaps) == 12 and min(overlaps) > 0.98
+    for wrong in (np.uint8(first.masks)[:-8], np.full_like(first.masks, 200, np.uint8)):
+        Image.fromarray(wrong).save(tmp_path / "wrong.png")
+        arguments = [str(x) for x in (script, path, tmp_path / "short.mp4", tmp_path / "no", tmp_path / "wrong.png")]
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert f"wrong.png: wanted are {width} x {height} pixels, one channel, ids to " in done.stderr
+        assert not list((tmp_path / "no").iterdir())
