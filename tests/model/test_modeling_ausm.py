@@ -764,6 +764,32 @@ def test_objects_look_as_the_pixels_of_their_masks_do():
         np.testing.assert_allclose(looks[b, n].numpy(), expected / np.linalg.norm(expected), atol=1e-6)
 
 
+def test_who_is_forgotten_and_comes_again_is_known_as_well_as_at_first():
+    """What it looked like is not nobody's now: eight times it is let go, and marked again under another ID vector."""
+    torch.manual_seed(0)
+    module = appearance()
+    module.scale.data.fill_(4.0)
+    ground, car, other = torch.randn(3, 32)
+    features = ground.view(1, 1, 32, 1, 1).repeat(1, 1, 1, 8, 8)
+    masks = torch.zeros(1, 1, 2, 8, 8)
+    masks[..., 0, 5:7, 5:7] = masks[..., 1, 1:4, 1:4] = 1
+    features[:, :, :, 5:7, 5:7], features[:, :, :, 1:4, 1:4] = other.view(32, 1, 1), car.view(32, 1, 1)
+    features += 0.1 * torch.randn_like(features)
+    there, started = torch.ones(1, 1, 2, dtype=torch.bool), torch.tensor([True])
+    memory, logits = None, []
+    for time in range(8):
+        slots = torch.tensor([[0, 1 + time % 4]])
+        with torch.no_grad():
+            for _ in range(20):
+                seen, _, memory = module(features, features[:, 0], masks, slots, there, started, memory)
+        logits.append(float(seen[0, 0, 1][masks[0, 0, 1] > 0].mean()))
+        memory = AusmHistory(None, None, slots, there[:, 0], masks[:, 0], memory).forget_appearance([1]).appearance
+        width = memory.shape[-1]
+        assert torch.linalg.eigvalsh(memory[0, :, :width].double()).min() > -1e-5
+        assert not memory[0, :, width + slots[0, 1]].any()
+    assert min(logits) > 0.9 * logits[0] > 3
+
+
 def test_appearance_begins_anew_when_nobody_is_left_whom_it_is_of():
     """Frames without an object before the first, and objects that were let go, leave no trace."""
     module = appearance()

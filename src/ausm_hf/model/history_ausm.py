@@ -134,13 +134,19 @@ class AusmHistory:
         return replace(self, slots=slots, taken=taken, masks=masks)
 
     def forget_appearance(self, columns: list[int]) -> AusmHistory:
-        """The same past without what the objects of these columns looked like: their pixels were nobody's."""
+        """
+        The same past without what the objects of these columns looked like. Their pixels were nobody's then, but for
+        what their mean says: who is found or marked there again must not be taught to be unlike itself.
+        """
         if not columns or self.appearance is None:
             return self
         appearance = self.appearance.clone()
-        of_slots = appearance[:, :, appearance.shape[-1] :]
-        for stream, slots in enumerate(self.slots[:, columns].tolist()):
-            of_slots[stream, :, slots] = 0
+        width = appearance.shape[-1]
+        for averages, slots in zip(appearance, self.slots[:, columns].tolist()):
+            sums = averages[:, width:][:, slots]  # of looks whose last number is 0.5
+            # A sum of products is at least the product of the sums by their number: what is left stays positive.
+            averages[:, :width] -= (sums / (2 * sums[..., -1:]).clamp(min=1e-6)).mT @ sums
+            averages[:, width:][:, slots] = 0
         return replace(self, appearance=appearance)
 
     def to(self, device: torch.device | str) -> AusmHistory:
