@@ -22,16 +22,12 @@ class BadFrame:
 
 
 def open_container(location: Any, name: str, **options) -> InputContainer:
-    """What FFmpeg reads a video from. Raises ValueError if there is none."""
+    """What FFmpeg reads a file or stream from. Raises ValueError if it can't."""
     try:
-        container = av.open(location, **ANY_METADATA, **options)
+        return av.open(location, **ANY_METADATA, **options)
     except (av.FFmpegError, OSError) as error:
         # `from None`: the original names the whole URL, with the password that may be in it.
         raise ValueError(f"video {name!r} can't be opened: {error.strerror or 'unknown reason'}") from None
-    if not container.streams.video:
-        container.close()
-        raise ValueError(f"video {name!r} can't be opened: there are no pictures in it")
-    return container
 
 
 def frames_in_order(

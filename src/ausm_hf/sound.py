@@ -27,16 +27,17 @@ class SoundCopy:
     Args:
         path: the file; it is read as far as the copy goes.
         container: where to write; nothing may have been written to it yet.
+        options: how FFmpeg is to open the file, see `av.open`.
 
     Raises:
-        ValueError: if the file can't be opened, or has no pictures.
+        ValueError: if the file can't be opened.
     """
 
-    def __init__(self, path: str | os.PathLike, container: OutputContainer):
+    def __init__(self, path: str | os.PathLike, container: OutputContainer, **options):
         self._name, self._container = Path(path).name, container
-        with open_container(os.path.abspath(path), self._name) as pictures:
+        with open_container(os.path.abspath(path), self._name, **options) as pictures:
             self._start = _first_shown(pictures)
-        self._source = open_container(os.path.abspath(path), self._name)
+        self._source = open_container(os.path.abspath(path), self._name, **options)
         self._end = 0  # the sample up to which it is copied
         self._held = np.zeros((1, 0), np.float32)
         self._pieces: Iterator[np.ndarray] = iter(())
@@ -107,8 +108,9 @@ class SoundCopy:
 
 
 def _first_shown(container: InputContainer) -> float:
-    """Seconds on the clock of a file at which its first picture is shown."""
-    if container.format.name == "avi":  # it has no clock but the number of the picture
+    """Seconds on the clock of a file at which its first picture is shown; 0 without any."""
+    # AVI has no clock but the number of the picture.
+    if not container.streams.video or container.format.name == "avi":
         return 0.0
     frames = frames_in_order(container, container.streams.video[0])
     return next((frame.time or 0.0 for frame in frames if not isinstance(frame, BadFrame)), 0.0)

@@ -463,6 +463,9 @@ def _read_container(
 
     def open_stream(in_threads: bool = not live):
         container = open_container(location, name, **options)
+        if not container.streams.video:
+            container.close()
+            raise ValueError(f"video {name!r} can't be opened: there are no pictures in it")
         stream = container.streams.video[0]
         if stream.codec_context is None:  # of no known codec; before version 18 PyAV crashes if it is asked to decode
             container.close()
@@ -541,7 +544,7 @@ class VideoWriter(WholeOrNothing):
         size: (height, width) of the frames in pixels, up to 16384. H.264 wants even numbers: an odd last row or
             column is repeated.
         pixel_aspect: width by height of a pixel as it is to be shown.
-        sound: a video file, such as `source.sound`, the sound of which to copy for as long as there are frames.
+        sound: a file, such as `source.sound`, the sound of which to copy for as long as there are frames.
 
     Raises:
         ValueError: for a suffix, rate or size that can't be, or a file of sound that can't be opened; on leaving the

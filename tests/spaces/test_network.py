@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from films import film, tones_in
 from PIL import Image
 from pycocotools import mask as rle_tools
 
@@ -270,6 +271,14 @@ def test_a_run_stops_before_its_next_frame_and_leaves_nothing(network, clip, mov
     shutil.rmtree(other)
     with pytest.raises(Stopped):
         next(run)
+
+
+def test_videos_have_the_sound_of_the_clip(network, tmp_path):
+    *_, clip = unpack_clip(film(tmp_path / "in.mp4", seconds=1), tmp_path / "clip", Limits())
+    (tmp_path / "run").mkdir()
+    *_, result = network.run(clip, tmp_path / "run", masks={0: {1: np.ones(clip.size, bool)}})
+    for path in (tmp_path / "run" / "overlay.mp4", show_alone(clip, result, 1)[0]):
+        np.testing.assert_allclose(tones_in(path), [[0, 0.5]], atol=0.003)
 
 
 def test_an_object_alone(network, clip, moving_square, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from films import film, tones_in
 
 from ausm_hf.demo import clips
 from ausm_hf.demo import unpack as unpacking
@@ -58,6 +59,28 @@ def test_a_video_becomes_its_frames(frames, tmp_path):
     assert not read_video(clip).once  # so that a frame is encoded while the last one is followed
     with pytest.raises(Refused, match="no frame 7"):
         clip.frame(7)
+
+
+@pytest.mark.parametrize("codec", ["aac", "mp2"])
+def test_sound_is_unpacked_if_it_can_be(tmp_path, codec):
+    """From the first picture to the last, by decoders of a short list; what can't be heard can be seen."""
+    path = film(tmp_path / "a.mkv", seconds=2, sound_at=0.25, codec=codec)
+    clip = by_child(path, tmp_path / "out")
+    assert clip.num_frames == 50
+    if codec == "mp2":
+        assert clip.sound is None
+        return
+    with av.open(str(clip.sound)) as container:
+        assert not container.streams.video and 1.9 < container.duration / 1e6 < 2.1
+    with VideoWriter(tmp_path / "b.mp4", 25, clip.size, sound=clip.sound) as writer:
+        for frame in clip:
+            writer.write(frame)
+    np.testing.assert_allclose(tones_in(tmp_path / "b.mp4"), [[0.25, 0.75], [1.25, 1.75]], atol=0.003)
+
+
+def test_a_video_without_sound(frames, tmp_path):
+    clip = by_child(write_video(tmp_path / "a.mp4", frames), tmp_path / "out")
+    assert clip.sound is None and clip.num_frames == 7
 
 
 @pytest.mark.parametrize(

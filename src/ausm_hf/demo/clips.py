@@ -48,6 +48,11 @@ class Clip:
     plays: bool = True
 
     @property
+    def sound(self) -> Path | None:
+        """The file with its sound; `None` without any."""
+        return path if (path := self.folder / "sound.mp4").exists() else None
+
+    @property
     def shown_size(self) -> tuple[int, int]:
         """Width and height in square pixels."""
         return shown_size(self.size[1], self.size[0], self.pixel_aspect)

@@ -187,7 +187,7 @@ class Network:
         (folder / "key").mkdir()
         keys = set(np.linspace(0, clip.num_frames - 1, min(NUM_KEY_FRAMES, clip.num_frames)).round().astype(int))
         with ExitStack() as stack:
-            video = stack.enter_context(VideoWriter(folder / "overlay.mp4", clip.fps, clip.size, clip.pixel_aspect))
+            video = stack.enter_context(_video_writer(clip, folder / "overlay.mp4"))
             pngs = stack.enter_context(PngMaskWriter(folder / "masks"))
             table = stack.enter_context(ObjectsJsonWriter(folder / "objects.json", clip.name, clip.fps))
             for result in results:
@@ -296,6 +296,10 @@ def _called(objects: list[dict], names: dict[int, str], session: AusmInferenceSe
     return called
 
 
+def _video_writer(clip: Clip, path: Path) -> VideoWriter:
+    return VideoWriter(path, clip.fps, clip.size, clip.pixel_aspect, clip.sound)
+
+
 def _in_turn(masks: dict[int, dict[int, np.ndarray]], indices: list[int]) -> dict[int, dict[int, np.ndarray]]:
     """The masks of these frames in this order: who has not been marked yet need not be said to be away."""
     known: set[int] = set()
@@ -330,7 +334,7 @@ def show_alone(clip: Clip, result: Result, object_id: int) -> tuple[Path, list[P
         shutil.rmtree(result.folder / key, ignore_errors=True)
         (result.folder / key).mkdir()
         wanted = {frame.stem for frame in result.key_frames()}
-        with VideoWriter(path, clip.fps, clip.size, clip.pixel_aspect) as writer:
+        with _video_writer(clip, path) as writer:
             for index, frame in enumerate(clip):
                 alone = np.where((result.mask(index) == object_id)[:, :, None], frame, frame // 5)
                 writer.write(alone, clip.times[index] if clip.times else None)

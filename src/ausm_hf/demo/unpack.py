@@ -4,7 +4,8 @@ memory and time, by the one demuxer that its first bytes ask for, and by decoder
 
     python -m ausm_hf.demo.unpack FILE FOLDER LIMITS
 
-writes `FOLDER/00000.jpg`, ... and at last `FOLDER/clip.json`, or a sentence on stderr that says why not (exit code 3).
+writes `FOLDER/00000.jpg`, ..., `FOLDER/sound.mp4` if there is sound, and at last `FOLDER/clip.json`, or a sentence on
+stderr that says why not (exit code 3).
 """
 
 import json
@@ -63,6 +64,7 @@ class Limits:
 # GIFs are read, but not asked for: programs can send them, and Gradio's page takes no file of that type.
 DEMUXERS = {"mov": "MP4 or MOV", "matroska": "WebM or MKV", "avi": "AVI", "gif": ""}
 PLAYED = ("h264", "av1", "libdav1d", "vp8", "vp9", "libvpx", "libvpx-vp9")  # by browsers, in MP4, MOV, WebM or MKV
+SOUND_DECODERS = ("aac", "mp3", "mp3float", "opus", "libopus", "vorbis", "ac3", "pcm_s16le", "pcm_s16be", "pcm_u8")
 DECODERS = ("h264", "hevc", "av1", "libdav1d", "vp8", "vp9", "libvpx", "libvpx-vp9", "mpeg4", "mjpeg", "gif")
 
 
@@ -113,6 +115,8 @@ def unpack(path: str | os.PathLike, folder: Path, limits: Limits):
             limits.check_length(stream.frames, seconds)
             codec.thread_count = 1
             fps = stream.average_rate or stream.guessed_rate
+            tracks = [track.codec_context for track in container.streams.audio[:1]]
+            has_sound = any(track is not None and track.name in SOUND_DECODERS for track in tracks)
             start, size = None, None
             for frame in _decoded(container, stream):
                 limits.check_size(frame.width, frame.height)  # it can change on the way
@@ -134,12 +138,32 @@ def unpack(path: str | os.PathLike, folder: Path, limits: Limits):
             raise Refused("This video is broken, or none: its pictures can't be decoded.") from error
     if not times:
         raise Refused("There are no pictures in this file.")
+    if has_sound:
+        options |= {"codec_whitelist": ",".join(DECODERS + SOUND_DECODERS)}
+        seconds = (times[-1] or 0) + 1 / float(fps or 24)
+        with suppress(av.FFmpegError, OSError, ValueError, MemoryError):  # what can't be heard can be seen
+            _unpack_sound(path, folder / "sound.mp4", seconds, format=demuxer, options=options)
     known_times = [time for time in times if time is not None]
     in_order = known_times == times == sorted(known_times)
     clip = {"size": size, "fps": float(fps) if fps else None, "num_frames": len(times), "pixel_aspect": str(aspect)}
     clip["plays"] = demuxer in ("mov", "matroska") and codec.name in PLAYED
     with _room_on_the_disk():
         (folder / "clip.json").write_text(json.dumps({**clip, "times": times if in_order else None}), encoding="utf-8")
+
+
+def _unpack_sound(path: str | os.PathLike, to: Path, seconds: float, **how):
+    """Writes the sound of a file from its first picture on, AAC in MP4, whole or not at all."""
+    import av
+
+    from ..sound import SoundCopy
+
+    partial = to.with_name(f"partial-{to.name}")
+    with av.open(str(partial), "w") as container:
+        copy = SoundCopy(path, container, **how)
+        copy.copy(seconds)
+        copy.finish()
+        copy.close()
+    os.replace(partial, to)
 
 
 def _decoded(container, stream) -> Iterator:
