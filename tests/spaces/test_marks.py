@@ -246,9 +246,11 @@ def test_only_who_is_marked_somewhere_can_be_away(visit, network):
     assert (visit.picture(2, network) == 0).all()
     after = followed(visit, network)
     assert (after[:2] == before[:2]).all() and before[2].any() and not after[2].any()
-    visit.marks = [away]  # the other was undone
-    with pytest.raises(Refused, match="Mark something first"):
-        followed(visit, network)
+    # The other was undone, and what is left says where the object isn't.
+    for left in (away, Mark(2, 1, "paint", ((0, 20), (59, 20)), False, 40)):
+        visit.marks = [left]
+        with pytest.raises(Refused, match="Mark something first"):
+            followed(visit, network)
 
 
 def test_the_page_says_who_is_away(visit):

@@ -166,12 +166,12 @@ class Visit:
         Follows the marked objects to the end of the clip, and `backward` to its start too; the outcome is `result`.
         Raises Stopped, Refused.
         """
-        if all(mark.kind == "away" for mark in self.marks):
-            self.the_clip()
-            raise Refused("Mark something first: click on it, draw a box around it, or paint over it.")
+        self.the_clip()
         marks = list(self.marks)
         frames = sorted({mark.frame for mark in marks})
         masks = {index: self.masks(index, network) for index in frames}
+        if not any(mask.any() for of_frame in masks.values() for mask in of_frame.values()):
+            raise Refused("Mark something first: click on it, draw a box around it, or paint over it.")
         yield from self._run(network, masks=masks, names=dict(self.names), backward=bool(backward))
         self._keep(self.result, marks)
 
