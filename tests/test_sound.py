@@ -178,6 +178,8 @@ def test_a_file_of_sound_that_is_not_there(tmp_path):
 
 
 def test_nothing_stays_open(tmp_path):
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("no /proc to look at open files")
     path = film(tmp_path / "in.mp4")
     source = read_video(path)
     frames = list(source)
