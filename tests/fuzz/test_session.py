@@ -88,7 +88,8 @@ def same(a, b) -> bool:
 
 
 def check_promises(session, ever_used: set[int]):
-    ids, slots = session.obj_ids, [x.slot for x in session.objects]
+    ids = [x.object_id for x in session.objects if not x.is_bystander]
+    slots = [x.slot for x in session.objects]
     assert len(set(ids)) == len(ids) <= SLOTS and all(i >= 1 for i in ids)
     assert len(set(slots)) == len(slots) and all(0 <= slot < SLOTS for slot in slots)
     assert len({x.object_id for x in session.objects}) == len(slots)  # bystanders too
@@ -128,7 +129,8 @@ sound = st.builds(
     st.integers(0, 10),
     st.builds(lambda n: torch.arange(16 * 24).view(SIZE) % 7 < n, st.integers(1, 6)),
 )
-prompts = st.one_of(sound, sound, prompts_at(st.integers(0, 15)), prompts_at(st.integers(-3, 26)))
+away = st.just(ObjectPrompt(mask=torch.zeros(SIZE, dtype=torch.bool)))
+prompts = st.one_of(sound, sound, away, prompts_at(st.integers(0, 15)), prompts_at(st.integers(-3, 26)))
 object_ids = st.one_of(
     st.lists(st.integers(1, 6), min_size=1, max_size=2, unique=True), st.lists(st.integers(0, 6), max_size=3)
 )
