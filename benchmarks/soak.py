@@ -154,7 +154,8 @@ def run(minutes: float, seed: int) -> dict:
             except Exception as error:
                 raise RuntimeError(f"seed {seed}, command {counts.total()}: {name}") from error
             ids = stream.session.obj_ids
-            assert len(set(ids)) == len(ids) <= model.config.num_id_vectors
+            assert len(set(ids)) == len(ids)
+            assert len(stream.session.objects) <= model.config.num_id_vectors
             if name not in ("begin", "prompt"):  # a new id is one that nobody has had
                 assert all(i in before[1] or i >= before[2] or i in stream.given for i in ids)
             if not samples or elapsed > samples[-1][0] + 60 * minutes / 200:
