@@ -221,9 +221,14 @@ def test_the_trace_of_an_object_that_is_let_go_is_cleared(tiny_model, clips, mon
     width = tiny_model.config.hidden_size + 1
     assert before.appearance[0, :, [width + gone, width + staying, -1]].any(dim=-1).all()
     session.remove_object(1)
-    kept = [row for row in range(before.appearance.shape[2]) if row != width + gone]
+    kept = [row for row in range(width, before.appearance.shape[2]) if row != width + gone]
     assert not session.history.appearance[0, :, width + gone].any()
     assert session.history.appearance[:, :, kept].equal(before.appearance[:, :, kept])
+    # Of the products of all pixels' looks those of its mean look, as often as it was seen (the last number is 0.5).
+    for now, was in zip(session.history.appearance[0], before.appearance[0], strict=True):
+        times = 2 * was[width + gone, -1]
+        look = was[width + gone] / times
+        torch.testing.assert_close(now[:width], was[:width] - times * torch.outer(look, look))
     for old, new in zip(before.states, session.history.states, strict=True):
         for was, now in zip(old, new, strict=True):
             assert not now[first & ~second].any() and now[~first | second].equal(was[~first | second])
