@@ -64,6 +64,7 @@ def test_a_link_to_a_folder_above_makes_no_further_videos(tmp_path, monkeypatch)
     (tmp_path / "archive" / "more").symlink_to(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
     assert list(find_videos(["archive/**/*.mp4"])) == ["day/a", "more/b"]
+    assert list(find_videos(["archive/day/all/day/*.mp4"])) == ["a"]  # the way there is the user's to choose
 
 
 def test_results_are_no_videos(tmp_path, monkeypatch):

@@ -69,10 +69,10 @@ def are_many(inputs: list[str]) -> bool:
     return not all(path.lower().endswith(IMAGE_SUFFIXES) for path in glob(inputs[0], recursive=True))
 
 
-def _goes_round(path: str) -> bool:
-    """Whether a path comes through the same folder twice, by a link to a folder above."""
-    folders = [os.path.realpath(parent) for parent in Path(os.path.abspath(path)).parents]
-    return len(set(folders)) < len(folders)
+def _goes_round(path: str, root: str) -> bool:
+    """Whether a path comes through the same folder twice below `root`, by a link to a folder above."""
+    parents = [parent for parent in Path(os.path.abspath(path)).parents if parent.is_relative_to(root)]
+    return len({os.path.realpath(parent) for parent in parents}) < len(parents)
 
 
 def find_videos(inputs: Iterable[str | os.PathLike], output: str | os.PathLike | None = None) -> dict[str, str]:
@@ -99,7 +99,7 @@ def find_videos(inputs: Iterable[str | os.PathLike], output: str | os.PathLike |
             parts = Path(location).parts  # the root is the folders before the first wildcard
             wild = next(i for i, part in enumerate(parts) if any(letter in part for letter in "*?["))
             roots.append(os.path.abspath(os.path.join(".", *parts[:wild])))
-            matches = [path for path in sorted(glob(location, recursive=True)) if not _goes_round(path)]
+            matches = [path for path in sorted(glob(location, recursive=True)) if not _goes_round(path, roots[-1])]
             if output is not None:
                 matches = [path for path in matches if not _is_result(path, output, Path(roots[-1]))]
             files = [path for path in matches if os.path.isfile(path)]

@@ -282,7 +282,7 @@ def test_videos_whose_frames_lie_in_one_folder_are_told_apart(tmp_path):
     content["videos"].append({**content["videos"][0], "id": 10, "file_names": ["flat/10_0.jpg", "flat/10_1.jpg"]})
     (tmp_path / "own.json").write_text(json.dumps(content))
     clips = vis_json(str(tmp_path), str(tmp_path / "own.json"))
-    assert clips["video_id"] == ["dive", "8", "reef", "10"]
+    assert clips["video_id"] == ["7", "8", "9", "10"]
 
 
 def test_json_of_a_validation_split_has_no_annotations(tmp_path):

@@ -481,6 +481,26 @@ def test_who_is_said_not_to_be_there_is_back_when_something_looks_like_it(tmp_pa
     assert [x.dismissed for x in AusmInferenceSession.load(tmp_path / "stream.safetensors").objects] == [True]
 
 
+def test_what_was_learned_of_something_else_is_dropped_when_that_is_said():
+    """The wrong thing was followed for long, surely enough to teach its looks."""
+    looks = turned(0, 0.4, 0.7, 0.7, 0.7, 0.7, 0.1, foreground=0.97)
+    play_it = partial(play, looks, likeness_scale=1, offset=0.96)
+    _, session, outputs = play_it(prompts={0: {1: frame_mask(A)}})
+    assert not any(away(outputs)) and len(session.objects[0].looks) > 2
+    _, session, outputs = play_it(prompts={0: {1: frame_mask(A)}, 4: {1: EMPTY}})
+    assert away(outputs) == [False] * 4 + [True, True, False]
+
+
+def test_who_has_no_looks_is_back_when_the_network_says_so():
+    """Found, never surely seen, and said not to be there: there is nothing that it could look like."""
+    script = [({}, [Seen(A.box, 0.8)]), *turned(0, 0, 0, foreground=0.8)]
+    model = ScriptedModel(script, likeness_scale=2)
+    model.session = session = AusmInferenceSession(find_new_objects=True)
+    step_session(model, session, FRAME)
+    session.add_prompts(2, [1], [ObjectPrompt(mask=EMPTY)], (16, 24))
+    assert away([step_session(model, session, FRAME) for _ in range(3)]) == [False, True, False]
+
+
 def test_who_was_found_may_be_said_not_to_be_there_and_stays_known():
     script = [({}, [A, B]), ({1: A, 2: B}, []), ({1: Seen(A.box, 0.2), 2: B}, []), ({1: A, 2: B}, [])]
     _, session, _ = play(script, max_age=1)

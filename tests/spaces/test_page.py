@@ -33,6 +33,19 @@ def visible(answer, name):
     return answer[name].visible if hasattr(answer[name], "visible") else answer[name]["visible"]
 
 
+def test_who_uploads_during_a_run_is_told_nothing_else(page):
+    """Gradio takes a run that was stopped for one that went well, and shows what it followed: of no video nothing."""
+    run = page.answers("on_find", 0.01, 10, "pets", True)
+    next(run)
+    next(run)
+    removed = page.answers("on_upload", None)
+    next(removed)
+    assert list(removed) == []
+    *_, stopped = run
+    assert stopped["live"]["text"].startswith("Stopped") and not visible(stopped, "results")
+    assert "image" not in str(page.functions["on_done"](0, 1, request=VISITOR))
+
+
 def test_results_stay_where_a_later_run_is_stopped_or_refused(page):
     find = ("on_find", 0.01, 10, "pets", True)
     first = page.answers(*find)

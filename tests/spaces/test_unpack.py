@@ -78,6 +78,25 @@ def test_sound_is_unpacked_if_it_can_be(tmp_path, codec):
     np.testing.assert_allclose(tones_in(tmp_path / "b.mp4"), [[0.25, 0.75], [1.25, 1.75]], atol=0.003)
 
 
+def test_sound_that_is_too_much_for_the_decoder_costs_no_picture(tmp_path, monkeypatch):
+    """Whatever ends the process when all frames are there."""
+    path = film(tmp_path / "a.mp4", seconds=1)
+    command = [
+        sys.executable,
+        "-c",
+        """
+import os, sys
+from pathlib import Path
+from ausm_hf.demo import unpack
+unpack._unpack_sound = lambda *_, **__: os.kill(os.getpid(), 9)
+unpack.unpack(sys.argv[1], Path(sys.argv[2]), unpack.Limits())
+""",
+    ]
+    monkeypatch.setattr(clips, "arguments", lambda file, folder, limits: [*command, str(file), str(folder)])
+    clip = by_child(path, tmp_path / "out")
+    assert clip.num_frames == 25 and clip.sound is None
+
+
 def test_a_video_without_sound(frames, tmp_path):
     clip = by_child(write_video(tmp_path / "a.mp4", frames), tmp_path / "out")
     assert clip.sound is None and clip.num_frames == 7

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 from datasets import Dataset
@@ -76,10 +76,10 @@ def vis_json(
             )
         # YouTube-VIS has a folder for each video, and its name is what people know the video by.
         folders = {video["id"]: Path(video["file_names"][0]).parent.as_posix() for video in content["videos"]}
-        alone = Counter(folders.values())
+        names = folders if len(set(folders.values())) == len(folders) else {number: str(number) for number in videos}
         return clips_from_rows(
             clip_row(
-                folders[video["id"]] if alone[folders[video["id"]]] == 1 else str(video["id"]),
+                names[video["id"]],
                 [file(Path(images) / name) for name in video["file_names"]],
                 objects[video["id"]],
                 annotated=[bool(content.get("annotations"))] * len(video["file_names"]),

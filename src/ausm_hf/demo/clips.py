@@ -141,7 +141,8 @@ def unpack_clip(file: str | os.PathLike, folder: Path, limits: Limits) -> Iterat
         errors.close()
     if child.returncode == 3 and message:
         raise Refused(message[-1])
-    if child.returncode != 0:  # out of memory, out of time, or a decoder that crashed
+    # Out of memory, out of time, or a decoder that crashed; if all frames are there, it was the sound.
+    if child.returncode != 0 and not (folder / "clip.json").exists():
         raise Refused("The video could not be decoded with the memory and the time that there are for it here.")
     facts = json.loads((folder / "clip.json").read_bytes())
     facts |= {"size": tuple(facts["size"]), "pixel_aspect": Fraction(facts["pixel_aspect"])}

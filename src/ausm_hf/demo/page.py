@@ -351,8 +351,15 @@ def make_page(network: Network, root: Path, limits: Limits | None = None, webcam
         }
         followed = follow.click(on_follow, [backward], shown, **one_at_a_time)
         found = find.click(on_find, [threshold, top_k, label_set, show_labels], shown, **one_at_a_time)
-        for done in (followed, found):  # what is followed in the frame to mark is another now
-            done.success(on_frame, [frame, objects], [canvas], **quick)
+
+        @told
+        def on_done(index: int, chosen: int, request: gr.Request):
+            """What is followed in the frame to mark is another now."""
+            visit = visits.of(request.session_hash)
+            return marked(visit, int(index), chosen) if visit.clip else gr.skip()
+
+        for done in (followed, found):
+            done.success(on_done, [frame, objects], [canvas], **quick)
 
         @told
         def on_stop(request: gr.Request):

@@ -4,8 +4,8 @@ memory and time, by the one demuxer that its first bytes ask for, and by decoder
 
     python -m ausm_hf.demo.unpack FILE FOLDER LIMITS
 
-writes `FOLDER/00000.jpg`, ..., `FOLDER/sound.mp4` if there is sound, and at last `FOLDER/clip.json`, or a sentence on
-stderr that says why not (exit code 3).
+writes `FOLDER/00000.jpg`, ..., then `FOLDER/clip.json`, and at last `FOLDER/sound.mp4` if there is sound that can be
+read within the limits; or a sentence on stderr that says why not (exit code 3).
 """
 
 import json
@@ -138,17 +138,19 @@ def unpack(path: str | os.PathLike, folder: Path, limits: Limits):
             raise Refused("This video is broken, or none: its pictures can't be decoded.") from error
     if not times:
         raise Refused("There are no pictures in this file.")
-    if has_sound:
-        options |= {"codec_whitelist": ",".join(DECODERS + SOUND_DECODERS)}
-        seconds = (times[-1] or 0) + 1 / float(fps or 24)
-        with suppress(av.FFmpegError, OSError, ValueError, MemoryError):  # what can't be heard can be seen
-            _unpack_sound(path, folder / "sound.mp4", seconds, format=demuxer, options=options)
     known_times = [time for time in times if time is not None]
     in_order = known_times == times == sorted(known_times)
     clip = {"size": size, "fps": float(fps) if fps else None, "num_frames": len(times), "pixel_aspect": str(aspect)}
     clip["plays"] = demuxer in ("mov", "matroska") and codec.name in PLAYED
     with _room_on_the_disk():
-        (folder / "clip.json").write_text(json.dumps({**clip, "times": times if in_order else None}), encoding="utf-8")
+        partial = folder / "clip.partial"
+        partial.write_text(json.dumps({**clip, "times": times if in_order else None}), encoding="utf-8")
+        os.replace(partial, folder / "clip.json")
+    if has_sound:
+        options |= {"codec_whitelist": ",".join(DECODERS + SOUND_DECODERS)}
+        seconds = (times[-1] or 0) + 1 / float(fps or 24)
+        with suppress(av.FFmpegError, OSError, ValueError, MemoryError):  # what can't be heard can be seen
+            _unpack_sound(path, folder / "sound.mp4", seconds, format=demuxer, options=options)
 
 
 def _unpack_sound(path: str | os.PathLike, to: Path, seconds: float, **how):

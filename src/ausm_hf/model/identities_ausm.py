@@ -70,7 +70,8 @@ def seen_objects(
     overlap = model.config.duplicate_overlap
 
     def is_likely(row: int, followed: FollowedObject) -> bool:
-        if followed.dismissed and answer.looks is not None:  # the network alone was wrong
+        if followed.dismissed and followed.looks is not None and answer.looks is not None:
+            # The network alone was wrong.
             if followed.likeness(answer.looks[row]) < model.config.likeness_offset - RETURN_SLACK:
                 return False
         least = PRESENCE_THRESHOLD if followed.prompted else _threshold(model, session, followed.is_bystander)
@@ -158,6 +159,8 @@ def finish_frame(
             is_answer |= session.history is None  # the first frame is predicted from its prompts
         if row in mistaken:
             followed.class_votes = followed.looks = None
+        if followed.object_id in dismissed and answer.looks is not None:
+            followed.forget_looks(answer.looks[row], config.likeness_offset - RETURN_SLACK)
         if is_answer:
             followed.vote(answer.foreground[row], answer.classes[row])
         is_here = is_answer or followed.object_id in prompts

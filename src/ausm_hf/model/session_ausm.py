@@ -45,10 +45,11 @@ class AusmVideoSegmentationOutput(ModelOutput):
             [`~AusmProcessor.post_process_instance_segmentation`].
         scores (`torch.FloatTensor` of shape `(num_objects,)`):
             Foreground probability in this frame times class probability, of found objects also times the quality of
-            their first mask; 1 where a prompt introduces an object while the stream runs.
+            their first mask. The foreground is 1 where the user marks what the network did not see.
         labels (`list[str | None]`):
             Most probable class of each object over the frames so far. `None` on the frame where a prompt introduces
-            an object while the stream runs: the network answers for it from the next frame on.
+            an object while the stream runs, or moves it to something else: the network answers for it from the next
+            frame on.
         label_ids (`list[int]`):
             The same as indices into the label set; -1 for `None`.
         prompted (`list[bool]`):
@@ -118,6 +119,13 @@ class FollowedObject:
             self.looks = look[None]
         elif self.likeness(look) < NEW_LOOK:
             self.looks = torch.cat([self.looks[:1], self.looks[1:][2 - MAX_LOOKS :], look[None]])
+
+    def forget_looks(self, look: torch.Tensor, least: float) -> None:
+        """Drops what it has learned of something else, the looks whose cosine with a look (D,) is `least` or more."""
+        if self.looks is not None:
+            others = self.looks @ look < least
+            others[0] = True  # at first it was itself
+            self.looks = self.looks[others]
 
     def vote(self, foreground: float, class_probabilities: torch.Tensor) -> None:
         """Counts what a frame says that it is, by how sure it is in that frame."""
