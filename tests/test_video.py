@@ -639,15 +639,19 @@ def test_frame_that_cannot_be_decoded_is_reported_and_left_out(with_bad_frame):
         list(read_video(path, strict=True))
 
 
+def h264(path, frames, coding, rate=25, **of_container):
+    with av.open(str(path), "w", **of_container) as container:
+        stream = container.add_stream("libx264", rate=rate, options=coding)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
 def numbered(path, count, spoilt):
     """A video whose frames are as light as their numbers say, with noise in these packets; which frames they are."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=10, options={"bf": "3", "b_strategy": "0"})
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for number in range(count):
-            picture = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 5 * number, np.uint8), format="rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
+    frames = [np.full((48, 64, 3), 5 * number, np.uint8) for number in range(count)]
+    h264(path, frames, {"bf": "3", "b_strategy": "0"}, rate=10)
     with av.open(str(path)) as container:
         step = container.streams.video[0].duration // count
         packets = [(x.pos, x.size, x.pts // step) for x in container.demux(video=0) if x.size]
@@ -674,28 +678,19 @@ def test_the_index_of_a_damaged_frame_is_left_out_whatever_the_order_they_are_co
 
 def test_a_short_piece_of_a_video_begins_with_its_first_frame(tmp_path):
     """The cut is found before the decoder has given any frame."""
-    with av.open(str(tmp_path / "a.mp4"), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=10, options={"bf": "3", "b_strategy": "0", "threads": "1"})
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for frame in np.random.default_rng(0).integers(0, 255, (12, 48, 64, 3), np.uint8):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    frames = np.random.default_rng(0).integers(0, 255, (5, 48, 64, 3), np.uint8)
+    h264(tmp_path / "a.mp4", frames, {"bf": "3", "b_strategy": "0"}, options={"movflags": "faststart"})
     data = (tmp_path / "a.mp4").read_bytes()
     (tmp_path / "a.mp4").write_bytes(data[: len(data) // 2])
     with pytest.warns(UserWarning):
         read = list(read_video(tmp_path / "a.mp4").read())
-    assert [index for index, _, _ in read[:3]] == [0, 1, 2] and len(read) < 12
+    assert [index for index, _, _ in read] == [0, 1]
 
 
 @pytest.mark.parametrize("without", ["some", "the first", "all"])
 def test_frames_of_which_nobody_says_when_they_are_shown(tmp_path, without):
     """H.264 in MPEG-TS whose time stamps are blanked: but every twelfth, the first one, all of them."""
-    with av.open(str(tmp_path / "a.ts"), "w") as container:
-        stream = container.add_stream("libx264", rate=25, options={"bf": "0"})
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for frame in smooth_frames(36):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    h264(tmp_path / "a.ts", smooth_frames(36), {"bf": "0"})
     data, number = bytearray((tmp_path / "a.ts").read_bytes()), 0
     for at in range(0, len(data), 188):
         packet = data[at : at + 188]
@@ -709,10 +704,7 @@ def test_frames_of_which_nobody_says_when_they_are_shown(tmp_path, without):
     assert number == 36
     (tmp_path / "a.ts").write_bytes(data)
     times = [time for time, _ in read_video(tmp_path / "a.ts").with_times()]
-    if without == "some":
-        assert times == pytest.approx(np.arange(36) / 25, abs=1e-3)
-    else:
-        assert times == [None] * 36 or times == pytest.approx(np.arange(36) / 25, abs=1e-3)
+    assert times == (pytest.approx(np.arange(36) / 25, abs=1e-3) if without == "some" else [None] * 36)
 
 
 def test_bad_images_at_both_ends_of_a_folder(tmp_path):
@@ -737,12 +729,7 @@ def test_bad_images_at_both_ends_of_a_folder(tmp_path):
 
 def test_damaged_h264_goes_on(tmp_path):
     """What a stream looks like after a bad cable: pieces of it overwritten, the rest intact."""
-    with av.open(str(tmp_path / "cable.ts"), "w") as container:
-        stream = container.add_stream("libx264", rate=25, options={"g": "10"})
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for frame in smooth_frames(60):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    h264(tmp_path / "cable.ts", smooth_frames(60), {"g": "10"})
     data = bytearray((tmp_path / "cable.ts").read_bytes())
     middle = len(data) // 2
     data[middle : middle + 4000] = np.random.default_rng(0).bytes(4000)

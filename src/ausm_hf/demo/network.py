@@ -192,7 +192,7 @@ class Network:
             table = stack.enter_context(ObjectsJsonWriter(folder / "objects.json", clip.name, clip.fps))
             for result in results:
                 _stop_if_asked(folder)
-                result = earlier.add_to(replace(result, objects=_called(result.objects, names, session)))
+                result = earlier.add_to(replace(result, objects=_named(result.objects, names, session)))
                 objects = result.objects
                 shown = objects if show_labels else [{**item, "label": None} for item in objects]
                 at = clip.times[result.index] if clip.times else None
@@ -255,7 +255,7 @@ class Network:
             earlier.keep(
                 index,
                 np.where(np.isin(result.masks, ids), result.masks, 0),
-                [item for item in _called(result.objects, names, session) if item["id"] in ids],
+                [item for item in _named(result.objects, names, session) if item["id"] in ids],
             )
             now = time.monotonic()
             if done and now - told >= SECONDS_BETWEEN_NEWS:
@@ -280,20 +280,20 @@ class Network:
         return session
 
 
-def _called(objects: list[dict], names: dict[int, str], session: AusmInferenceSession) -> list[dict]:
+def _named(objects: list[dict], names: dict[int, str], session: AusmInferenceSession) -> list[dict]:
     """
     The objects of a frame under the names that the visitor gave them. The score of what has one is how sure it is that
     it is there, whatever it may be; that of others, also that they are what their labels say.
     """
     votes = {x.object_id: x.class_votes for x in session.objects}
-    called = []
+    named = []
     for item in objects:
         name, of_item = names.get(item["id"]), votes.get(item["id"])
         if name is not None:
             share = 1.0 if of_item is None else float(of_item.max() / of_item.sum())
             item = {**item, "label": name, "score": item["score"] / share}
-        called.append(item)
-    return called
+        named.append(item)
+    return named
 
 
 def _video_writer(clip: Clip, path: Path) -> VideoWriter:

@@ -11,7 +11,6 @@ read within the limits; or a sentence on stderr that says why not (exit code 3).
 import json
 import os
 import sys
-from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -87,7 +86,7 @@ def unpack(path: str | os.PathLike, folder: Path, limits: Limits):
     """Writes the frames of a video and what is known of them. Raises Refused."""
     import av
 
-    from ..decoding import ANY_METADATA
+    from ..decoding import ANY_METADATA, BadFrame, frames_in_order
     from ..model.upright_ausm import upright
 
     options = {
@@ -118,7 +117,9 @@ def unpack(path: str | os.PathLike, folder: Path, limits: Limits):
             tracks = [track.codec_context for track in container.streams.audio[:1]]
             has_sound = any(track is not None and track.name in SOUND_DECODERS for track in tracks)
             start, size = None, None
-            for frame in _decoded(container, stream):
+            for frame in frames_in_order(container, stream):
+                if isinstance(frame, BadFrame):
+                    continue
                 limits.check_size(frame.width, frame.height)  # it can change on the way
                 start = frame.time if start is None else start
                 time = None if frame.time is None or start is None else frame.time - start
@@ -166,18 +167,6 @@ def _unpack_sound(path: str | os.PathLike, to: Path, seconds: float, **how):
         copy.finish()
         copy.close()
     os.replace(partial, to)
-
-
-def _decoded(container, stream) -> Iterator:
-    """The frames of a video, without those that are damaged."""
-    import av
-
-    for packet in container.demux(stream):  # the last one is empty: it asks for what the decoder has held back
-        try:
-            frames = packet.decode()
-        except (av.FFmpegError, OSError):
-            continue
-        yield from frames
 
 
 def shown_size(width: int, height: int, pixel_aspect: Fraction) -> tuple[int, int]:
