@@ -679,7 +679,7 @@ def test_the_index_of_a_damaged_frame_is_left_out_whatever_the_order_they_are_co
 def test_a_short_piece_of_a_video_begins_with_its_first_frame(tmp_path):
     """The cut is found before the decoder has given any frame."""
     frames = np.random.default_rng(0).integers(0, 255, (5, 48, 64, 3), np.uint8)
-    h264(tmp_path / "a.mp4", frames, {"bf": "3", "b_strategy": "0"}, options={"movflags": "faststart"})
+    h264(tmp_path / "a.mp4", frames, {"bf": "3", "b_strategy": "0"}, rate=10, options={"movflags": "faststart"})
     data = (tmp_path / "a.mp4").read_bytes()
     (tmp_path / "a.mp4").write_bytes(data[: len(data) // 2])
     with pytest.warns(UserWarning):

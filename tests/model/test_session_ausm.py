@@ -522,7 +522,7 @@ def test_who_was_never_followed_needs_no_saying():
     session.add_prompts(1, [1], [ObjectPrompt(mask=EMPTY)], (16, 24))
     del session.prompts[0][1]
     _, _, outputs = play([({2: B}, [])] * 2, session)
-    assert [output.object_ids for output in outputs] == [[2], [2]] and not session.prompts
+    assert [output.object_ids for output in outputs] == [[2], [2]] and not session.prompts and session.obj_ids == [2]
 
 
 def test_a_mark_elsewhere_says_what_it_is():
