@@ -126,3 +126,14 @@ class WholeFolder(WholeOrNothing):
             old.unlink()
         else:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a process that was killed while it wrote into a folder left there under hidden names."""
+    for path in folder.glob(".*"):
+        if not re.search(r"\.(partial|old)-[0-9a-f]{8}(\.[^.]+)?$", path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -127,22 +127,31 @@ def test_a_half_written_checkpoint_is_never_picked_up(tiny, tmp_path, monkeypatc
 
             patch.setattr(checkpoint_module, "save_file", dying_save)
         else:
-            original_publish = checkpoint_module.publish_folder
+            original_publish = checkpoint_module.FolderOnDisk._publish
 
-            def dying_publish(temporary, target):
-                if target.name == "step-00000008":
+            def dying_publish(self):
+                if self.path.name == "step-00000008":
                     raise KeyboardInterrupt
-                original_publish(temporary, target)
+                original_publish(self)
 
-            patch.setattr(checkpoint_module, "publish_folder", dying_publish)
+            patch.setattr(checkpoint_module.FolderOnDisk, "_publish", dying_publish)
         with pytest.raises(KeyboardInterrupt):
             tiny.run(tmp_path / "run")
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-00000004"]
-    assert (tmp_path / "run" / ".step-00000008.tmp").is_dir()
-    tiny.run(tmp_path / "run")
     assert not list((tmp_path / "run").glob(".*"))
+    tiny.run(tmp_path / "run")
     tiny.run(tmp_path / "whole")
     assert_same(weights(tmp_path / "run" / "final"), weights(tmp_path / "whole" / "final"))
+
+
+def test_what_a_killed_run_left_is_removed_and_nothing_else(tiny, tmp_path):
+    run = tmp_path / "run"
+    for folder in (".step-00000008.partial-0123abcd", ".step-00000002.old-0123abcd", ".venv.old", ".notes.tmp"):
+        (run / folder / "in it").mkdir(parents=True)
+    for file in (".recipe.partial-0123abcd.yaml", ".my.partial-file", ".env"):
+        (run / file).touch()
+    tiny.run(run)
+    assert sorted(path.name for path in run.glob(".*")) == [".env", ".my.partial-file", ".notes.tmp", ".venv.old"]
 
 
 def test_the_newest_checkpoints_are_kept(tiny, tmp_path):

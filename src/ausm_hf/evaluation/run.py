@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-from ..files import WholeOrNothing
+from ..files import WholeOrNothing, remove_unfinished
 from ..segment import fingerprint, load_model
 from .benchmarks import PROTOCOLS, Benchmark, load_benchmark
 from .report import write_report
@@ -165,8 +164,7 @@ def _claim(output: Path, settings: dict, benchmark: Benchmark, resume: bool) -> 
         raise ValueError(f"output {str(output)!r} exists and holds no run; wanted is a new or empty folder")
     folder = benchmark.place(output, benchmark.rows[0]).parent
     folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in folder.glob(".*.partial-*"):  # see `WholeOrNothing`; a run that was killed leaves some
-        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+    remove_unfinished(folder)
     with WholeOrNothing(noted) as file:
         file.partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return {row["video_id"] for row in benchmark.rows if not benchmark.place(output, row).exists()}

@@ -16,6 +16,7 @@ import os
 import random
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
+
+from ausm_hf.files import WholeFolder
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 
@@ -61,28 +64,23 @@ def save_checkpoint(
     """
     output_dir = Path(output_dir)
     target = output_dir / f"step-{step:08d}"
-    output_dir.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(output_dir)
-    temporary = output_dir / f".{target.name}.tmp"
-    temporary.mkdir()
-    with no_progress_bars():
-        for part, folder in ((model, temporary), (ema, temporary / "ema")):
+    tensors, values = optimizer_state
+    values = {**values, "scaler": scaler.state_dict() if scaler is not None else None}
+    with FolderOnDisk(target) as checkpoint, no_progress_bars():
+        for part, folder in ((model, checkpoint.partial), (ema, checkpoint.partial / "ema")):
             if part is not None:
                 part.save_pretrained(folder)
                 if processor is not None:
                     processor.save_pretrained(folder)
-    tensors, values = optimizer_state
-    values = {**values, "scaler": scaler.state_dict() if scaler is not None else None}
-    save_file(tensors, temporary / "optimizer.safetensors")
-    (temporary / "optimizer.json").write_text(json.dumps(values), encoding="utf-8")
-    for rank, state in enumerate(rng_states):
-        save_file(state["tensors"], temporary / f"rng-{rank:05d}.safetensors")
-        (temporary / f"rng-{rank:05d}.json").write_text(json.dumps(state["values"]), encoding="utf-8")
-    (temporary / "state.json").write_text(json.dumps({"step": step, "processes": len(rng_states)}), encoding="utf-8")
-    publish_folder(temporary, target)
+        save_file(tensors, checkpoint.partial / "optimizer.safetensors")
+        _write_json(checkpoint.partial / "optimizer.json", values)
+        for rank, state in enumerate(rng_states):
+            save_file(state["tensors"], checkpoint.partial / f"rng-{rank:05d}.safetensors")
+            _write_json(checkpoint.partial / f"rng-{rank:05d}.json", state["values"])
+        _write_json(checkpoint.partial / "state.json", {"step": step, "processes": len(rng_states)})
     for old in checkpoints(output_dir)[:-keep]:
         # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a good name.
-        doomed = output_dir / f".{old.name}.old"
+        doomed = output_dir / f".{old.name}.old-{uuid.uuid4().hex[:8]}"
         os.replace(old, doomed)
         shutil.rmtree(doomed)
     return target
@@ -180,20 +178,17 @@ def restore_rng_state(checkpoint: str | Path, rank: int) -> None:
         torch.mps.set_rng_state(tensors["mps"])
 
 
-def publish_folder(temporary: Path, target: Path) -> None:
-    """Gives a finished folder its name, after all that is in it reached the disk. Replaces an older `target`."""
-    for root, _, files in os.walk(temporary):
-        for path in [os.path.join(root, name) for name in files] + [root]:
-            _fsync(path)
-    if target.exists():
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(target, old)
-        os.replace(temporary, target)
-        shutil.rmtree(old)
-    else:
-        os.replace(temporary, target)
-    _fsync(target.parent)
+class FolderOnDisk(WholeFolder):
+    """A folder that gets its name after all that is in it reached the disk: it is there after a power cut too."""
+
+    def _finish(self):
+        for root, _, files in os.walk(self.partial):
+            for path in [os.path.join(root, name) for name in files] + [root]:
+                _fsync(path)
+
+    def _publish(self):
+        super()._publish()
+        _fsync(self.path.parent)
 
 
 @contextmanager
@@ -208,11 +203,8 @@ def no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def remove_leftovers(output_dir: Path) -> None:
-    """Removes what a killed run left unfinished."""
-    for path in output_dir.glob(".*"):
-        if path.is_dir() and path.suffix in (".tmp", ".old"):
-            shutil.rmtree(path)
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values), encoding="utf-8")
 
 
 def _fsync(path: str | Path) -> None:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm.auto import tqdm
 
 from ausm_hf.data.labels import LABEL_SETS
-from ausm_hf.files import WholeOrNothing
+from ausm_hf.files import WholeOrNothing, remove_unfinished
 from ausm_hf.model.configuration_ausm import AusmConfig
 from ausm_hf.model.image_processing_ausm import AusmImageProcessor
 from ausm_hf.model.loss_ausm import count_targets
@@ -34,13 +34,12 @@ from ausm_hf.model.pipeline_ausm import VideoSegmentationPipeline
 from ausm_hf.model.processing_ausm import AusmProcessor
 
 from .checkpoint import (
+    FolderOnDisk,
     checkpoints,
     gather_network,
     gather_optimizer_state,
     load_training_state,
     no_progress_bars,
-    publish_folder,
-    remove_leftovers,
     restore_rng_state,
     rng_state,
     save_checkpoint,
@@ -151,7 +150,7 @@ def train(
 
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(output_dir)
+        remove_unfinished(output_dir)
     accelerator.wait_for_everyone()
     set_seed(recipe.seed + accelerator.process_index)  # dropout differs between processes, initial weights don't
     first_step = 0
@@ -326,14 +325,12 @@ def _forward_and_backward(
 
 
 def _write_result(final: Path, result: Any, processor: Any) -> None:
-    temporary = final.with_name(".final.tmp")
-    with no_progress_bars():
+    with FolderOnDisk(final) as folder, no_progress_bars():
         if processor is None:
-            result.save_pretrained(temporary)
+            result.save_pretrained(folder.partial)
         else:
             # Network, processor and code, as `pipeline(...)` and `from_pretrained` want them.
-            VideoSegmentationPipeline(result, processor=processor, device="cpu").save_pretrained(temporary)
-    publish_folder(temporary, final)
+            VideoSegmentationPipeline(result, processor=processor, device="cpu").save_pretrained(folder.partial)
 
 
 def build_config(recipe: Recipe) -> AusmConfig:
