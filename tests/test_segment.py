@@ -189,6 +189,7 @@ def test_arguments_that_do_not_fit(tiny_model, processor, moving_square):
         ({"backward": True}, "given without masks or prompts"),
         ({"masks": masks[0], "prompt_frame": 6}, "prompt_frame is 6; the video has 6 frames"),
         ({"masks": masks[0], "prompt_frame": -1}, "prompt_frame is -1"),
+        ({"masks": masks[0], "prompt_frame": "1"}, "prompt_frame is '1'; wanted is an integer"),
         ({"masks": masks[0], "backward": True, "find_new_objects": True}, "backward and find_new_objects"),
         ({"masks": masks[0], "session": processor.init_video_session()}, "beside session"),
     ]:
@@ -196,8 +197,10 @@ def test_arguments_that_do_not_fit(tiny_model, processor, moving_square):
             segment_video(frames, tiny_model, processor, **arguments)
     with pytest.raises(ValueError, match="can be read only once"):
         segment_video(iter(frames), tiny_model, processor, masks=masks[0], backward=True)
-    with pytest.raises(ValueError, match="prompt_frame is 6; the video has 6 frames"):
-        list(segment_video(iter(frames), tiny_model, processor, masks=masks[0], prompt_frame=6))
+    for find_new_objects in (None, True):
+        arguments = {"masks": masks[0], "prompt_frame": 6, "find_new_objects": find_new_objects}
+        with pytest.raises(ValueError, match="prompt_frame is 6; the video has 6 frames"):
+            list(segment_video(iter(frames), tiny_model, processor, **arguments))
 
 
 def test_every_format(run, moving_square, tmp_path):

@@ -241,8 +241,8 @@ def segment_video(
     source = read_video(source)
     if backward and source.once:
         raise ValueError(f"backward is given; video {source.name!r} can be read only once")
-    if prompt_frame < 0:
-        raise ValueError(f"prompt_frame is {prompt_frame}; wanted is at least 0")
+    if type(prompt_frame) is not int or prompt_frame < 0:
+        raise ValueError(f"prompt_frame is {prompt_frame!r}; wanted is an integer of at least 0")
     # Images and lists have no rate, and their number is sure; a file's header may count the first of its parts alone.
     if source.fps is None and source.num_frames is not None and prompt_frame >= source.num_frames:
         raise ValueError(f"prompt_frame is {prompt_frame}; the video has {source.num_frames} frames, counted from 0")
@@ -250,6 +250,7 @@ def segment_video(
     if session is not None and session.video_size not in (None, source.size):
         raise ValueError(f"session is of a video of {session.video_size} (height, width); this one has {source.size}")
 
+    is_own = session is None  # prompts in another's session may be of what is segmented next
     # A session starts with its first prompts, unless there is something to find before them.
     start = 0 if find_new_objects else prompt_frame
 
@@ -304,7 +305,11 @@ def segment_video(
             yield earlier.add_to(FrameSegments(index, time, frame, np.zeros(source.size, np.int32), []))
         if index < start:
             raise ValueError(f"prompt_frame is {prompt_frame}; the video has {index + 1} frames, counted from 0")
-        yield from follow(session, chain([(index, time, frame)], frames), start)
+        for result in follow(session, chain([(index, time, frame)], frames), start):
+            yield result
+            last = result.index
+        if is_own and session.prompts:
+            raise ValueError(f"prompt_frame is {prompt_frame}; the video has {last + 1} frames, counted from 0")
 
     return results(new_session() if session is None else session)
 

@@ -258,6 +258,20 @@ def test_one_size_per_frame(processor):
         processor.post_process_masks([torch.zeros(1, 1, 2, 2)], [(4, 4)] * 2)
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"size_divisor": 0}, "size_divisor must be an integer of at least 1, got 0"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean must be three numbers"),
+        ({"image_std": [1.0, float("nan"), 1.0]}, "image_std must be three numbers"),
+        ({"image_std": [0.2, 0.0, 0.2]}, "image_std must not be 0"),
+    ],
+)
+def test_what_no_frame_can_be_prepared_with(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AusmImageProcessor(**arguments)
+
+
 def test_a_size_of_its_own_is_looked_at_too():
     processor = AusmImageProcessor()
     processor.size = 256

@@ -128,6 +128,14 @@ def test_what_is_not_0_belongs_to_the_object(value, dtype):
         torch.testing.assert_close(getattr(got, name), tensor)
 
 
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_soft_masks_stay_soft_beside_others(order):
+    masks = [torch.ones(1, 1, SIZE, SIZE, dtype=torch.bool), torch.full((1, 1, SIZE, SIZE), 0.25)]
+    frames = torch.zeros(2, 1, 3, SIZE, SIZE)
+    instances = pad_instances(frames, [masks[i] for i in order], None, None, None, None)
+    assert [float(of_clip.mean()) for of_clip in instances.masks] == [[1.0, 0.25][i] for i in order]
+
+
 def test_matching_is_optimal():
     torch.manual_seed(0)
     cost = torch.rand(1, 2, 5, 3)

@@ -560,6 +560,26 @@ def test_a_frame_that_can_not_be_prepared_is_passed_over(tiny_model, clips):
     assert [output.frame_idx for output in later] == [3, 4, 5]
 
 
+def test_prompts_beyond_the_end_of_a_video_are_told_of(tiny_model, clips):
+    processor, videos = clips
+    size, _ = videos[0]
+    session = processor.init_video_session(video=iter([np.zeros((*size, 3), np.uint8)] * 3), seed=0)
+    processor.add_inputs_to_inference_session(session, 5, obj_ids=1, input_masks=np.ones(size), original_size=size)
+    frames = tiny_model.propagate_in_video_iterator(session, start_frame_idx=0)
+    assert [next(frames).frame_idx for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="below 3, the length of the video, got prompts for frame 5"):
+        next(frames)
+    for name in ("start_frame_idx", "max_frame_num_to_track"):
+        with pytest.raises(ValueError, match=f"{name} must be an integer, got 0.5"):
+            tiny_model.propagate_in_video_iterator(session, **{name: 0.5})
+
+
+def test_a_history_of_another_size_is_refused(tiny_model):
+    history = tiny_model.step(torch.zeros(1, 3, 64, 64)).history
+    with pytest.raises(ValueError, match=r"maps have the size \(8, 8\); theirs is \(8, 12\)"):
+        tiny_model.step(torch.zeros(1, 3, 64, 96), history)
+
+
 def test_the_stream_whose_frame_is_wrong_is_named(tiny_model):
     sessions = [AusmInferenceSession(seed=0) for _ in range(3)]
     frames = [torch.zeros(3, 64, 64) for _ in sessions]

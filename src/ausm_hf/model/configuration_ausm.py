@@ -1,7 +1,6 @@
 """AUSM model configuration."""
 
 import copy
-import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -88,9 +87,45 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# The smallest and the largest value of each number. A broken or hostile file must not take all memory, and no network
+# of use comes near the largest sizes.
 MAX_SIZE = 2**14
-MAX_LAYERS = 2**8
-MAX_RADIUS = 32
+BOUNDS = {
+    **dict.fromkeys(
+        (
+            "pixel_encoder_feedforward_size",
+            "hidden_size",
+            "mask_feature_size",
+            "num_attention_heads",
+            "mamba_state_size",
+            "mamba_conv_kernel",
+            "mamba_expand",
+            "mamba_head_dim",
+            "history_feedforward_size",
+            "history_key_stride",
+            "decoder_feedforward_size",
+            "num_id_vectors",
+            "num_detection_queries",
+        ),
+        (1, MAX_SIZE),
+    ),
+    **dict.fromkeys(("num_compressor_layers", "num_history_decoder_layers", "num_decoder_layers"), (1, 2**8)),
+    **dict.fromkeys(("pixel_encoder_layers", "mask_refinement_layers"), (0, 2**8)),
+    "history_local_kernel": (0, MAX_SIZE),
+    "mask_propagation_radius": (0, 32),
+    "likeness_scale": (0, 1e6),
+    "likeness_offset": (-1, 1),
+    "history_gate_init": (-1e6, 1e6),
+    "duplicate_overlap": (0, 1),
+    "max_age": (1, 2**62),
+    **dict.fromkeys(
+        (f"{part}_weight" for part in ("class", "mask", "dice", "foreground", "selection", "reach", "no_object")),
+        (0, 1e6),
+    ),
+    "train_num_points": (1, 2**24),
+    "oversample_ratio": (1, 100),
+    "importance_sample_ratio": (0, 1),
+}
 
 
 def _largest(values: Any) -> int:
@@ -348,43 +383,14 @@ class AusmConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuses sizes that do not fit together, before anything is allocated."""
-        positive = (
-            "hidden_size",
-            "mask_feature_size",
-            "num_attention_heads",
-            "mamba_state_size",
-            "mamba_conv_kernel",
-            "mamba_expand",
-            "mamba_head_dim",
-            "num_compressor_layers",
-            "num_history_decoder_layers",
-            "history_feedforward_size",
-            "history_key_stride",
-            "num_decoder_layers",
-            "decoder_feedforward_size",
-            "num_id_vectors",
-            "num_detection_queries",
-        )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.mask_refinement_layers < 0:
-            raise ValueError(f"`mask_refinement_layers` must be at least 0, got {self.mask_refinement_layers}.")
-        if not 0 <= self.mask_propagation_radius <= MAX_RADIUS:
-            raise ValueError(
-                f"`mask_propagation_radius` must lie in 0 .. {MAX_RADIUS}, got {self.mask_propagation_radius}."
-            )
-        # A broken or hostile file must not take all memory. No network of use comes near.
-        for name in (
-            *positive,
-            "pixel_encoder_layers",
-            "pixel_encoder_feedforward_size",
-            "mask_refinement_layers",
-            "history_local_kernel",
-        ):
-            most = MAX_LAYERS if name.endswith("_layers") else MAX_SIZE
-            if getattr(self, name) > most:
-                raise ValueError(f"`{name}` must be at most {most}, got {getattr(self, name)}.")
+        for name, (low, high) in BOUNDS.items():
+            value = getattr(self, name)
+            if value is None and name in ("train_num_points", "max_age"):
+                continue
+            if not low <= value:
+                raise ValueError(f"`{name}` must be at least {low}, got {value}.")
+            if not value <= high:
+                raise ValueError(f"`{name}` must be at most {high}, got {value}.")
         if (largest := _largest(self.backbone_config.to_dict())) > MAX_SIZE:
             raise ValueError(f"`backbone_config` must have sizes of at most {MAX_SIZE}, got {largest}.")
         if self.hidden_size % (2 * self.num_attention_heads):
@@ -406,16 +412,10 @@ class AusmConfig(PreTrainedConfig):
                 f"`mamba_head_dim` must divide mamba_expand x hidden_size = {self.mamba_expand * self.hidden_size}, "
                 f"got {self.mamba_head_dim}."
             )
-        if self.history_local_kernel < 0 or (self.history_local_kernel and self.history_local_kernel % 2 == 0):
+        if self.history_local_kernel and self.history_local_kernel % 2 == 0:
             raise ValueError(f"`history_local_kernel` must be 0 or odd, got {self.history_local_kernel}.")
         if self.pixel_encoder == "msdeform" and self.pixel_encoder_layers < 1:
             raise ValueError(f"`pixel_encoder_layers` must be at least 1, got {self.pixel_encoder_layers}.")
-        if self.train_num_points is not None and self.train_num_points < 1:
-            raise ValueError(f"`train_num_points` must be at least 1 or None, got {self.train_num_points}.")
-        if self.oversample_ratio < 1:
-            raise ValueError(f"`oversample_ratio` must be at least 1, got {self.oversample_ratio}.")
-        if not 0 <= self.importance_sample_ratio <= 1:
-            raise ValueError(f"`importance_sample_ratio` must lie in 0 .. 1, got {self.importance_sample_ratio}.")
         if not self.label_sets:
             raise ValueError("`label_sets` must name at least one label set.")
         for name, labels in self.label_sets.items():
@@ -429,23 +429,8 @@ class AusmConfig(PreTrainedConfig):
             raise ValueError(
                 f"`default_label_set` must be one of {sorted(self.label_sets)}, got {self.default_label_set!r}."
             )
-        if not 0 <= self.duplicate_overlap <= 1:
-            raise ValueError(f"`duplicate_overlap` must lie in 0 .. 1, got {self.duplicate_overlap}.")
-        weights = ("class", "mask", "dice", "foreground", "selection", "reach", "no_object")
-        for name in (f"{part}_weight" for part in weights):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}.")
-        if not 0 <= self.likeness_scale < math.inf or not -1 <= self.likeness_offset <= 1:
-            raise ValueError(
-                "`likeness_scale` must be at least 0 and finite and `likeness_offset` a cosine, got "
-                f"{self.likeness_scale} and {self.likeness_offset}."
-            )
-        if not math.isfinite(self.history_gate_init):
-            raise ValueError(f"`history_gate_init` must be finite, got {self.history_gate_init}.")
         if not 0 < self.foreground_threshold < 1:
             raise ValueError(f"`foreground_threshold` must lie between 0 and 1, got {self.foreground_threshold}.")
-        if self.max_age is not None and self.max_age < 1:
-            raise ValueError(f"`max_age` must be at least 1 or None, got {self.max_age}.")
 
     @classmethod
     def from_preset(cls, preset: str, **overrides) -> "AusmConfig":

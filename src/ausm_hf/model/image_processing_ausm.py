@@ -1,5 +1,6 @@
 """Frames to tensors, and predictions back to masks of the frame's own size, without torchvision."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypedDict
@@ -44,6 +45,9 @@ class AusmImageProcessor(BaseImageProcessor):
             Mean of red, green and blue, for values in [0, 1].
         image_std (`list[float]`, *optional*, defaults to ImageNet's):
             Standard deviation of red, green and blue.
+
+    Raises:
+        ValueError: for sizes or numbers that no frame can be prepared with.
     """
 
     model_input_names = ["pixel_values"]
@@ -66,6 +70,13 @@ class AusmImageProcessor(BaseImageProcessor):
         self.do_normalize = do_normalize
         self.image_mean = list(image_mean if image_mean is not None else IMAGENET_DEFAULT_MEAN)
         self.image_std = list(image_std if image_std is not None else IMAGENET_DEFAULT_STD)
+        if type(size_divisor) is not int or size_divisor < 1:
+            raise ValueError(f"size_divisor must be an integer of at least 1, got {size_divisor!r}")
+        for name, values in (("image_mean", self.image_mean), ("image_std", self.image_std)):
+            if len(values) != 3 or not all(map(math.isfinite, values)):
+                raise ValueError(f"{name} must be three numbers, of red, green and blue, got {values}")
+        if 0 in self.image_std:
+            raise ValueError(f"image_std must not be 0, by which frames are divided, got {self.image_std}")
 
     def preprocess(
         self,

@@ -65,7 +65,10 @@ def _pad(tensors: list[Tensor], value: float = 0) -> Tensor:
 
 def _pad_masks(masks: list[Tensor], device: torch.device) -> Tensor:
     """Of integers what is not 0 belongs to the object, be it 1, an id or 255."""
-    return _pad([(m if m.is_floating_point() else m.ne(0)).to(device) for m in masks])
+    masks = [(m if m.is_floating_point() else m.ne(0)).to(device) for m in masks]
+    if any(m.is_floating_point() for m in masks):
+        masks = [m.float() for m in masks]  # padded, all are of the first one's type
+    return _pad(masks)
 
 
 def pad_instances(

@@ -293,6 +293,11 @@ class AusmModel(AusmPreTrainedModel):
         batch = len(features) // frames
         if history is None:
             history = AusmHistory.empty(batch, device, self.dtype)
+        if history.features is not None and history.features.shape[-2:] != features.shape[-2:]:
+            raise ValueError(
+                f"`history` is of frames whose stride-8 maps have the size {tuple(history.features.shape[-2:])}; "
+                f"theirs is {tuple(features.shape[-2:])}."
+            )
         given = [x is not None for x in (history_masks, id_slots, taken)]
         if any(given) != all(given):
             raise ValueError("`history_masks`, `id_slots` and `taken` go together: give all of them or none.")

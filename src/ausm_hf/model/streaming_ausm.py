@@ -162,7 +162,8 @@ def propagate_in_video_iterator(
 
     Raises:
         ValueError: if the session has no video, `start_frame_idx` is past or beyond the video or passes over a
-            prompted frame, or `max_frame_num_to_track` is negative.
+            prompted frame, or `max_frame_num_to_track` is negative; at the video's end, if a prompted frame is beyond
+            it.
     """
     session = inference_session
     if session.video is None:
@@ -170,6 +171,9 @@ def propagate_in_video_iterator(
             "inference_session must be made with a video, init_video_session(video=...), to run through it; "
             "one made without is given its frames by model(inference_session=..., frame=...)"
         )
+    for name, number in (("start_frame_idx", start_frame_idx), ("max_frame_num_to_track", max_frame_num_to_track)):
+        if number is not None and type(number) is not int:
+            raise ValueError(f"{name} must be an integer, got {number!r}")
     start = session.next_frame_idx if start_frame_idx is None else start_frame_idx
     if start_frame_idx is None and session.prompts and not session.objects and not session.find_new_objects:
         start = min(session.prompts)
@@ -208,6 +212,11 @@ def _propagate(model, session, start, max_frames, show_progress_bar) -> Iterator
         while max_frames is None or done <= max_frames:
             frame = session.next_video_frame()
             if frame is None:
+                if session.prompts:
+                    raise ValueError(
+                        f"frame_idx must be below {session.next_frame_idx}, the length of the video, got prompts for "
+                        f"frame {min(session.prompts)}"
+                    )
                 return
             yield step_session(model, session, frame)
             progress.update()

@@ -179,6 +179,8 @@ class Recipe:
             raise ValueError(f"optim.betas: got {self.optim.betas}, want two numbers from 0 to below 1")
         if self.optim.schedule == "step" and not self.optim.milestones:
             raise ValueError("optim.milestones: empty, but optim.schedule 'step' decays at milestones")
+        if self.optim.schedule != "step" and self.optim.milestones:
+            raise ValueError(f"optim.milestones: given, but optim.schedule {self.optim.schedule!r} has none")
         if len(self.data.size) != 2 or any(side < 32 or side % 32 for side in self.data.size):
             raise ValueError(f"data.size: got {self.data.size}, want [height, width], both multiples of 32")
         if self.mode == "iterative" and (self.history_corruption or self.scheduled_sampling or self.carried_state > 1):
@@ -197,6 +199,8 @@ class Recipe:
             _check_choice("model.preset", model.preset, ("nano", "tiny", "base"))
         if model.imagenet_backbone and model.preset != "nano":
             raise ValueError("model.imagenet_backbone: there are ImageNet weights for the preset 'nano' alone")
+        if model.reinitialize and model.path is None:
+            raise ValueError("model.reinitialize: given, but without model.path all parameters start anew")
         # "user/name" may be a name on the hub; anything else has to be a folder here.
         path = model.path
         if path is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).is_dir():
@@ -225,6 +229,8 @@ class Recipe:
             raise ValueError("data: want one of data.mixture and data.sources, got both")
         if data.mixture is not None and data.root is None:
             raise ValueError(f"data.root: missing; the mixture {data.mixture!r} is built from that folder")
+        if data.root is not None and data.sources is not None:
+            raise ValueError("data.root: given beside data.sources, whose folders are in their arguments")
         if data.root is not None and not Path(data.root).is_dir():
             raise ValueError(f"data.root: there is no folder {data.root}")
         if data.sources is not None and not data.sources:
