@@ -33,6 +33,7 @@ from ausm_hf.evaluation.report import format_results, j_over_time
 from ausm_hf.evaluation.run import evaluate
 from ausm_hf.evaluation.runner import Inference, first_prompts
 from ausm_hf.evaluation.score import read_mask
+from ausm_hf.files import visible
 from ausm_hf.segment import segment_video
 
 HEIGHT, WIDTH = 48, 64
@@ -130,7 +131,7 @@ def official_jf(truth: Path, predicted: Path, skip: bool = True) -> tuple[float,
 def test_davis2017_prompted(davis2017, tiny, tmp_path):
     out = tmp_path / "out"
     results = evaluate("davis2017", davis2017, model=tiny, output=out)
-    assert sorted(p.name for p in out.iterdir()) == [
+    assert sorted(p.name for p in visible(out)) == [
         "contact_sheet.png", "j_over_time.png", "masks", "results.json", "settings.json",
     ]  # fmt: skip
     assert json.loads((out / "results.json").read_text())["scores"]["J&F"]["J"] == results["scores"]["J&F"]["J"]
@@ -838,7 +839,7 @@ def test_long_streams_writes_everything(long_streams, tiny, tmp_path, capsys):
     options = {"--root": root, "--model": tiny, "--output": tmp_path / "out", "--times": 3, "--longest-gap": 2}
     options["--processes"] = 1
     long_streams.main([str(x) for pair in options.items() for x in pair])
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+    assert sorted(p.name for p in visible(tmp_path / "out")) == [
         "long_streams.json",
         "needle.png",
         "tables.md",
@@ -899,3 +900,167 @@ def test_long_streams_tells_what_became_of_a_needle(before, after, outcome, long
     if outcome is not None:
         assert seen == [True] * 10 + [False] + [True] * 10 + [False] * 3 + [True] * 10
         assert [result["claimed"] for result in results] == [1, 0.25]
+
+
+def write_scene(root: Path, frames: Path, masks: Path, binary: bool = False):
+    """Object 1 in all of seven frames, object 2 from the fourth on (but for black and white masks)."""
+    for t in range(7):
+        truth = draw(0, (1,)) * 255 if binary else draw(0, (1, 2) if t >= 3 else (1,))
+        write_frame(root / frames / f"{t:05d}.jpg", draw(0, (1, 2)))
+        write_png(root / masks / f"{t:05d}.png", truth)
+
+
+def predict_scene(row, model, processor, inference):
+    """Object 1 is there in frames 1, 2, 4 and 5; object 2 is a frame early, and gone in the last two."""
+    offset = 0 if inference.mode == "prompted" else 10
+    for t in range(7):
+        there = [n for n, shown in ((1, t in (1, 2, 4, 5)), (2, t in (2, 3, 4))) if shown]
+        masks = np.where(np.isin(draw(0, (1, 2)), there), draw(0, (1, 2)).astype(np.int32) + offset, 0)
+        masks[draw(0, (1, 2)) == 0] = 0
+        objects = [{"id": n + offset, "label": None, "score": 0.9} for n in there]
+        yield t, runner.FrameSegments(t, None, np.zeros((HEIGHT, WIDTH, 3), np.uint8), masks, objects)
+
+
+@pytest.mark.parametrize(
+    "name, mode, measure, wanted",
+    [
+        # Without the first and the last frame: object 1 is right in 4 of 5.
+        ("davis2016", "prompted", "J&F", {1: 4 / 5}),
+        ("davis2016", "unprompted", "best track", {1: 4 / 5}),
+        # Object 2 is absent, early, right, right, lost.
+        ("davis2017", "prompted", "J&F", {1: 4 / 5, 2: 3 / 5}),
+        # All frames.
+        ("davis2017", "unprompted", "best track", {1: 4 / 7, 2: 4 / 7}),
+        # Without the ends, from where either has it.
+        ("mose", "prompted", "J&F", {1: 4 / 5, 2: 2 / 4}),
+        # All frames, from where ground truth has it.
+        ("youtube_vos_2019", "prompted", "J&F", {1: 4 / 7, 2: 2 / 4}),
+    ],
+)
+def test_frames_count_as_agreed_for_each_benchmark(name, mode, measure, wanted, tiny, tmp_path, monkeypatch):
+    root, year = tmp_path / "data", name[-4:]
+    if name.startswith("davis"):
+        frames, split = Path("JPEGImages", "480p", "bear"), "val"
+        (root / "ImageSets" / year).mkdir(parents=True)
+        (root / "ImageSets" / year / "val.txt").write_text("bear")
+        masks = "Annotations_unsupervised" if (name, mode) == ("davis2017", "unprompted") else "Annotations"
+        write_scene(root, frames, Path(masks, "480p", "bear"), name == "davis2016")
+    else:
+        split = "train" if name == "mose" else "valid"
+        write_scene(root / split, Path("JPEGImages", "bear"), Path("Annotations", "bear"))
+        objects = {"1": {"category": "bear"}, "2": {"category": "bear"}}
+        (root / split / "meta.json").write_text(json.dumps({"videos": {"bear": {"objects": objects}}}))
+
+    def predict(*arguments):
+        for t, result in predict_scene(*arguments):
+            if name == "davis2016":  # which has one object
+                result.masks[result.masks % 10 == 2] = 0
+            yield t, result
+
+    monkeypatch.setattr(runner, "predict_video", predict)
+    results = evaluate(name, root, split, mode, model=tiny, output=tmp_path / "out")
+    rows = results["scores"][measure]["sequences"]["bear"]["objects"]
+    assert {object_id: row["J"] for object_id, row in rows.items()} == pytest.approx(wanted)
+
+
+def test_as_many_objects_as_the_benchmarks_take():
+    limits = {name: (protocol.top_k, protocol.max_tracks) for name, protocol in benchmarks.PROTOCOLS.items()}
+    assert limits["davis2017"] == (None, 20)  # davis2017-evaluation: MAX_N_PROPOSALS
+    assert limits["coco"] == (100, None) and limits["ovis"] == (20, None)
+    assert limits["youtube_vis_2019"] == limits["youtube_vis_2021"] == (10, None)
+
+
+def test_a_second_run_keeps_out_of_the_folder_of_one_that_is_at_work(davis2017, tiny, tmp_path, monkeypatch):
+    arguments = {"benchmark": "davis2017", "root": davis2017, "model": tiny, "output": tmp_path / "out"}
+    refused = []
+
+    def meanwhile(row, *rest):
+        for t, result in predict_scene(row | {"frames": row["frames"]}, *rest):
+            if t == 2 and not refused:
+                with pytest.raises(ValueError, match="is being written by another run") as error:
+                    evaluate(**arguments, resume=True)
+                refused.append(error)
+            if t < len(row["frames"]):
+                yield t, result
+
+    monkeypatch.setattr(runner, "predict_video", meanwhile)
+    evaluate(**arguments)
+    assert refused
+    assert [len(list((tmp_path / "out" / "masks" / name).iterdir())) for name in ("bear", "swan", "train")] == [
+        5,
+        6,
+        4,
+    ]
+    evaluate(**arguments, resume=True)  # when it is done
+
+
+def test_a_folder_that_vanishes_is_not_begun_anew(tmp_path):
+    with pytest.raises(FileNotFoundError), runner.MaskFolder(tmp_path / "bear") as folder:
+        folder.write("00000", draw(0))
+        shutil.rmtree(folder.partial)
+        folder.write("00001", draw(0))
+    assert not (tmp_path / "bear").exists()
+
+
+def test_half_a_video_is_not_taken_for_a_whole_one(tiny, tmp_path):
+    write_davis(tmp_path / "data", 2017, {"bear": 3}, (1, 2), split="test-dev")
+    arguments = {"benchmark": "davis2017", "root": tmp_path / "data", "split": "test-dev", "model": tiny}
+    evaluate(**arguments, output=tmp_path / "out")
+    before = files(tmp_path / "out")
+    (tmp_path / "out" / "masks" / "bear" / "00001.png").unlink()
+    evaluate(**arguments, output=tmp_path / "out", resume=True)
+    assert files(tmp_path / "out").keys() == before.keys()
+    with zipfile.ZipFile(tmp_path / "out" / "submission.zip") as archive:
+        assert archive.namelist() == [f"bear/{t:05d}.png" for t in range(3)]
+
+
+def test_predictions_of_other_frames_are_not_taken_over(davis2017, tiny, tmp_path):
+    shutil.copytree(davis2017, tmp_path / "data")
+    evaluate("davis2017", davis2017, model=tiny, output=tmp_path / "out")
+    evaluate("davis2017", tmp_path / "data", model=tiny, output=tmp_path / "out", resume=True)  # a copy
+    write_frame(tmp_path / "data" / "JPEGImages" / "480p" / "swan" / "00002.jpg", draw(9, (1, 2)))
+    with pytest.raises(ValueError, match="predictions for 1 videos whose frames or masks were others, such as swan"):
+        evaluate("davis2017", tmp_path / "data", model=tiny, output=tmp_path / "out", resume=True)
+
+
+def test_a_video_without_enough_memory_does_not_stop_the_others(davis2017, tiny, tmp_path, monkeypatch):
+    def predict(row, *rest):
+        if row["video_id"] == "swan":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        yield from ((t, result) for t, result in predict_scene(row, *rest) if t < len(row["frames"]))
+
+    monkeypatch.setattr(runner, "predict_video", predict)
+    with pytest.raises(ValueError, match="1 of 3 videos failed.*\n- swan: CUDA out of memory"):
+        evaluate("davis2017", davis2017, model=tiny, output=tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out" / "masks").iterdir()) == ["bear", "train"]
+
+
+def test_masks_in_colour_are_refused_unless_they_are_black_and_white(tiny, tmp_path):
+    for year in (2016, 2017):
+        root = write_davis(tmp_path / str(year), year, {"bear": 3}, (1, 2) if year == 2017 else (1,))
+        for path in (root / "Annotations").rglob("*.png"):
+            with Image.open(path) as image:
+                image.convert("RGB").save(path)
+    results = evaluate("davis2016", tmp_path / "2016", model=tiny, output=tmp_path / "out16")
+    assert results["scores"]["J&F"]["sequences"]["bear"]["objects"].keys() == {1}
+    with pytest.raises(ValueError, match="bear: .*00000.png is a mask of mode RGB; each pixel must be the number"):
+        evaluate("davis2017", tmp_path / "2017", model=tiny, output=tmp_path / "out17")
+
+
+def test_a_video_whose_objects_are_in_no_frame_that_counts(tiny, tmp_path):
+    """Object 1 of `gone` is in its first and last frame; vos-benchmark leaves it out."""
+    root = tmp_path / "data"
+    for t in range(4):
+        for name in ("gone", "bear"):
+            write_frame(root / "train" / "JPEGImages" / name / f"{t:05d}.jpg", draw(t))
+            mask = draw(t) * (name == "bear" or t in (0, 3))
+            write_png(root / "train" / "Annotations" / name / f"{t:05d}.png", mask)
+    results = evaluate("mose", root, "train", model=tiny, output=tmp_path / "out")
+    masks = tmp_path / "out" / "masks" / "gone"
+    assert results["not_scored"] == [] and len(list(masks.iterdir())) == 4
+    for t in (1, 2):  # what is predicted where nothing is makes an object count
+        write_png(masks / f"{t:05d}.png", draw(0) * 0)
+    jf, *_ = official_jf(root / "train" / "Annotations", tmp_path / "out" / "masks")
+    results = evaluate("mose", root, "train", model=tiny, output=tmp_path / "out", resume=True)
+    assert list(results["scores"]["J&F"]["sequences"]) == ["bear"]
+    assert 100 * results["scores"]["J&F"]["J&F"] == pytest.approx(jf, abs=1e-6)

@@ -7,6 +7,7 @@ import weakref
 
 import numpy as np
 import pytest
+import torch
 
 evaluate = pytest.importorskip("evaluate")
 
@@ -138,6 +139,10 @@ def test_bad_input():
         metric.compute()
     assert "a: predicted id 4" in str(error.value) and "b, frame 2: the prediction is 3 x 4" in str(error.value)
     assert len(metric) == 0
+    metric.add_batch(predictions=[SQUARE.tolist()] * 3, references=[torch.tensor(SQUARE)] * 3, sequence=["a"] * 3)
+    with pytest.raises(TypeError, match="skip_frist"):
+        metric.compute(skip_frist=True)
+    assert metric.compute()["J"] == 1  # the frames are still there
     with pytest.raises(ValueError, match="`num_process` is 2"):
         evaluate.load(metric_path("vos_jf"), num_process=2, process_id=0)
     with pytest.raises(ValueError, match="`name` is 'jf'"):

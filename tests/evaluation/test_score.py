@@ -38,12 +38,28 @@ def test_folders(folders):
     pred, gt = folders
     result = score_folder(pred, gt, ["a"])
     assert result["J"] == pytest.approx((1 + 2 / 6) / 2)
-    best = score_folder(pred, gt, mode="best-track")
+    best = score_folder(pred, gt, mode="best-track")  # of which all frames count
     assert best["sequences"]["b"]["J"] == 1
+    assert best["J"] == pytest.approx(((1 + 2 / 6) / 4 + 1) / 2)
+    best = score_folder(pred, gt, mode="best-track", skip_first=True, skip_last=True)
     assert best["J"] == pytest.approx(((1 + 2 / 6) / 2 + 1) / 2)
     assert score_folder(pred, gt, mode="union", skip_first=False)["sequences"]["a"]["J"] == pytest.approx(
         (0 + 1 + 2 / 6) / 3
     )
+
+
+def test_hidden_files_are_passed_over(folders):
+    pred, gt = folders
+    (gt / ".ipynb_checkpoints").mkdir()
+    (gt / "a" / "._00001.png").write_bytes(b"of a Mac")
+    assert score_folder(pred, gt, ["a"])["J"] == pytest.approx((1 + 2 / 6) / 2)
+    assert score_folder(pred, gt, mode="best-track")["sequences"].keys() == {"a", "b"}
+
+
+def test_black_and_white_predictions(tmp_path):
+    for folder in ("pred", "gt"):
+        write(tmp_path / folder / "a", [SQUARE * 255] * 3)
+    assert score_folder(tmp_path / "pred", tmp_path / "gt", binary=True)["J"] == 1
 
 
 def test_kinds_of_png(tmp_path):
@@ -98,8 +114,8 @@ def test_one_report_of_all_problems(folders):
     for problem in (
         "a: 2 of 4 frames are not predicted: 00001.png, 00003.png",
         "a, frame 00002.png: the prediction is 3 x 4, ground truth 4 x 4",
-        "b, frame 00000.png: cannot identify image file",
-        "b, frame 00001.png: the prediction is uint8 of shape (4, 4, 3), not an integer mask (H, W)",
+        "b/00000.png can't be read: cannot identify image file",
+        "b/00001.png is a mask of mode RGB; each pixel must be the number of its object",
         "b: predicted id 5",
         "c: not predicted",
         "d: no ground truth",
@@ -119,8 +135,8 @@ def test_command(folders, tmp_path, capsys):
     main([str(pred), str(gt), "--sequences", str(names), "--mode", "best-track", "--json", str(out)])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["sequence", "a", "b", "mean"]
-    assert lines[1].split()[:4] == ["a", "1", "83.3", "66.7"]
-    assert json.loads(out.read_text())["sequences"]["a"]["J"] == pytest.approx(2 / 3)
+    assert lines[1].split()[:4] == ["a", "1", "41.7", "33.3"]
+    assert json.loads(out.read_text())["sequences"]["a"]["J"] == pytest.approx(1 / 3)
     with pytest.raises(SystemExit, match="b: predicted id 5"):
         main([str(pred), str(gt)])
 

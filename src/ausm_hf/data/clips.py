@@ -260,9 +260,9 @@ def load_masks(row: dict, t: int, height: int, width: int) -> tuple[dict[int, np
         with open_image(row["annotations"][t]) as image:
             if row.get("own_masks") and (problem := mask_problem(image, ids)):
                 raise ValueError(f"{row['annotations'][t]['path']} is a mask {problem}")
-            index = _as_index(image)
+            index = mask_values(image, row["annotations"][t]["path"], row["binary_masks"])
         if row["binary_masks"]:
-            index = (index > 0).astype(np.uint8) * ids[0]
+            index = index.astype(np.uint8) * ids[0]
         elif IGNORE_VALUE not in ids:
             ignore = index == IGNORE_VALUE
             index = np.where(ignore, 0, index)
@@ -277,7 +277,7 @@ def load_masks(row: dict, t: int, height: int, width: int) -> tuple[dict[int, np
             masks[obj["id"]] = decode_rle(obj["segmentations"][t])
         elif obj["masks"] and obj["masks"][t] is not None:
             with open_image(obj["masks"][t]) as image:
-                masks[obj["id"]] = _as_index(image) > 0
+                masks[obj["id"]] = mask_values(image, obj["masks"][t]["path"], binary=True)
 
     crowds = [masks.pop(obj["id"]) for obj in row["objects"] if obj["crowd"] and obj["id"] in masks]
     if crowds:
@@ -330,12 +330,13 @@ def _pixels_covered(counts: str) -> int | None:
     return None if shift else sum(lengths)
 
 
-def encode_rle(segmentation: dict | list | None, height: int, width: int) -> dict | None:
+def encode_rle(segmentation: dict | list | None, height: int, width: int, where: str = "") -> dict | None:
     """Any segmentation of a COCO or YouTube-VIS JSON as compressed run lengths.
 
     Args:
         segmentation: Run lengths (compressed or as a list of counts), a list of polygons, or None: the object is
             absent.
+        where: Its place, which a message begins with.
 
     Raises:
         ValueError: It is none of these, or of another size.
@@ -344,7 +345,11 @@ def encode_rle(segmentation: dict | list | None, height: int, width: int) -> dic
 
     if not segmentation:
         return None
-    _check_segmentation(segmentation, height, width)
+    height, width = (int(side) if isinstance(side, float) and side.is_integer() else side for side in (height, width))
+    try:
+        _check_segmentation(segmentation, height, width)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
     if isinstance(segmentation, list):
         polygons = [polygon for polygon in segmentation if len(polygon) >= 6]  # a line has no area
         if not polygons:
@@ -399,12 +404,21 @@ def open_image(stored: dict) -> Iterator[PILImage.Image]:
         raise ValueError(f"{stored['path']} can't be read: {error}") from error
 
 
-def _as_index(image: PILImage.Image) -> np.ndarray:
-    # "P" keeps the palette's indices, which are the object ids.
-    if image.mode in ("RGBA", "LA"):
-        grey, alpha = np.moveaxis(np.array(image.convert("LA")), -1, 0)
-        return np.where(alpha > 0, grey, 0)
-    return np.array(image if image.mode in ("P", "L", "1") else image.convert("L")).astype(np.uint8)
+def mask_values(image: PILImage.Image, path: str, binary: bool) -> np.ndarray:
+    """The pixels of a mask: numbers of objects, integers (H, W); of a binary one whether they are the object, bool.
+
+    Raises:
+        ValueError: The pixels are colours.
+    """
+    values = np.array(image)  # of an indexed image the indices, not their colours
+    if binary and values.ndim == 3 and image.mode.endswith("A"):
+        *colours, alpha = np.moveaxis(values, -1, 0)
+        return np.any(np.array(colours) != 0, axis=0) & (alpha > 0)
+    if binary:
+        return np.any(np.atleast_3d(values) != 0, axis=-1)
+    if values.ndim > 2:
+        raise ValueError(f"{path} is a mask {mask_problem(image)}")
+    return (values != 0).astype(np.uint8) if values.dtype == bool else values
 
 
 def mask_problem(image: PILImage.Image, ids: Sequence[int] = ()) -> str | None:

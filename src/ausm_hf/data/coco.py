@@ -38,7 +38,8 @@ def coco(root: str, split: str = "train2017", annotations: str | None = None, la
                 objects = []
                 # Ids of COCO outgrow pixel values and repeat nothing here, so objects are numbered in their image.
                 for number, annotation in enumerate(by_image.pop(image["id"], []), start=1):
-                    segmentation = encode_rle(annotation["segmentation"], image["height"], image["width"])
+                    where = f"annotation {annotation.get('id')} of {source}, image {image['file_name']}: "
+                    segmentation = encode_rle(annotation["segmentation"], image["height"], image["width"], where)
                     label = label_of(annotation, labels, source)
                     objects.append(clip_object(number, label, bool(annotation.get("iscrowd", 0)), [segmentation]))
                 if objects:

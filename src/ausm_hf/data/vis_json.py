@@ -71,7 +71,15 @@ def vis_json(
                     annotation["id"],
                     label,
                     bool(annotation.get("iscrowd", 0)),
-                    [encode_rle(s, video["height"], video["width"]) for s in segmentations],
+                    [
+                        encode_rle(
+                            segmentation,
+                            video["height"],
+                            video["width"],
+                            f"annotation {annotation['id']} of {source}, frame {t}: ",
+                        )
+                        for t, segmentation in enumerate(segmentations)
+                    ],
                 )
             )
         # YouTube-VIS has a folder for each video, and its name is what people know the video by.

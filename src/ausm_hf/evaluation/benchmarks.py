@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import ExifTags
+
 from ..data.check import check_clips
 from ..data.clips import clip_row, file, open_image, reading
 from ..data.davis import davis
@@ -251,10 +253,11 @@ def _check_sizes(rows: list[dict], videos: list[dict]):
 
     for row, video in zip(rows, videos, strict=True):
         with open_image(row["frames"][0]) as image:
-            sizes = image.size, image.size[::-1]  # a photograph may lie on its side
-        if (video["width"], video["height"]) not in sizes:
+            lies = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # a photograph that is shown upright
+            width, height = image.size[::-1] if lies else image.size
+        if (video["width"], video["height"]) != (width, height):
             raise ValueError(
-                f"{row['frames'][0]['path']} is {image.width} x {image.height} pixels (width x height), annotated are "
+                f"{row['frames'][0]['path']} is {width} x {height} pixels (width x height), annotated are "
                 f"{video['width']} x {video['height']}; wanted are the frames as they are published"
             )
 

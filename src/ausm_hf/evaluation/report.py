@@ -130,8 +130,8 @@ def score_masks(output: Path, benchmark: Benchmark) -> dict[str, dict[str, dict[
             }
             for file, truth in frames:
                 try:
-                    pred, gt = read_mask(folder / file), read_mask(truth)
-                except OSError as error:
+                    pred, gt = read_mask(folder / file), read_mask(truth, row["binary_masks"])
+                except (OSError, ValueError) as error:
                     problems.append(f"{name}: {error}")
                     continue
                 for scorer in scorers.values():
@@ -219,6 +219,8 @@ def _plot_j_over_time(path: Path, scores: dict[str, dict[str, dict[int, ObjectSc
     for number, (measure, of_measure) in enumerate(scores.items(), 1):
         axes = figure.add_subplot(len(scores), 1, number)
         for name, of_video in of_measure.items():
+            if not of_video:  # its objects are to be seen in frames only that aren't scored
+                continue
             label = name if len(of_measure) <= 10 else None
             axes.plot(_as_line({name: of_video}), linewidth=0.8, alpha=0.6, label=label)
         axes.plot(_as_line(of_measure), color="black", linewidth=2, label="mean over objects")

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..files import WholeOrNothing, remove_unfinished
 from ..segment import fingerprint, load_model
 from .benchmarks import PROTOCOLS, Benchmark, load_benchmark
 from .report import write_report
-from .runner import Inference, write_masks, write_tracks
+from .runner import Inference, frame_name, has_mask_folders, write_masks, write_tracks
 from .submission import write_submission, write_track_list
 
 
@@ -77,12 +80,13 @@ def evaluate(
     if found.mode == "prompted" and (top_k != "auto" or threshold is not None):
         raise ValueError("top_k and threshold are for finding objects; prompted objects are all reported")
     output = Path(output or f"ausm-evaluation/{benchmark}-{split}-{found.mode}")
-    with _processes() as (rank, world_size):
+    with _processes() as (rank, world_size), ExitStack() as held:
         network, processor = load_model(model, device, dtype)
         if found.label_set is not None and found.label_set not in network.config.label_sets:
             raise ValueError(
                 f"model has no classes of {found.label_set!r}, which {benchmark} asks for; it has those of "
-                f"{', '.join(network.config.label_sets)}"
+                f"{', '.join(network.config.label_sets)}. Wanted is one trained with these labels "
+                f"(`model.label_sets: {{{found.label_set}: }}` in a recipe)"
             )
         settings = {
             "benchmark": benchmark,
@@ -95,7 +99,7 @@ def evaluate(
             **asdict(inference),
             "threshold": network.config.foreground_threshold if threshold is None else threshold,
         }
-        todo = _in_first_process(lambda: _claim(output, settings, found, resume), rank, world_size)
+        todo = _in_first_process(lambda: _claim(output, settings, found, resume, held), rank, world_size)
 
         failed = []
         mine = _deal([row for row in found.rows if row["video_id"] in todo], world_size)[rank]
@@ -108,7 +112,7 @@ def evaluate(
                     else:
                         number = PROTOCOLS[benchmark].max_tracks if found.mode == "unprompted" else None
                         write_masks(found.place(output, row), row, network, processor, inference, number)
-                except (ValueError, OSError) as error:
+                except (ValueError, OSError, torch.OutOfMemoryError) as error:
                     failed.append(f"{row['video_id']}: {error}")
                 progress.update(len(row["frames"]))
         failed = _gather(failed, world_size)
@@ -149,9 +153,21 @@ def _check_arguments(
     return Inference(threshold=threshold, top_k=number, passes=passes, traversal=traversal, seed=seed)
 
 
-def _claim(output: Path, settings: dict, benchmark: Benchmark, resume: bool) -> set[str]:
-    """Makes the output folder ready. Returns the videos that are yet to be done."""
+def _files_digest(row: dict, mode: str) -> str:
+    """What tells a video from one that differs, wherever it lies: names and sizes of the files a model is given."""
+    given = row["frames"]
+    if mode == "prompted":
+        given = [*given, *row["annotations"], *(mask for obj in row["objects"] for mask in obj["masks"])]
+    paths = [Path(stored["path"]) for stored in given if stored is not None]
+    named = json.dumps([(path.name, path.stat().st_size) for path in paths])
+    return hashlib.sha256(named.encode()).hexdigest()[:16]
+
+
+def _claim(output: Path, settings: dict, benchmark: Benchmark, resume: bool, held: ExitStack) -> set[str]:
+    """Makes the output folder ready, and keeps other runs out until `held` ends. Returns the videos yet to be done."""
     noted = output / "settings.json"
+    todo = {row["video_id"] for row in benchmark.rows if not _is_done(benchmark, output, row)}
+    videos = {row["video_id"]: _files_digest(row, benchmark.mode) for row in benchmark.rows}
     if noted.is_file():
         earlier = json.loads(noted.read_bytes())
         other = [key for key in settings if key != "model" and earlier.get(key) != settings[key]]
@@ -160,14 +176,36 @@ def _claim(output: Path, settings: dict, benchmark: Benchmark, resume: bool) -> 
         if other:
             changes = ", ".join(f"{key} {earlier.get(key)!r} -> {settings[key]!r}" for key in other)
             raise ValueError(f"output {str(output)!r} holds a run with other settings: {changes}")
+        before = earlier.get("files", {})
+        if other := sorted(name for name in videos.keys() - todo if videos[name] != before.get(name)):
+            raise ValueError(
+                f"output {str(output)!r} holds predictions for {len(other)} videos whose frames or masks were others, "
+                f"such as {other[0]}; wanted is another folder"
+            )
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output {str(output)!r} exists and holds no run; wanted is a new or empty folder")
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        held.enter_context(FileLock(output / ".lock", timeout=0))
+    except Timeout:
+        raise ValueError(f"output {str(output)!r} is being written by another run; wanted is another folder") from None
     folder = benchmark.place(output, benchmark.rows[0]).parent
     folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder)
     with WholeOrNothing(noted) as file:
-        file.partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    return {row["video_id"] for row in benchmark.rows if not benchmark.place(output, row).exists()}
+        content = {**settings, "files": videos}
+        file.partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return todo
+
+
+def _is_done(benchmark: Benchmark, output: Path, row: dict) -> bool:
+    """Whether the predictions for a video are there, for each of its frames."""
+    place = benchmark.place(output, row)
+    if benchmark.annotations is not None:
+        return place.exists()
+    folders = [place / f"{obj['id']:03d}" for obj in row["objects"]] if has_mask_folders(row) else [place]
+    names = {frame_name(row, t) for t in range(len(row["frames"]))}
+    return all(names <= {path.stem for path in folder.glob("*.png")} for folder in folders)
 
 
 def _deal(rows: list[dict], world_size: int) -> list[list[dict]]:

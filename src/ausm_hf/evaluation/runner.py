@@ -96,7 +96,7 @@ def has_truth(row: dict) -> bool:
         if masks and set(masks) <= seen:
             return True
         seen |= set(masks)
-    return False
+    return len(row["annotated"]) > 1 and all(row["annotated"])
 
 
 def predict_video(
@@ -198,7 +198,8 @@ class MaskFolder(WholeFolder):
         """
         self._check_open()
         path = self.partial / f"{name}.png"
-        path.parent.mkdir(exist_ok=True)
+        if path.parent != self.partial:  # which is there, unless another process has removed it
+            path.parent.mkdir(exist_ok=True)
         indexed_image(masks).save(path)
 
     def keep_best(self, weights: dict[int, float], number: int) -> None:

@@ -12,24 +12,27 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from ..files import WholeOrNothing, natural_order
+from ..data.clips import mask_values, open_image
+from ..files import WholeOrNothing, image_files, visible
 from .metrics.jf import COUNT_FROM, MODES, SequenceScorer, report_problems, summarize
 
 
-def read_mask(path: str | Path) -> np.ndarray:
-    """Reads an indexed, grey or 1-bit PNG.
+def read_mask(path: str | Path, binary: bool = False) -> np.ndarray:
+    """Reads a mask, as clips do.
 
     Args:
         path (`str` or `Path`): The file.
+        binary (`bool`, *optional*, defaults to `False`): What isn't black or transparent is the one object.
 
     Returns:
-        `np.ndarray` of shape `(H, W)`, uint8 (bool for 1-bit files, int32 for 16-bit ones): The stored values, which
-        are ids, not colours.
+        `np.ndarray` of shape `(H, W)`, integers or bool: The stored values, which are ids, not colours.
+
+    Raises:
+        ValueError: If it can't be read, or its pixels are colours and not ids.
     """
-    with Image.open(path) as image:
-        return np.array(image)
+    with open_image({"path": str(path), "bytes": None}) as image:
+        return mask_values(image, str(path), binary)
 
 
 def score_folder(
@@ -37,8 +40,8 @@ def score_folder(
     gt_dir: str | Path,
     sequences: list[str] | None = None,
     mode: str = "prompted",
-    skip_first: bool = True,
-    skip_last: bool = True,
+    skip_first: bool | None = None,
+    skip_last: bool | None = None,
     count_from: str = "start",
     binary: bool = False,
 ) -> dict:
@@ -50,7 +53,8 @@ def score_folder(
         sequences (`list[str]`, *optional*): Names of sequences. All of `gt_dir` if not given; `pred_dir` must then
             have the same.
         mode, binary: See [`~ausm_hf.evaluation.metrics.jf.SequenceScorer`].
-        skip_first, skip_last, count_from: See [`~ausm_hf.evaluation.metrics.jf.SequenceScorer.result`].
+        skip_first, skip_last, count_from: See [`~ausm_hf.evaluation.metrics.jf.SequenceScorer.result`]. If not given,
+            all frames are scored of best tracks (DAVIS 2017 unsupervised), otherwise all but the first and the last.
 
     Returns:
         `dict`: As [`~ausm_hf.evaluation.metrics.jf.summarize`] makes it.
@@ -60,6 +64,8 @@ def score_folder(
             wrong sizes, ids that ground truth does not know.
     """
     pred_dir, gt_dir = Path(pred_dir), Path(gt_dir)
+    skip_first = mode != "best-track" if skip_first is None else skip_first
+    skip_last = mode != "best-track" if skip_last is None else skip_last
     for argument, folder in (("pred_dir", pred_dir), ("gt_dir", gt_dir)):
         if not folder.is_dir():
             raise ValueError(f"`{argument}` is {folder}, which is not a folder.")
@@ -70,15 +76,15 @@ def score_folder(
 
     problems = []
     if sequences is None:
-        sequences = sorted(entry.name for entry in gt_dir.iterdir() if entry.is_dir())
-        unknown = sorted(entry.name for entry in pred_dir.iterdir() if entry.is_dir() and entry.name not in sequences)
+        sequences = sorted(entry.name for entry in visible(gt_dir) if entry.is_dir())
+        unknown = sorted(entry.name for entry in visible(pred_dir) if entry.is_dir() and entry.name not in sequences)
         problems += [f"{name}: predicted, but not in ground truth" for name in unknown]
         if not sequences:
             problems.append(f"{gt_dir} has no folders")
 
     scores = {}
     for name in sequences:
-        frames = sorted((gt_dir / name).glob("*.png"), key=natural_order)
+        frames = image_files(gt_dir / name, (".png",))
         if not frames:
             problems.append(f"{name}: no ground truth (no PNG in {gt_dir / name})")
             continue
@@ -93,8 +99,8 @@ def score_folder(
                 missing.append(gt_path.name)
                 continue
             try:
-                scorer.add(read_mask(pred_path), read_mask(gt_path), frame=gt_path.name)
-            except OSError as error:
+                scorer.add(read_mask(pred_path, binary), read_mask(gt_path, binary), frame=gt_path.name)
+            except (OSError, ValueError) as error:
                 scorer.problems.append(f"{name}, frame {gt_path.name}: {error}")
         if missing:
             some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -136,16 +142,18 @@ def main(arguments: list[str] | None = None) -> None:
         default="prompted",
         help="same ids as ground truth; or the best predicted id per object; or all predicted ids as one object",
     )
-    parser.add_argument("--all-frames", action="store_true", help="score the first and the last frame too")
+    parser.add_argument(
+        "--all-frames", action="store_true", help="score the first and the last frame too, as best tracks always are"
+    )
     parser.add_argument("--count-from", choices=COUNT_FROM, default="start", help="when an object begins to count")
-    parser.add_argument("--binary", action="store_true", help="ground truth is black and white (DAVIS 2016)")
+    parser.add_argument("--binary", action="store_true", help="masks are black and white (DAVIS 2016)")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     args = parser.parse_args(arguments)
 
     sequences = args.sequences
     if sequences and len(sequences) == 1 and Path(sequences[0]).is_file():
         sequences = Path(sequences[0]).read_text(encoding="utf-8").split()
-    skip = not args.all_frames
+    skip = False if args.all_frames else None
     try:
         summary = score_folder(
             args.pred_dir, args.gt_dir, sequences, args.mode, skip, skip, args.count_from, args.binary

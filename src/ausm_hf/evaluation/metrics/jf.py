@@ -23,6 +23,8 @@ from scipy.optimize import linear_sum_assignment
 VOID = 255  # ground-truth pixels with this value are not scored (DAVIS)
 BOUND_TH = 0.008  # how far apart two outlines may be, as a fraction of the image's diagonal (DAVIS)
 
+MAX_PROBLEMS = 20  # that one report lists
+
 MODES = ("prompted", "best-track", "union")
 COUNT_FROM = ("start", "first_seen", "first_annotated")
 
@@ -129,6 +131,8 @@ class SequenceScorer:
             pred = gt = np.zeros((1, 1), np.uint8)
         if self.binary:
             gt = gt != 0
+            if self.mode == "prompted" and pred.dtype == np.uint8 and np.isin(pred, (0, 255)).all():
+                pred = pred != 0  # black and white likewise
         elif (gt == VOID).any():
             self._saw_void = True
             void = gt == VOID
@@ -189,9 +193,9 @@ class SequenceScorer:
                 problems.append(f"{self.name}: predicted id {unknown} (first in frame {first}) is not in ground truth")
         showing = [*frames, 0] if count_from == "start" and total else frames
         objects = sorted({g for t in showing for g in self._gt_ids[t]})
-        if not objects and len(frames):
+        if not known and len(frames):
             hint = "; all there is is void (255): is it black and white, as DAVIS 2016? (`binary`)"
-            problems.append(f"{self.name}: ground truth has no object{hint if self._saw_void and not known else ''}")
+            problems.append(f"{self.name}: ground truth has no object{hint if self._saw_void else ''}")
         if problems:
             return {}, problems
 
@@ -244,7 +248,7 @@ class DataSetScorer:
         """Adds the next frame of a sequence: see [`SequenceScorer.add`]."""
         if sequence not in self._sequences:
             self._sequences[sequence] = SequenceScorer(sequence, self.mode)
-        self._sequences[sequence].add(pred, gt)
+        self._sequences[sequence].add(np.asarray(pred), np.asarray(gt))
 
     def result(self, skip_first: bool, skip_last: bool, count_from: str) -> dict[str, dict[int, ObjectScore]]:
         """Scores by sequence and object: see [`SequenceScorer.result`]. Raises one report over all sequences."""
@@ -357,7 +361,8 @@ def seen_and_unseen(summary: dict, seen: dict[str, dict[int, bool]]) -> dict[str
 
     Args:
         summary (`dict`): As [`summarize`] makes it.
-        seen (`dict[str, dict[int, bool]]`): Sequence -> object -> is its category in the training set?
+        seen (`dict[str, dict[int, bool]]`): Sequence -> object -> is its category in the training set? Objects may be
+            strings, as in JSON.
 
     Returns:
         `dict`: `G`, `J_seen`, `F_seen`, `J_unseen`, `F_unseen`: fractions of 1. Where there is no object of a kind,
@@ -369,9 +374,10 @@ def seen_and_unseen(summary: dict, seen: dict[str, dict[int, bool]]) -> dict[str
     rows: dict[str, list[dict]] = {"seen": [], "unseen": []}
     problems = []
     for name, of_sequence in summary["sequences"].items():
+        known_here = {int(object_id): is_seen for object_id, is_seen in seen.get(name, {}).items()}
         for object_id, row in of_sequence["objects"].items():
-            if object_id in seen.get(name, {}):
-                rows["seen" if seen[name][object_id] else "unseen"].append(row)
+            if object_id in known_here:
+                rows["seen" if known_here[object_id] else "unseen"].append(row)
             else:
                 problems.append(f"{name}: `seen` does not say whether object {object_id} is of a seen category")
     report_problems(problems)
@@ -388,7 +394,10 @@ def report_problems(problems: list[str]) -> None:
     """Raises one `ValueError` that lists all problems, if there are any."""
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ValueError(f"{count} with what is to be scored, so no score:\n" + "\n".join(f"- {p}" for p in problems))
+        listed = [f"- {problem}" for problem in problems[:MAX_PROBLEMS]]
+        if len(problems) > MAX_PROBLEMS:
+            listed.append(f"- and {len(problems) - MAX_PROBLEMS} more")
+        raise ValueError(f"{count} with what is to be scored, so no score:\n" + "\n".join(listed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

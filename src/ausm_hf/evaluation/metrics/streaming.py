@@ -4,6 +4,7 @@
 too many for that, so `add`, `add_batch` and `compute` keep their signatures here but go to a scorer.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 
 import datasets
@@ -74,6 +75,7 @@ class StreamingMetric(evaluate.Metric, ABC):
         """Computes the result of all frames added, and of those given here, and starts afresh."""
         options = {name: value for name, value in kwargs.items() if name not in self._feature_names()}
         inputs = {name: value for name, value in kwargs.items() if name in self._feature_names()}
+        inspect.signature(self._result).bind(**options)  # a slip in an option's name costs no frames
         if predictions is not None or references is not None or inputs:
             self.add_batch(predictions=predictions, references=references, **inputs)
         if self._frames == 0:

@@ -16,7 +16,7 @@ predicted ids and true ones are paired one to one so that the sum of mean J&F is
 
 _INPUTS = """
 Args:
-    predictions: masks (H, W) of ids, numpy arrays of integers, 0 = background: one per frame, in order.
+    predictions: masks (H, W) of ids, of integers, 0 = background: one per frame, in order.
     references: true masks, likewise; 255 = void, not scored.
     sequence: for each frame, the name of its sequence.
     skip_first, skip_last (`compute` only): whether to leave out the first and last frame of each sequence. Default:

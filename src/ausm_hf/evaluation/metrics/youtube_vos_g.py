@@ -12,7 +12,7 @@ count. Frames are reduced to numbers as they come: no video is kept.
 
 _INPUTS = """
 Args:
-    predictions: masks (H, W) of ids, numpy arrays of integers, 0 = background: one per annotated frame, in order.
+    predictions: masks (H, W) of ids, of integers, 0 = background: one per annotated frame, in order.
     references: true masks, likewise; 255 = void, not scored.
     sequence: for each frame, the name of its video.
     seen (`compute` only): dict, video -> dict, object id -> bool: is the object's category in the training set?
