@@ -20,10 +20,11 @@ from ausm_hf.training import recipe_from_dict, train
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fine-tune AUSM on your own videos.")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("videos", type=Path, help="folder with videos/, masks/ and perhaps labels.json")
     parser.add_argument("output", type=Path, help="folder for checkpoints and, at the end, final/")
     parser.add_argument("--model", help="checkpoint to start from (default: the ausm-nano of the package)")
+    parser.add_argument("--label-set", default="mine", help="name for the labels of labels.json (default: mine)")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--frames", type=int, default=4, help="frames per clip (default: %(default)s)")
     parser.add_argument("--size", type=int, nargs=2, default=[192, 320], help="height and width, multiples of 32")
@@ -33,15 +34,16 @@ def main() -> None:
         if not arguments.model.exists():
             write_checkpoint(arguments.model, "nano")
 
-    # True: every object that counts has a mask, so the network also learns to find such objects by itself, and to name
-    # them. False: masks are prompts only, and the network learns to follow.
+    # Whether every object that counts has a mask: then the network learns to find such objects by itself, too.
     exhaustive = True
     data = {"root": str(arguments.videos), "exhaustive": exhaustive}
     model = {"path": str(arguments.model)}
-    if (arguments.videos / "labels.json").is_file():
-        objects = json.loads((arguments.videos / "labels.json").read_text(encoding="utf-8-sig")).values()
-        model["label_sets"] = {"mine": sorted({label for labels in objects for label in labels.values() if label})}
-        data["label_set"] = "mine"
+    if (listed := arguments.videos / "labels.json").is_file():
+        objects = json.loads(listed.read_text(encoding="utf-8-sig")).values()
+        if labels := sorted({label for of_video in objects for label in of_video.values() if label}):
+            # All the names that the result knows; `"coco": None` beside them keeps those of COCO.
+            model["label_sets"] = {arguments.label_set: labels}
+            data["label_set"] = arguments.label_set
     source = {"dataset": "video_folder", "arguments": data, "strides": [1, 2, 3], "paste": 0.3, "donor": True}
     recipe = {
         "output_dir": str(arguments.output),

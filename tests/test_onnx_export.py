@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_backbones import TINY_SWIN
 
 from ausm_hf import (
     AusmConfig,
@@ -39,12 +40,12 @@ BACKBONE = {
 }
 
 
-def small_model(num_decoder_layers: int = 3) -> AusmForUniversalSegmentation:
+def small_model(num_decoder_layers: int = 3, backbone: dict = BACKBONE) -> AusmForUniversalSegmentation:
     """The nano network, but with fewer layers and channels."""
     torch.manual_seed(0)
     config = AusmConfig.from_preset(
         "nano",
-        backbone_config=BACKBONE,
+        backbone_config=backbone,
         hidden_size=32,
         mask_feature_size=16,
         mask_refinement_layers=2,
@@ -133,13 +134,16 @@ def test_all_slots_give_what_the_ragged_step_gives():
         assert masks.any()
 
 
-def test_onnx_gives_the_same(tmp_path):
+@pytest.mark.parametrize("backbone", [BACKBONE, pytest.param(TINY_SWIN, marks=pytest.mark.slow)], ids=["lite", "swin"])
+def test_onnx_gives_the_same(tmp_path, backbone):
     """torch.export, which comes before it, refuses whatever would read a number back from the device."""
     pytest.importorskip("onnxscript")
-    model, processor = small_model(num_decoder_layers=1), AusmProcessor(AusmImageProcessor())
+    model, processor = small_model(1, backbone), AusmProcessor(AusmImageProcessor())
+    attention = model.model.backbone.config._attn_implementation
     step = StreamingStep(model, num_slots=5, label_set="pets")
     export_onnx(model, processor, tmp_path / "step.onnx", 64, 96, num_slots=5, label_set="pets")
     assert [path.name for path in tmp_path.iterdir()] == ["step.onnx"]
+    assert model.model.backbone.config._attn_implementation == attention
     session, run = onnx_step(tmp_path / "step.onnx")
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["labels"]) == ["cat", "dog"]

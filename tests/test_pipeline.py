@@ -34,6 +34,14 @@ def as_arrays(results):
     return [[(x["id"], x["label"], x["score"], np.asarray(x["mask"]).tolist()) for x in frame] for frame in results]
 
 
+def test_an_image_processor_that_would_be_passed_over_is_refused(tiny_checkpoint):
+    small = AusmImageProcessor(size={"height": 32, "width": 32})
+    with pytest.raises(ValueError, match=r"image_processor is given; wanted is processor=AusmProcessor\(image_proc"):
+        pipeline("video-segmentation", model=str(tiny_checkpoint), image_processor=small)
+    segment = pipeline("video-segmentation", model=str(tiny_checkpoint), processor=AusmProcessor(small))
+    assert segment.preprocess(np.zeros((48, 64, 3), np.uint8))["pixel_values"].shape == (1, 3, 32, 32)
+
+
 def test_same_as_the_session_by_hand(segment, moving_square):
     """The pipeline is the public streaming interface, frame by frame; nothing is added, nothing lost."""
     frames, masks = moving_square

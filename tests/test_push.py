@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from transformers import pipeline
 
 import ausm_hf
 from ausm_hf import AusmModel
@@ -116,6 +117,14 @@ def use_hub(hub, monkeypatch):
     # What huggingface_hub read from the environment when it was imported
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+
+
+def test_a_pipeline_is_pushed_whole(hub, use_hub, tiny_checkpoint, tmp_path):
+    segment = pipeline("video-segmentation", model=str(tiny_checkpoint))
+    segment.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="user/saved")
+    there = hub.repos["models/user/saved"].keys()
+    assert {path.name for path in (tmp_path / "saved").iterdir() if path.is_file()} - {"README.md"} <= there
+    assert "processor_config.json" in there
 
 
 def test_push_again_replaces(hub, use_hub, tiny_checkpoint):

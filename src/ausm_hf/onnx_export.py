@@ -125,8 +125,14 @@ class StreamingStep(nn.Module):
 def export_step(step: StreamingStep, height: int, width: int) -> torch.export.ExportedProgram:
     """The step for frames of one size, as `torch.export` sees it. See [`StreamingStep`] for inputs and outputs."""
     inputs = step.first_inputs(height, width)
-    with torch.no_grad():
-        return torch.export.export(step, tuple(inputs.values()), strict=False)
+    backbone = step.model.model.backbone
+    attention = backbone.config._attn_implementation
+    backbone.set_attn_implementation("eager")  # what ONNX has no words for is in no other
+    try:
+        with torch.no_grad():
+            return torch.export.export(step, tuple(inputs.values()), strict=False)
+    finally:
+        backbone.set_attn_implementation(attention)
 
 
 def export_onnx(

@@ -265,11 +265,13 @@ def test_one_size_per_frame(processor):
         ({"image_mean": [0.5, 0.5]}, "image_mean must be three numbers"),
         ({"image_std": [1.0, float("nan"), 1.0]}, "image_std must be three numbers"),
         ({"image_std": [0.2, 0.0, 0.2]}, "image_std must not be 0"),
+        ({"do_rescale": False}, "do_rescale is False; frames of uint8 are always divided by 255"),
     ],
 )
 def test_what_no_frame_can_be_prepared_with(arguments, message):
     with pytest.raises(ValueError, match=message):
         AusmImageProcessor(**arguments)
+    assert AusmImageProcessor(image_mean=0.5).image_mean == [0.5, 0.5, 0.5]
 
 
 def test_a_size_of_its_own_is_looked_at_too():

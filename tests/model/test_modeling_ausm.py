@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_backbones import TINY_SWIN
+from tiny_backbones import TINY_LITE, TINY_SWIN
 from torch.overrides import TorchFunctionMode
 from transformers import Mask2FormerConfig, SwinConfig
 from transformers.models.mask2former.modeling_mask2former import (
@@ -501,6 +501,10 @@ def test_bad_input_is_refused(change, message):
         ({"history_local_kernel": -1}, "`history_local_kernel` must be at least 0, got -1"),
         ({"mask_propagation_radius": -1}, "`mask_propagation_radius` must be at least 0, got -1"),
         ({"backbone_config": {"model_type": "nothing"}}, "`backbone_config`"),
+        (
+            {"backbone": "resnet50", "use_timm_backbone": True},
+            "`backbone` is no setting of AUSM; name the backbone in",
+        ),
         ({"hidden_size": 48, "pixel_encoder": "msdeform"}, "`hidden_size` must be a multiple of 32 with 'msdeform'"),
         ({"mask_feature_size": 60, "pixel_encoder": "fpn"}, "`mask_feature_size` must be a multiple of 8 with 'fpn'"),
         ({"duplicate_overlap": 7.0}, "`duplicate_overlap` must be at most 1, got 7.0"),
@@ -513,6 +517,33 @@ def test_bad_input_is_refused(change, message):
 def test_bad_configuration_is_refused(change, message):
     with pytest.raises(Exception, match=message):
         tiny_config(**change)
+
+
+@pytest.mark.parametrize("backbone", ["resnet", "efficientnet_lite"])
+def test_no_frame_sees_a_later_one_in_training(backbone):
+    torch.manual_seed(0)
+    stages = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "embedding_size": 8}
+    resnet = {"model_type": "resnet", **stages, "out_features": ["stage1", "stage2", "stage3", "stage4"]}
+    model = tiny_model(backbone_config=resnet if backbone == "resnet" else TINY_LITE).train()
+    clip = torch.randn(1, 3, 3, 64, 64)
+    other = clip.clone()
+    other[:, 2] = 5 * torch.randn(3, 64, 64)
+    before, after = (model.model(frames).masks_queries_logits[:, :2] for frames in (clip, other))
+    torch.testing.assert_close(before, after)
+
+
+def test_a_backbone_of_many_labels_is_taken():
+    backbone = {"model_type": "swin", "num_labels": 21841, "out_features": ["stage1", "stage2", "stage3", "stage4"]}
+    config = tiny_config(backbone_config=backbone)
+    assert type(config).from_dict(config.to_dict()).backbone_config.num_labels == 21841
+
+
+def test_export_of_a_clip():
+    model = tiny_model().eval()
+    clip = torch.rand(1, 2, 3, 64, 64)
+    with torch.no_grad():
+        exported = torch.export.export(model, (clip,)).module()
+        torch.testing.assert_close(exported(clip).masks_queries_logits, model(clip).masks_queries_logits)
 
 
 def test_presets():

@@ -176,6 +176,7 @@ def test_every_form_trains(recipe_file, tmp_path, monkeypatch, option, form, cal
         ("model.label_sets.mine=[fish]", r"^data.sources\[0\]: model.label_sets.mine lacks 1 of its labels: 'diver'"),
         ("data.max_objects=5", "^data.max_objects: 5 objects in a clip, but the network has only 4"),
         ("model.overrides.colour=red", "^model.overrides.colour: unknown key"),
+        ("model.overrides.to_dict=3", "^model.overrides.to_dict: unknown key"),
         ("model.overrides.class_weight=heavy", "^model: Field 'class_weight'"),
         ("model.overrides.num_id_vectors=0", "^model: `num_id_vectors` must be at least 1, got 0"),
         ("model.overrides.num_id_vectors=many", "^model: Field 'num_id_vectors' expected int, got str"),

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from transformers import Mask2FormerConfig
 
 from ausm_hf import AusmConfig, AusmForUniversalSegmentation
 from ausm_hf.training import checkpoint as checkpoint_module
@@ -415,11 +417,47 @@ def test_parts_of_a_checkpoint_start_anew(tmp_path):
     for layer in network.model.history_encoder.decoder:
         assert torch.equal(layer.cross_attention.q_proj.weight, layer.cross_attention.k_proj.weight)
     recipe.model.overrides = {"num_id_vectors": 7}
-    with pytest.raises(ValueError, match="model.overrides: 1 parameters have other shapes in .*model.id_positions"):
+    with pytest.raises(ValueError, match="model.overrides: 1 parameters are not in .*model.id_positions"):
         build_model(recipe, build_config(recipe))
     recipe.model.reinitialize = ["model.id_"]
     network = build_model(recipe, build_config(recipe))
     assert len(network.model.id_vectors.weight) == len(network.model.id_positions.weight) == 7
+    recipe.model.overrides, recipe.model.reinitialize = {"num_compressor_layers": 2}, []
+    with pytest.raises(
+        ValueError, match="are not in .* or have other shapes there, such as model.history_encoder.comp"
+    ):
+        build_model(recipe, build_config(recipe))
     recipe.model.overrides, recipe.model.reinitialize = {}, ["history_encoder."]
     with pytest.raises(ValueError, match="model.reinitialize: the network has no parameter that begins with"):
         build_model(recipe, build_config(recipe))
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    Mask2FormerConfig().save_pretrained(tmp_path / "other")
+    recipe = recipe_from_dict({"output_dir": str(tmp_path), "model": {"path": str(tmp_path / "other")}})
+    with pytest.raises(ValueError, match="model.path: .*other is of type 'mask2former', want 'ausm' .*--from"):
+        build_config(recipe)
+
+
+def test_runs_of_other_precision_in_one_process(tiny, tmp_path):
+    tiny.run(tmp_path / "a", "optim.max_steps=1")
+    tiny.run(tmp_path / "b", "optim.max_steps=1", "mixed_precision=bf16")
+    assert AcceleratorState().mixed_precision == "bf16"
+
+
+def test_what_a_launcher_says_otherwise_is_told_of(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    tiny.run(tmp_path / "a", "optim.max_steps=1")
+    assert "mixed_precision is 'no', as the recipe says; not 'bf16'" in capsys.readouterr().out
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ValueError, match="^gradient_accumulation_steps: ACCELERATE_GRADIENT_ACCUMULATION_STEPS is 4"):
+        tiny.run(tmp_path / "b", "optim.max_steps=1")
+
+
+def test_another_number_of_processes_is_told_of(tiny, tmp_path, capsys):
+    tiny.run(tmp_path / "run", "optim.max_steps=4")
+    state = checkpoints(tmp_path / "run")[-1] / "state.json"
+    state.write_text(state.read_text().replace('"processes": 1', '"processes": 2'))
+    capsys.readouterr()
+    tiny.run(tmp_path / "run", "optim.max_steps=5")
+    assert "step-00000004 in 1 processes instead of 2: unless data.batch_size" in capsys.readouterr().out

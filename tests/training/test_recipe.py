@@ -57,6 +57,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
         ({"colour": 1}, "^colour: unknown key"),
         ({"optim": {"learning_rate": 1}}, "^optim.learning_rate: unknown key"),
         ({"optim": {"lr": "fast"}}, "^optim.lr: got 'fast'"),
+        ({"optim": {"lr": float("inf")}}, r"^optim.lr: got inf \(float\), want a finite number"),
         ({"optim": {"max_steps": 1.5}}, "^optim.max_steps: got 1.5"),
         ({"optim": {"max_steps": True}}, "^optim.max_steps: got True"),
         ({"optim": 3}, "^optim: got 3"),

@@ -336,6 +336,9 @@ class AusmConfig(PreTrainedConfig):
     importance_sampling: Literal["uncertain", "wrong"] = "uncertain"
 
     def __post_init__(self, **kwargs):
+        legacy = {"backbone", "use_timm_backbone", "use_pretrained_backbone", "backbone_kwargs"}
+        if old := sorted(name for name in legacy & set(kwargs) if kwargs[name]):
+            raise ValueError(f"`{old[0]}` is no setting of AUSM; name the backbone in `backbone_config`.")
         if self.backbone_config is None:
             self.backbone_config = PRESETS["base"]["backbone_config"]
         if isinstance(self.backbone_config, dict):
@@ -391,7 +394,8 @@ class AusmConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be at least {low}, got {value}.")
             if not value <= high:
                 raise ValueError(f"`{name}` must be at most {high}, got {value}.")
-        if (largest := _largest(self.backbone_config.to_dict())) > MAX_SIZE:
+        sizes = {k: v for k, v in self.backbone_config.to_dict().items() if k not in ("id2label", "label2id")}
+        if (largest := _largest(sizes)) > MAX_SIZE:
             raise ValueError(f"`backbone_config` must have sizes of at most {MAX_SIZE}, got {largest}.")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(

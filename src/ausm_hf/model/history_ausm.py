@@ -194,6 +194,9 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+torch.export.register_dataclass(AusmHistory)
+
+
 class AusmAttention(nn.Module):
     """Multi-head attention with positions added to queries and keys, through transformers' attention interface."""
 

@@ -41,9 +41,9 @@ class AusmImageProcessor(BaseImageProcessor):
             The coarsest stride of the backbone.
         do_normalize (`bool`, *optional*, defaults to `True`):
             Whether to subtract `image_mean` and divide by `image_std`.
-        image_mean (`list[float]`, *optional*, defaults to ImageNet's):
+        image_mean (`float` or `list[float]`, *optional*, defaults to ImageNet's):
             Mean of red, green and blue, for values in [0, 1].
-        image_std (`list[float]`, *optional*, defaults to ImageNet's):
+        image_std (`float` or `list[float]`, *optional*, defaults to ImageNet's):
             Standard deviation of red, green and blue.
 
     Raises:
@@ -59,22 +59,23 @@ class AusmImageProcessor(BaseImageProcessor):
         size: dict[str, int] | None = None,
         size_divisor: int = 32,
         do_normalize: bool = True,
-        image_mean: list[float] | None = None,
-        image_std: list[float] | None = None,
+        image_mean: float | list[float] | None = None,
+        image_std: float | list[float] | None = None,
         **kwargs,
     ):
+        if kwargs.get("do_rescale") is False:
+            raise ValueError(
+                "do_rescale is False; frames of uint8 are always divided by 255, floating point ones never"
+            )
         super().__init__(**kwargs)
         self.do_resize = do_resize
         self.size = _checked_size(size if size is not None else {"shortest_edge": 1024, "longest_edge": 2048})
         self.size_divisor = size_divisor
         self.do_normalize = do_normalize
-        self.image_mean = list(image_mean if image_mean is not None else IMAGENET_DEFAULT_MEAN)
-        self.image_std = list(image_std if image_std is not None else IMAGENET_DEFAULT_STD)
+        self.image_mean = _of_channels("image_mean", IMAGENET_DEFAULT_MEAN if image_mean is None else image_mean)
+        self.image_std = _of_channels("image_std", IMAGENET_DEFAULT_STD if image_std is None else image_std)
         if type(size_divisor) is not int or size_divisor < 1:
             raise ValueError(f"size_divisor must be an integer of at least 1, got {size_divisor!r}")
-        for name, values in (("image_mean", self.image_mean), ("image_std", self.image_std)):
-            if len(values) != 3 or not all(map(math.isfinite, values)):
-                raise ValueError(f"{name} must be three numbers, of red, green and blue, got {values}")
         if 0 in self.image_std:
             raise ValueError(f"image_std must not be 0, by which frames are divided, got {self.image_std}")
 
@@ -309,6 +310,13 @@ def _flatten(images: Any) -> list:
 
 def _is_length(side: Any) -> bool:
     return isinstance(side, int) and not isinstance(side, bool) and side >= 1
+
+
+def _of_channels(name: str, values: float | Iterable[float]) -> list[float]:
+    numbers = 3 * [values] if isinstance(values, (int, float)) else list(values)
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{name} must be three numbers, of red, green and blue, or one of all, got {values}")
+    return numbers
 
 
 def _checked_size(size: dict[str, int]) -> dict[str, int]:

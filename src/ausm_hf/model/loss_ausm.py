@@ -90,6 +90,7 @@ def pad_instances(
     device = frames.device
     if class_labels is None:
         class_labels = [torch.full((len(masks),), -100) for masks in mask_labels]
+    class_labels = [torch.as_tensor(classes, dtype=torch.int64) for classes in class_labels]
     for name, values in (
         ("mask_labels", mask_labels),
         ("class_labels", class_labels),

@@ -201,6 +201,17 @@ class AusmModel(AusmPreTrainedModel):
         self.pixel_decoder = AusmPixelDecoder(config)
         self.post_init()
 
+    def train(self, mode: bool = True) -> AusmModel:
+        """
+        As of any module; but batch norms of the backbone keep their statistics, as in DETR. With those of a batch the
+        frames of a clip would see one another, the later ones too.
+        """
+        super().train(mode)
+        for module in self.backbone.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
     def encode_frames(self, pixel_values: Tensor) -> AusmFrameFeatures:
         """
         What the network sees in each frame alone: backbone and pixel encoder.

@@ -18,6 +18,8 @@ from .upright_ausm import upright
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 PROMPTS = {"masks", "boxes", "points", "labels", "scribbles"}
+# Arguments of a model's `save_pretrained` that say where to push.
+PUSH_ARGUMENTS = ("push_to_hub", "repo_id", "token", "private", "revision", "create_pr", "commit_message")
 
 
 def start_session(
@@ -173,6 +175,9 @@ class VideoSegmentationPipeline(Pipeline):
     def __init__(self, *args, **kwargs):
         if wrong := sorted({"batch_size", "num_workers"} & {name for name in kwargs if kwargs[name] is not None}):
             raise ValueError(f"{wrong[0]} is given; frames of a video follow each other, and are decoded as they come")
+        for name in ("image_processor", "feature_extractor"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} is given; wanted is processor=AusmProcessor({name})")
         super().__init__(*args, **kwargs)
         if self.model.config.model_type != "ausm":
             raise ValueError(f"model is of type {self.model.config.model_type!r}; wanted is 'ausm'")
@@ -279,10 +284,11 @@ class VideoSegmentationPipeline(Pipeline):
 
         Args:
             save_directory (`str` or `Path`): The folder to write; made if it doesn't exist.
-            kwargs: Further arguments of the model's `save_pretrained`.
+            kwargs: Further arguments of the model's `save_pretrained`, as `push_to_hub=True, repo_id="me/my-ausm"`.
         """
         super().save_pretrained(str(save_directory), **kwargs)
-        self.processor.save_pretrained(str(save_directory))
+        pushed = {name: kwargs[name] for name in PUSH_ARGUMENTS if name in kwargs}
+        self.processor.save_pretrained(str(save_directory), **pushed)
 
 
 __all__ = ["VideoSegmentationPipeline", "read_frames", "start_session"]

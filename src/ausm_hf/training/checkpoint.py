@@ -114,6 +114,11 @@ def load_training_state(
     return json.loads((checkpoint / "state.json").read_bytes())["step"]
 
 
+def processes_of(checkpoint: Path) -> int:
+    """How many processes wrote a checkpoint."""
+    return json.loads((checkpoint / "state.json").read_bytes())["processes"]
+
+
 def gather_network(model: PreTrainedModel, copy_of_it: PreTrainedModel | None) -> Any:
     """The whole network, also where the processes hold a part of each parameter. Call it in all of them.
 

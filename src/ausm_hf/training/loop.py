@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, gather_object, send_to_device, set_seed
 from huggingface_hub.errors import StrictDataclassError
@@ -40,6 +42,7 @@ from .checkpoint import (
     gather_optimizer_state,
     load_training_state,
     no_progress_bars,
+    processes_of,
     restore_rng_state,
     rng_state,
     save_checkpoint,
@@ -159,9 +162,13 @@ def train(
         first_step = load_training_state(newest, network, optimizer, ema, accelerator.scaler)
         restore_rng_state(newest, accelerator.process_index)
         changed = _changed(recipe, output_dir)
-        accelerator.print(
-            f"going on from {newest}" + (f" with other values of {', '.join(changed)}" if changed else "")
-        )
+        message = f"going on from {newest}" + (f" with other values of {', '.join(changed)}" if changed else "")
+        if (before := processes_of(newest)) != accelerator.num_processes:
+            message += (
+                f" in {accelerator.num_processes} processes instead of {before}: unless data.batch_size or "
+                "gradient_accumulation_steps make up for it, clips come again or are passed over"
+            )
+        accelerator.print(message)
     # After the checkpoint was found to fit: a recipe that doesn't wasn't trained.
     if accelerator.is_main_process and first_step <= recipe.optim.max_steps:
         _write_text(output_dir / "recipe.yaml", yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))
@@ -246,6 +253,8 @@ def _build_accelerator(recipe: Recipe) -> Accelerator:
     if recipe.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise ValueError("mixed_precision: 'fp16' is for GPUs, on a CPU it changes nothing; want 'bf16' or 'no'")
     num_launched = int(os.environ.get("WORLD_SIZE", 1))
+    if is_initialized() and AcceleratorState().mixed_precision != recipe.mixed_precision:
+        AcceleratorState._reset_state()  # of an earlier run in this process
     accelerator = Accelerator(
         # Without a GPU, Accelerate sees the other processes of `torchrun` only if it is told to use the CPU.
         cpu=num_launched > 1 and not torch.cuda.is_available(),
@@ -258,6 +267,14 @@ def _build_accelerator(recipe: Recipe) -> Accelerator:
     )
     if accelerator.num_processes != num_launched:
         raise ValueError(f"accelerate: {num_launched} processes were launched, it sees {accelerator.num_processes}")
+    if accelerator.gradient_accumulation_steps != recipe.gradient_accumulation_steps:
+        raise ValueError(
+            f"gradient_accumulation_steps: ACCELERATE_GRADIENT_ACCUMULATION_STEPS is "
+            f"{accelerator.gradient_accumulation_steps}, the recipe says {recipe.gradient_accumulation_steps}"
+        )
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", recipe.mixed_precision)
+    if launched != recipe.mixed_precision:
+        accelerator.print(f"mixed_precision is {recipe.mixed_precision!r}, as the recipe says; not {launched!r}")
     kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if accelerator.distributed_type not in kinds or (sharded and not accelerator.is_fsdp2):
@@ -344,13 +361,19 @@ def build_config(recipe: Recipe) -> AusmConfig:
 def _build_config(recipe: Recipe) -> AusmConfig:
     if recipe.model.path is not None:
         values, _ = AusmConfig.get_config_dict(recipe.model.path)
+        if values.get("model_type") != AusmConfig.model_type:
+            raise ValueError(
+                f"model.path: {recipe.model.path} is of type {values.get('model_type')!r}, want 'ausm' "
+                "(`ausm init FOLDER --from MASK2FORMER` makes one of a Mask2Former)"
+            )
         # They follow from `label_sets`, which may be replaced below.
         values = {key: value for key, value in values.items() if key not in ("id2label", "label2id")}
         config = AusmConfig.from_dict(values)
     else:
         config = AusmConfig.from_preset(str(recipe.model.preset))
+    known = {f.name for f in dataclasses.fields(AusmConfig)}  # type: ignore[arg-type]
     for key in recipe.model.overrides:
-        if not hasattr(config, key):
+        if key not in known:
             raise ValueError(f"model.overrides.{key}: unknown key; AusmConfig has no such attribute")
     changes = dict(recipe.model.overrides)
     if recipe.model.label_sets is not None:
@@ -358,7 +381,10 @@ def _build_config(recipe: Recipe) -> AusmConfig:
         for name, labels in recipe.model.label_sets.items():
             label_sets[name] = list(LABEL_SETS[name] if labels is None else labels)
             if recipe.model.path is not None and config.label_sets.get(name, label_sets[name]) != label_sets[name]:
-                raise ValueError(f"model.label_sets.{name}: {recipe.model.path} has other labels under that name")
+                raise ValueError(
+                    f"model.label_sets.{name}: {recipe.model.path} has other labels under that name; want the same, "
+                    "or another name"
+                )
         changes |= {"label_sets": label_sets, "default_label_set": next(iter(label_sets))}
     if recipe.model.path is not None:
         return AusmConfig.from_dict({**values, **changes})
@@ -381,11 +407,12 @@ def _load_model(path: str, config: AusmConfig, reinitialize: list[str]) -> AusmF
     model, about = AusmForUniversalSegmentation.from_pretrained(
         path, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
     )
-    other = sorted(name for name, *_ in about["mismatched_keys"] if not name.startswith(tuple(reinitialize)))
-    if other:
+    anew = (*reinitialize, "class_heads.")  # heads of new label sets start at random
+    other = {name for name, *_ in about["mismatched_keys"]} | set(about["missing_keys"])
+    if other := {name for name in other if not name.startswith(anew)}:
         raise ValueError(
-            f"model.overrides: {len(other)} parameters have other shapes in {path}, such as {other[0]}; to start them "
-            "anew name them in model.reinitialize"
+            f"model.overrides: {len(other)} parameters are not in {path} or have other shapes there, such as "
+            f"{min(other)}; to start them anew name them in model.reinitialize"
         )
     if reinitialize:
         fresh = AusmForUniversalSegmentation(config).state_dict()

@@ -6,9 +6,11 @@ One recipe is one stage. A later stage starts from the result of an earlier one 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 import typing
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -345,13 +347,12 @@ def convert(value: Any, wanted: Any, key: str) -> Any:
     if origin is dict and isinstance(value, dict):
         return value
     if wanted is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
+        with suppress(ValueError):
+            if math.isfinite(number := float(value)):
+                return number
     elif origin is None and isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
         return value
-    name = getattr(wanted, "__name__", str(wanted)) if origin is None else str(wanted)
+    name = "a finite number" if wanted is float else getattr(wanted, "__name__", "") if origin is None else str(wanted)
     raise ValueError(f"{key}: got {value!r} ({type(value).__name__}), want {name}")
 
 
