@@ -3,7 +3,8 @@
     python examples/push_to_hub.py runs/finetune/final me/my-ausm --license cc-by-nc-4.0
     python examples/push_to_hub.py runs/stage3_swin_b/final me/ausm-base --results ausm-evaluation/*/results.json
 
-Then, anywhere: `AutoModel.from_pretrained("me/my-ausm", trust_remote_code=True)`.
+Then, anywhere: `pipeline("video-segmentation", model="me/my-ausm", trust_remote_code=True)`, or
+`AutoModelForUniversalSegmentation.from_pretrained("me/my-ausm", trust_remote_code=True)`.
 """
 
 import argparse

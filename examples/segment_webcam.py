@@ -1,7 +1,8 @@
 """Find and follow objects live: `python examples/segment_webcam.py [SOURCE] [OUTPUT.mp4] [SECONDS]`.
 
-SOURCE is a camera, as in `camera:0`, or anything else that can be read as a video; Ctrl-C ends it. What is seen is
-said at once; the video with its objects is there at the end. A stream needs no more memory however long it runs.
+SOURCE is a camera, as in `camera:0` (Linux), or anything else that can be read as a video; Ctrl-C ends it. What is
+seen is said at once; the video with its objects is there at the end. A stream needs no more memory however long it
+runs.
 """
 
 import sys

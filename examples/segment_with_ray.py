@@ -1,7 +1,8 @@
 """Segment many videos with Ray Data: `python examples/segment_with_ray.py OUT "archive/**/*.mp4" [MODEL]`.
 
-Each actor holds the model once and takes one video at a time; on a cluster with GPUs give each an accelerator with
-`num_gpus=1`. The results are Parquet files of a row per object and frame, its mask as COCO's run lengths:
+It needs `pip install "ray[data]"`. Each actor holds the model once and takes one video at a time; on a cluster with
+GPUs give each an accelerator with `num_gpus=1`. The results are Parquet files of a row per object and frame, its mask
+as COCO's run lengths:
 
     import pyarrow.parquet, pycocotools.mask
     for row in pyarrow.parquet.read_table("OUT").to_pylist():

@@ -25,7 +25,8 @@ from .segment import fingerprint, load_model
 
 def write_checkpoint(folder: str | os.PathLike, preset: str, mask2former: str | os.PathLike | None = None) -> Path:
     """
-    Writes a checkpoint that `AutoModel.from_pretrained` loads, with its processor, its pipeline and the code of all.
+    Writes a checkpoint that `AutoModelForUniversalSegmentation.from_pretrained` loads, with its processor, its
+    pipeline and the code of all.
 
     Args:
         folder: Where to write it; must not exist yet, or be empty.
@@ -57,7 +58,21 @@ def write_checkpoint(folder: str | os.PathLike, preset: str, mask2former: str | 
 
     with WholeFolder(folder) as whole:
         VideoSegmentationPipeline(model, processor=processor, device="cpu").save_pretrained(whole.partial)
+        if preset == "nano":
+            (whole.partial / "README.md").write_text(_NANO_CARD, encoding="utf-8")
     return folder
+
+
+_NANO_CARD = """---
+license: cc-by-nc-4.0
+library_name: transformers
+---
+
+# ausm-nano
+
+For research and other non-commercial use, as parts of the data that it was trained on are. What these are and how good
+it is stands in the MODEL_CARD.md of ausm-hf.
+"""
 
 
 def push_checkpoint(

@@ -238,10 +238,6 @@ def evaluate(args: argparse.Namespace):
         print(format_results(results))
 
 
-def _auto_or_number(text: str) -> str | int:
-    return text if text == "auto" else int(text)
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise ValueError(f"{message} (see {self.prog} --help)")
@@ -257,23 +253,39 @@ def build_parser() -> argparse.ArgumentParser:
         added.set_defaults(function=function)
         return added
 
+    def add_model(added: argparse.ArgumentParser, with_device: bool = True) -> None:
+        added.add_argument("--model", metavar="ID_OR_PATH", help="checkpoint (default: the ausm-nano of the package)")
+        if with_device:
+            device = "cpu, cuda, cuda:1, mps; auto is a GPU if there is one, on Macs the CPU"
+            added.add_argument("--device", default="auto", help=device)
+            added.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
+
     added = command(segment, "Follow what is marked in a video, or find, name and follow everything; in many videos.")
     added.add_argument(
         "input",
         metavar="INPUT",
         nargs="+",
-        help="video file, folder of frames, glob pattern of images, URL, camera:0, or - for standard input; of "
-        "several files or folders, or of a glob pattern of videos, each becomes a folder within --output, also when "
-        "several processes share the work",
+        help="video file, folder of frames, glob pattern of images, URL, camera:0 (Linux), or - for standard input; "
+        "of several files or folders, or of a glob pattern of videos, each becomes a folder within --output, also "
+        "when several processes share the work",
     )
-    added.add_argument("--model", metavar="ID_OR_PATH", help="checkpoint (default: the ausm-nano of the package)")
     added.add_argument("--masks", metavar="FRAME.png", help="indexed image: pixel = object id, 0 = background")
     added.add_argument("--boxes", metavar="BOXES", action="append", default=[], help=BOXES)
     added.add_argument("--points", metavar="POINTS", action="append", default=[], help=POINTS)
-    added.add_argument("--prompt-frame", metavar="N", type=int, default=0, help="frame that they mark (default: 0)")
+    added.add_argument(
+        "--prompt-frame",
+        metavar="N",
+        type=int,
+        default=0,
+        help="number of the frame that they mark, from 0 (default: 0)",
+    )
     added.add_argument("--backward", action="store_true", help="follow what is marked back to the first frame too")
     added.add_argument("--find-new-objects", action="store_true", help="look for objects beside what is marked")
-    added.add_argument("--threshold", type=float, help="foreground probability of an object (default: the model's)")
+    added.add_argument(
+        "--threshold",
+        type=float,
+        help="foreground probability of an object, 0 to 1: lower finds more (default: the model's)",
+    )
     added.add_argument(
         "--strict", action="store_true", help="stop at a frame that can't be decoded; else leave it out"
     )
@@ -284,17 +296,22 @@ def build_parser() -> argparse.ArgumentParser:
         default="mp4,png,json",
         help="which files to write: mp4, png, json, jsonl, coco, youtube_vis (default: %(default)s)",
     )
-    added.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes an accelerator if any")
-    added.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
+    add_model(added)
 
-    added = command(demo, "Serve a page for the browser: mark objects in your videos, or let them be found.")
-    added.add_argument("--model", metavar="ID_OR_PATH", help="checkpoint (default: the ausm-nano of the package)")
-    added.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes an accelerator if any")
-    added.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
+    added = command(
+        demo,
+        "Serve a page for the browser: mark objects in your videos, or let them be found. GRADIO_SERVER_PORT and "
+        "GRADIO_SERVER_NAME say where.",
+    )
+    add_model(added)
 
     added = command(init, "Write a checkpoint to start from, with the code that loads it.")
     added.add_argument("folder", metavar="DIR", help="folder to make")
-    added.add_argument("--preset", default="nano", help="nano (trained), tiny or base (the paper's sizes)")
+    added.add_argument(
+        "--preset",
+        default="nano",
+        help="nano (trained), tiny or base (the paper's sizes; random weights without --from)",
+    )
     added.add_argument("--from", dest="mask2former", metavar="ID_OR_PATH", help="Mask2Former that gives the weights")
 
     added = command(export_onnx, "Write the step from frame to frame to an ONNX file, for frames of one size.")
@@ -302,14 +319,14 @@ def build_parser() -> argparse.ArgumentParser:
     size = added.add_mutually_exclusive_group(required=True)
     size.add_argument("--size", metavar=("HEIGHT", "WIDTH"), nargs=2, type=int, help="of frames, multiples of 32")
     size.add_argument("--like", metavar="VIDEO", help="the size that frames of this video are resized to")
-    added.add_argument("--model", metavar="ID_OR_PATH", help="checkpoint (default: the ausm-nano of the package)")
+    add_model(added, with_device=False)
     added.add_argument("--num-slots", metavar="N", type=int, help="objects at once (default: all ID vectors)")
 
     added = command(train, "Train by a recipe; goes on where an earlier run of it stopped.")
     added.add_argument("recipe", metavar="RECIPE", help="YAML file")
     added.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="in place of what the recipe says")
 
-    added = command(evaluate, "Run a benchmark with the paper's settings, and score it as its official tools do.")
+    added = command(evaluate, "Run a benchmark, and score it as its official tools do.")
     added.add_argument(
         "--benchmark",
         required=True,
@@ -319,18 +336,18 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("--root", metavar="DIR", required=True, help="the data set in its official layout")
     added.add_argument("--split", default="val", help="which part of it (default: %(default)s)")
     added.add_argument("--mode", help="prompted or unprompted (default: the benchmark's)")
-    added.add_argument("--model", metavar="ID_OR_PATH", help="checkpoint (default: the ausm-nano of the package)")
     added.add_argument("--output", metavar="DIR", help="where to write (default: under ausm-evaluation)")
     added.add_argument("--passes", type=int, default=1, help="play forward, backward, forward: 1 to 3 of them")
     added.add_argument("--traversal", action="store_true", help="images: four views of 90%% between two full ones")
+    added.add_argument("--top-k", type=int, help="objects reported per frame (default: as the paper)")
     added.add_argument(
-        "--top-k", type=_auto_or_number, default="auto", help="objects reported per frame (default: as the paper)"
+        "--threshold",
+        type=float,
+        help="foreground probability of an object, 0 to 1: lower finds more (default: the model's)",
     )
-    added.add_argument("--threshold", type=float, help="foreground probability of an object (default: the model's)")
     added.add_argument("--seed", type=int, default=0, help="of the draws of ID vectors (default: %(default)s)")
     added.add_argument("--resume", action="store_true", help="go on where an earlier run into the output stopped")
-    added.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes an accelerator if any")
-    added.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
+    add_model(added)
     return parser
 
 

@@ -34,7 +34,7 @@ def evaluate(
     output: str | os.PathLike | None = None,
     passes: int = 1,
     traversal: bool = False,
-    top_k: int | str = "auto",
+    top_k: int | None = None,
     threshold: float | None = None,
     seed: int = 0,
     resume: bool = False,
@@ -42,7 +42,7 @@ def evaluate(
     dtype: str = "auto",
 ) -> dict | None:
     """
-    Runs a model on a benchmark with the paper's settings, scores it and writes everything down.
+    Runs a model on a benchmark, scores it as its official tools do and writes everything down.
 
     Into `output` go, beside `settings.json`:
     - `masks/<video>/<frame>.png` (SA-V: `masks/<video>/<object>/<frame>.png`), or `tracks/<video>.json` and all of
@@ -61,7 +61,7 @@ def evaluate(
         output: Folder to write into; `ausm-evaluation/<benchmark>-<split>-<mode>` by default.
         passes: 1 to 3: play each video (or image) forward, backward and forward again, and keep the last predictions.
         traversal: For images: play the image, four views of 90% of it, and the image again.
-        top_k: How many objects of a frame are reported, the best ones; `"auto"` is what the paper does.
+        top_k: How many objects of a frame are reported, the best ones; by default as many as in the paper.
         threshold: Foreground probability above which something is an object; the model's own by default.
         seed: Of the draws of ID vectors: how far figures move with it is what chance is worth in them.
         resume: Go on in an `output` that an interrupted run with the same settings left. Only videos that were
@@ -77,7 +77,7 @@ def evaluate(
     inference = _check_arguments(benchmark, passes, traversal, top_k, threshold, seed)
     found = load_benchmark(benchmark, root, split, mode)
     inference = replace(inference, mode=found.mode, label_set=found.label_set)
-    if found.mode == "prompted" and (top_k != "auto" or threshold is not None):
+    if found.mode == "prompted" and (top_k is not None or threshold is not None):
         raise ValueError("top_k and threshold are for finding objects; prompted objects are all reported")
     output = Path(output or f"ausm-evaluation/{benchmark}-{split}-{found.mode}")
     with _processes() as (rank, world_size), ExitStack() as held:
@@ -133,7 +133,7 @@ def evaluate(
 
 
 def _check_arguments(
-    benchmark: str, passes: int, traversal: bool, top_k: int | str, threshold: float | None, seed: int
+    benchmark: str, passes: int, traversal: bool, top_k: int | None, threshold: float | None, seed: int
 ) -> Inference:
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError('matplotlib is not installed; wanted is: pip install "ausm-hf[eval]"')
@@ -143,14 +143,14 @@ def _check_arguments(
         raise ValueError(f"passes is {passes}; wanted is 1, 2 or 3")
     if traversal and (benchmark != "coco" or passes != 1):
         raise ValueError("traversal is for single images (coco), and is not combined with passes")
-    if top_k != "auto" and not (isinstance(top_k, int) and top_k >= 1):
-        raise ValueError(f"top_k is {top_k!r}; wanted is 'auto' or a number of at least 1")
+    if top_k is not None and not (isinstance(top_k, int) and top_k >= 1):
+        raise ValueError(f"top_k is {top_k!r}; wanted is a number of at least 1")
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold is {threshold}; wanted is 0 to 1")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}; wanted is 0 to {2**32 - 1}")
-    number = top_k if isinstance(top_k, int) else PROTOCOLS[benchmark].top_k
-    return Inference(threshold=threshold, top_k=number, passes=passes, traversal=traversal, seed=seed)
+    top_k = PROTOCOLS[benchmark].top_k if top_k is None else top_k
+    return Inference(threshold=threshold, top_k=top_k, passes=passes, traversal=traversal, seed=seed)
 
 
 def _files_digest(row: dict, mode: str) -> str:
