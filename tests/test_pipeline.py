@@ -191,7 +191,8 @@ def test_own_reader_without_the_package(moving_square, clip, tmp_path):
     "prompts, message",
     [
         ({"box": {1: [1, 2, 3, 4]}}, r"prompts must be a dict with keys of \['boxes', 'labels', 'masks'"),
-        ({}, "prompts must be a dict with keys of"),
+        ({}, "prompts must mark an object; to let objects be found give None"),
+        ({"boxes": {}, "masks": None}, "prompts must mark an object"),
         ({"boxes": [1, 2, 3, 4]}, r"boxes is \[1, 2, 3, 4\]; wanted is a dict from object id to its boxes"),
         ({"masks": np.eye(48, 64, dtype=np.uint8), "boxes": {1: [1, 2, 3, 4]}}, "object 1, which masks has too"),
         ({"boxes": {1: [5, 2, 3, 4]}}, "input_boxes must be"),

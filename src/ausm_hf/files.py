@@ -108,6 +108,12 @@ class WholeOrNothing:
         pass
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file of UTF-8, whole or not at all."""
+    with WholeOrNothing(path) as file:
+        file.partial.write_text(text, encoding="utf-8")
+
+
 class WholeFolder(WholeOrNothing):
     """A folder, likewise: `partial` is one, and takes the place of an older `path` with all that is in it."""
 

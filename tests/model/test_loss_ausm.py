@@ -99,7 +99,7 @@ def test_id_vectors_are_drawn_without_replacement():
 
 def test_clips_without_detection_and_unannotated_frames():
     instances, result = plan([[0, 0, 0], [None, 1, 1]], detect=[False], annotated=torch.tensor([[True, True, False]]))
-    assert result.switch_frames.tolist() == [[0, 2]]
+    assert result.taken[0].tolist() == [[True, False], [True, False], [True, True]]  # s is 0 and 2
     assert not result.detected.any() and not result.searched.any()
     assert result.tracked[0].tolist() == [[True, False], [True, False], [False, False]]
 

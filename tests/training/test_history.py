@@ -138,7 +138,7 @@ def test_sampled_history_takes_predictions_where_the_network_tracks():
     masks = squares(num_objects=2)
     switch_frames = torch.tensor([0, 2])
     logits = torch.full((5, 2, 16, 16), -9.0)
-    logits[:, :, :4, 12:] = 9.0  # the network sees both in the upper right
+    logits[:, 0, :4, 12:], logits[:, 1, :4, 12:] = 8.0, 9.0  # the network sees both in the upper right
     foreground = torch.full((5, 2), 9.0)
     foreground[4, 1] = -9.0  # and thinks that the second one is gone in the last frame
     sampled = sample_history(masks, logits, foreground, switch_frames, 1.0, 0.5, clip_generator(0, 0))
@@ -161,6 +161,11 @@ def test_sampled_masks_do_not_overlap():
     later = sampled[:, 1:].bool()
     assert not (later[0] & later[1]).any()
     assert later[1, :, :, 26:].all() and later[0, :, :, :22].all()  # both claim columns 6 to 9; the second more
+    # Of equals one has the pixel.
+    sampled = sample_history(
+        masks, torch.full((5, 2, 16, 16), 2.0), foreground, torch.tensor([0, 0]), 1.0, 0.5, clip_generator(0, 0)
+    )
+    assert (sampled[:, 1:].bool().sum(0) == 1).all()
     # Who isn't seen takes nothing from others.
     foreground = torch.tensor([[9.0, -9.0]]).expand(5, 2)
     sampled = sample_history(masks, logits, foreground, torch.tensor([0, 0]), 1.0, 0.5, clip_generator(0, 0))

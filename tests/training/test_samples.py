@@ -1,7 +1,7 @@
 import torch
 from PIL import Image
 
-from ausm_hf.model.prompts_ausm import history_mask
+from ausm_hf import AusmImageProcessor, AusmProcessor
 from ausm_hf.training.samples import FIRST_CLIP, SampleWriter, follow, iou
 
 
@@ -43,32 +43,25 @@ def test_clips_whose_objects_come_later(tiny_model, tmp_path):
 
 
 @torch.no_grad()
-def test_following_is_what_the_inference_session_does(tiny_model, monkeypatch):
-    """Against the streaming loop written out, on masks as small and as decided as a session hands them on."""
+def test_following_is_what_the_inference_session_does(tiny_model):
     clip = Clips()[0]
     frames = collate([clip])["pixel_values_videos"]
-    prompts = clip["masks"][:1, 0]
-    step, histories, wanted = tiny_model.step, [], []
-
-    def recording_step(frame, history):
-        histories.append(history.masks)
-        return step(frame, history)
-
-    monkeypatch.setattr(tiny_model, "step", recording_step)
+    prompts = torch.stack([clip["masks"][0, 0], clip["masks"][1, 1]])
     followed = follow(tiny_model, frames, prompts)
-    assert followed.shape == (1, 3, 64, 64) and followed.dtype == torch.bool
+    assert followed.shape == (2, 3, 64, 64) and followed.dtype == torch.bool
 
-    slots, taken = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
-    masks = history_mask(prompts[0], (16, 16))[None, None]
-    history = tiny_model.init_history(1).replace_objects(slots, taken, masks)
+    processor = AusmProcessor(AusmImageProcessor())
+    session = processor.init_video_session(seed=0)
+    for object_id, prompt in enumerate(prompts, 1):
+        processor.add_inputs_to_inference_session(
+            session, obj_ids=object_id, input_masks=[prompt.numpy()], original_size=(64, 64)
+        )
     for t in range(3):
-        torch.testing.assert_close(histories[t], masks)
-        output = step(frames[:, t], history)
-        logits, seen = output.masks_queries_logits[:, :1], output.foreground_queries_logits[:, :1, None, None] > 0
-        wanted.append((torch.nn.functional.interpolate(logits, size=(64, 64), mode="bilinear") > 0) & seen)
-        masks = ((logits > 0) & seen).float()
-        history = output.history.replace_objects(slots, taken, masks)
-    assert torch.equal(followed, torch.cat(wanted, dim=1))
+        output = tiny_model(inference_session=session, frame=frames[0, t])
+        (result,) = processor.post_process_instance_segmentation(output, target_sizes=[(64, 64)])
+        ids = torch.tensor([[[1]], [[2]]])
+        assert torch.equal(followed[:, t], result["segmentation"] == ids)
+    assert followed.any()
 
 
 def test_iou():

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from ..files import WholeOrNothing, remove_unfinished
+from ..files import remove_unfinished, write_text
 from ..segment import fingerprint, load_model
 from .benchmarks import PROTOCOLS, Benchmark, load_benchmark
 from .report import write_report
@@ -127,8 +127,7 @@ def evaluate(
     results = {"settings": settings, **write_report(output, found)}
     if not results["scores"] or results["not_scored"]:
         write_submission(output, found)
-    with WholeOrNothing(output / "results.json") as file:
-        file.partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -192,9 +191,7 @@ def _claim(output: Path, settings: dict, benchmark: Benchmark, resume: bool, hel
     folder = benchmark.place(output, benchmark.rows[0]).parent
     folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder)
-    with WholeOrNothing(noted) as file:
-        content = {**settings, "files": videos}
-        file.partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(noted, json.dumps({**settings, "files": videos}, indent=2) + "\n")
     return todo
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.clips import mask_values, open_image
-from ..files import WholeOrNothing, image_files, visible
+from ..files import image_files, visible, write_text
 from .metrics.jf import COUNT_FROM, MODES, SequenceScorer, report_problems, summarize
 
 
@@ -161,8 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     if args.json:
-        with WholeOrNothing(args.json) as file:
-            file.partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(summary, indent=2) + "\n")
     print(format_table(summary))
 
 

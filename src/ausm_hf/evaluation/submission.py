@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 from ..export import to_youtube_vis
-from ..files import WholeOrNothing
+from ..files import WholeOrNothing, write_text
 from .benchmarks import Benchmark
 
 
@@ -40,8 +40,7 @@ def write_track_list(output: Path, benchmark: Benchmark) -> Path:
             }
             for track in listed
         ]
-    with WholeOrNothing(output / "tracks.json") as file:
-        file.partial.write_text(json.dumps(listed), encoding="utf-8")
+    write_text(output / "tracks.json", json.dumps(listed))
     return output / "tracks.json"
 
 

@@ -199,7 +199,7 @@ def finish_frame(
             )
 
     # M_t: each pixel belongs to one object. A detection that is left without a pixel is none.
-    owned = exclusive([*logits.values(), *(answer.masks[row] for row in rows)])
+    owned = exclusive(torch.cat([*(x[None] for x in logits.values()), answer.masks[rows]]))
     kept = owned[len(logits) :].flatten(1).any(1).tolist()
     masks = dict(zip(logits, owned)) | small
     found = [(row, mask) for row, mask, keep in zip(rows, owned[len(logits) :], kept) if keep]
@@ -290,7 +290,7 @@ def _detections(
     rows = without_duplicates(rows, answer.masks, list(logits.values()), overlap)
     grown: dict[int, FollowedObject] = {}
     for row in rows if find_new_objects else []:
-        there = dict(zip(logits, exclusive(list(logits.values()))))
+        there = dict(zip(logits, exclusive(torch.cat([answer.masks[:0], *(x[None] for x in logits.values())]))))
         same = _drawn_anew(answer, row, objects, there, overlap)
         if len(same) == 1 and not same[0].prompted:
             grown[row] = same[0]

@@ -155,7 +155,6 @@ class TeacherForcing:
     Who is detected, who is tracked and what the history shows, for every frame of a batch of clips.
 
     Attributes:
-        switch_frames (`torch.LongTensor` of shape `(B, N)`): `s`, from 0 (given as a prompt) to T (never tracked).
         id_slots (`torch.LongTensor` of shape `(B, N)`): The ID vector of each instance.
         taken (`torch.BoolTensor` of shape `(B, T, N)`): `t > s`: the instance is tracked in the frame.
         history_masks (`torch.Tensor` of shape `(B, T, N, h, w)`): `M_{t-1}`.
@@ -165,7 +164,6 @@ class TeacherForcing:
         exhaustive (`torch.BoolTensor` of shape `(B,)`): Clips in which whatever is not annotated is background.
     """
 
-    switch_frames: Tensor
     id_slots: Tensor
     taken: Tensor
     history_masks: Tensor
@@ -264,7 +262,6 @@ def plan_teacher_forcing(
     previous = torch.cat([instances.prompt_masks[:, None], instances.history_masks.transpose(1, 2)[:, :-1]], dim=1)
     searched = is_searched[:, None] & instances.annotated
     return TeacherForcing(
-        switch_frames=switch,
         id_slots=slots,
         taken=taken,
         history_masks=previous * taken[..., None, None],

@@ -106,10 +106,9 @@ def _label(mask: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(ndimage.label(mask)[0])
 
 
-def exclusive(logits: list[torch.Tensor]) -> torch.Tensor:
-    """Bool masks (n, h, w): a pixel belongs to the object of the highest logit, if that is positive."""
-    if not logits:
-        return torch.zeros(0, 1, 1, dtype=torch.bool)
-    stacked = torch.stack(logits)
-    owner = stacked.argmax(0)
-    return (stacked > 0) & (owner == torch.arange(len(logits), device=owner.device)[:, None, None])
+def exclusive(logits: torch.Tensor) -> torch.Tensor:
+    """Of mask logits (..., n, h, w) bool masks: a pixel belongs to the object of the highest, if that is positive."""
+    if not logits.shape[-3]:
+        return logits > 0
+    numbers = torch.arange(logits.shape[-3], device=logits.device)[:, None, None]
+    return (logits > 0) & (logits.argmax(-3, keepdim=True) == numbers)

@@ -224,8 +224,10 @@ class VideoSegmentationPipeline(Pipeline):
         Raises:
             ValueError: if the video can't be read, has no frames or changes its size, or the prompts don't fit it.
         """
-        if prompts is not None and (not isinstance(prompts, Mapping) or not prompts or not set(prompts) <= PROMPTS):
+        if prompts is not None and (not isinstance(prompts, Mapping) or not set(prompts) <= PROMPTS):
             raise ValueError(f"prompts must be a dict with keys of {sorted(PROMPTS)}, got {prompts!r:.100}")
+        if prompts is not None and prompts.get("masks") is None and not any(prompts.values()):
+            raise ValueError(f"prompts must mark an object; to let objects be found give None, got {prompts!r:.100}")
         source = self.read_video(inputs)
         live = getattr(source, "once", isinstance(inputs, Iterator))
         frames = iter(source)

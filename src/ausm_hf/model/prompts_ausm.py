@@ -256,7 +256,7 @@ def refine_signals(
         logits = F.interpolate(logits[None, None], signal.shape, mode="bilinear")[0, 0]
         reach = prompt.reach((signal.shape[0], signal.shape[1])).to(maps.device)
         answers.append(logits.masked_fill(~reach, -torch.inf))
-    masks = exclusive(answers)
+    masks = exclusive(torch.stack(answers))
     return [mask if prompt.agrees(mask) else own > 0 for prompt, mask, own in zip(prompts, masks, answers)]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ausm_hf.model.history_ausm import AusmHistory
 from ausm_hf.model.loss_ausm import Instances, TeacherForcing, pad_instances, plan_teacher_forcing
+from ausm_hf.model.masks_ausm import exclusive
 from ausm_hf.model.modeling_ausm import AusmForUniversalSegmentation
 
 
@@ -193,12 +194,10 @@ class RollOut(IterativeForm):
         }
 
     def own_masks(self, prediction: dict[str, Any], tracked: Tensor) -> Tensor:
-        """Binary masks that do not overlap: a pixel belongs to the object with the highest logit, if to any."""
+        """Binary masks that do not overlap."""
         logits = prediction["masks"][:, 0, : tracked.shape[1]]
-        if not tracked.shape[1]:
-            return logits
         rivals = logits.masked_fill(~(self.seen(prediction, tracked) & tracked[..., None, None]), -torch.inf)
-        return ((rivals > 0) & (rivals == rivals.amax(dim=1, keepdim=True))).to(logits.dtype)
+        return exclusive(rivals).to(logits.dtype)
 
 
 def _join_frames(predictions: tuple[dict[str, Any], ...]) -> dict[str, Any]:

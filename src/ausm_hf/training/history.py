@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ausm_hf.model.loss_ausm import draw_switch_frames
+from ausm_hf.model.masks_ausm import exclusive
 from ausm_hf.model.prompts_ausm import ObjectPrompt, fill_box
 
 
@@ -18,23 +18,6 @@ def clip_generator(seed: int, index: int) -> torch.Generator:
     """Generator for clip number `index` of a run with that seed (on the CPU)."""
     state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
-
-
-def switch_frames_of_clip(
-    masks: torch.Tensor, detect: bool, prompt_probability: float, generator: torch.Generator
-) -> torch.Tensor:
-    """`draw_switch_frames` for one clip.
-
-    Args:
-        masks: (N, T, H, W), non-zero where the object is.
-        detect: False: the objects of this clip are always given, in the first frame where they appear.
-        prompt_probability: share of the objects visible in the first frame that are given there.
-
-    Returns:
-        (N,) int64 on the CPU, s_i in 0..T.
-    """
-    present = (masks.flatten(2) != 0).any(2).cpu()
-    return draw_switch_frames(present[None], torch.tensor([detect]), generator, prompt_probability)[0]
 
 
 def draw_prompts(
@@ -234,10 +217,8 @@ def sample_history(
     replaced = torch.rand(num_objects, num_frames, generator=generator) < probability
     seen = foreground_logits.float().sigmoid().T > foreground_threshold
     logits = F.interpolate(mask_logits.float(), size=(height, width), mode="bilinear", align_corners=False)
-    # A pixel belongs to the object with the highest logit, of those that are tracked and seen.
-    candidates = (tracked.to(masks.device) & seen)[..., None, None]
-    logits = logits.transpose(0, 1).masked_fill(~candidates, -torch.inf)
-    predicted = (logits > 0) & (logits == logits.amax(dim=0))
+    candidates = (tracked.to(masks.device) & seen).T[..., None, None]
+    predicted = exclusive(logits.masked_fill(~candidates, -torch.inf)).transpose(0, 1)
     return torch.where((tracked & replaced).to(masks.device)[..., None, None], predicted.to(masks.dtype), masks)
 
 

@@ -27,10 +27,10 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm.auto import tqdm
 
 from ausm_hf.data.labels import LABEL_SETS
-from ausm_hf.files import WholeOrNothing, remove_unfinished
+from ausm_hf.files import remove_unfinished, write_text
 from ausm_hf.model.configuration_ausm import AusmConfig
 from ausm_hf.model.image_processing_ausm import AusmImageProcessor
-from ausm_hf.model.loss_ausm import count_targets
+from ausm_hf.model.loss_ausm import count_targets, draw_switch_frames
 from ausm_hf.model.modeling_ausm import AusmForUniversalSegmentation
 from ausm_hf.model.pipeline_ausm import VideoSegmentationPipeline
 from ausm_hf.model.processing_ausm import AusmProcessor
@@ -55,7 +55,6 @@ from .history import (
     corrupt_history,
     draw_prompts,
     sample_history,
-    switch_frames_of_clip,
 )
 from .initialization import load_imagenet_weights
 from .optimizer import build_optimizer, learning_rate_factor, set_learning_rate
@@ -171,7 +170,7 @@ def train(
         accelerator.print(message)
     # After the checkpoint was found to fit: a recipe that doesn't wasn't trained.
     if accelerator.is_main_process and first_step <= recipe.optim.max_steps:
-        _write_text(output_dir / "recipe.yaml", yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))
+        write_text(output_dir / "recipe.yaml", yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))
     log = _Log(recipe, accelerator, output_dir, first_step)
 
     batches = load_batches(recipe, dataset, collator, first_step, accelerator.process_index, accelerator.num_processes)
@@ -513,11 +512,13 @@ def instances_per_pass(
 def draw_switch_frames_of(
     recipe: Recipe, batch: dict[str, Any], generators: list[torch.Generator]
 ) -> list[torch.Tensor]:
-    """The frame in which each object of each clip is handed over: the first that is drawn for a clip."""
-    return [
-        switch_frames_of_clip(masks, detect, recipe.switch_frame_prompt_probability, generator)
-        for masks, detect, generator in zip(batch["mask_labels"], batch["detect"], generators)
-    ]
+    """The frame in which each object of each clip is handed over, from 0 to T: the first that is drawn for a clip."""
+    drawn = []
+    for masks, detect, generator in zip(batch["mask_labels"], batch["detect"], generators):
+        present = (masks.flatten(2) != 0).any(2).cpu()
+        probability = recipe.switch_frame_prompt_probability
+        drawn.append(draw_switch_frames(present[None], torch.tensor([detect]), generator, probability)[0])
+    return drawn
 
 
 def training_inputs(recipe: Recipe, network: Any, indices: list[int], batch: dict[str, Any]) -> dict[str, Any]:
@@ -598,11 +599,6 @@ def _clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float 
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def _write_text(path: Path, text: str) -> None:
-    with WholeOrNothing(path) as file:
-        file.partial.write_text(text, encoding="utf-8")
-
-
 class _Log:
     """`log.jsonl`, the tracker and the progress bar."""
 
@@ -617,7 +613,7 @@ class _Log:
             lines = [
                 line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= first_step
             ]
-            _write_text(self.path, "".join(line + "\n" for line in lines))
+            write_text(self.path, "".join(line + "\n" for line in lines))
         if recipe.tracker is not None:
             values = _flatten(recipe_to_dict(recipe))
             accelerator.init_trackers("ausm", config=values)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ausm_hf.files import WholeOrNothing
+from ausm_hf.model.image_processing_ausm import AusmImageProcessor
 from ausm_hf.model.modeling_ausm import AusmForUniversalSegmentation
-from ausm_hf.model.prompts_ausm import history_mask
+from ausm_hf.model.prompts_ausm import ObjectPrompt
+from ausm_hf.model.session_ausm import AusmInferenceSession
 from ausm_hf.visualization import contact_sheet, draw_overlay
 
 FIRST_CLIP = 2**30  # no training gets so far
@@ -53,7 +54,7 @@ class SampleWriter:
 
 
 def follow(model: AusmForUniversalSegmentation, frames: Tensor, prompts: Tensor) -> Tensor:
-    """Follows prompted objects through a clip, one frame at a time.
+    """Follows prompted objects through a clip, as at inference.
 
     Args:
         frames: (1, T, 3, H, W), normalised.
@@ -62,24 +63,18 @@ def follow(model: AusmForUniversalSegmentation, frames: Tensor, prompts: Tensor)
     Returns:
         (N, T, H, W) bool, on the CPU.
     """
-    count, size = len(prompts), frames.shape[-2:]
-    if count == 0:
-        return torch.zeros(0, frames.shape[1], *size, dtype=torch.bool)
-    slots = torch.arange(count, device=frames.device)[None]
-    taken = torch.ones_like(slots, dtype=torch.bool)
-    # The history takes masks as small as the network gives them.
-    small = [history_mask(prompt, (size[0] // 4, size[1] // 4)) for prompt in prompts]
-    history = model.init_history(1).replace_objects(slots, taken, torch.stack(small)[None].to(frames))
-    predicted = []
-    for t in range(frames.shape[1]):
-        output = model.step(frames[:, t], history)
-        logits = output.masks_queries_logits[:, :count].float()
-        seen = output.foreground_queries_logits[:, :count].sigmoid() > model.config.foreground_threshold
-        seen = seen[..., None, None]
-        masks = (F.interpolate(logits, size=size, mode="bilinear") > 0) & seen
-        predicted.append(masks[0].cpu())
-        history = output.history.replace_objects(slots, taken, ((logits > 0) & seen).to(frames))
-    return torch.stack(predicted, dim=1)
+    size = prompts.shape[-2], prompts.shape[-1]
+    ids = list(range(1, len(prompts) + 1))
+    session = AusmInferenceSession(find_new_objects=False, seed=0)
+    if ids:
+        session.add_prompts(0, ids, [ObjectPrompt(mask=prompt.cpu()) for prompt in prompts], size)
+    predicted = torch.zeros(len(ids), frames.shape[1], *size, dtype=torch.bool)
+    for t, frame in enumerate(frames[0]):
+        output = model(inference_session=session, frame=frame)
+        (result,) = AusmImageProcessor().post_process_instance_segmentation(output, target_sizes=[size])
+        for n, object_id in enumerate(ids):
+            predicted[n, t] = result["segmentation"] == object_id
+    return predicted
 
 
 def iou(predicted: Tensor, truth: Tensor) -> Tensor:
