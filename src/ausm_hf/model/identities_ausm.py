@@ -131,7 +131,6 @@ def finish_frame(
         answer: What the network says.
     """
     config = model.config
-    num_slots = config.num_id_vectors
     find_new_objects = session.find_new_objects
     if find_new_objects is None:
         find_new_objects = not session.prompts
@@ -143,82 +142,21 @@ def finish_frame(
     if find_new_objects:
         seen = adopt_bystanders(session, objects, seen)
 
-    marks, prompts = prompts, {object_id: mask for object_id, mask in prompts.items() if mask.any()}
-    dismissed = marks.keys() - prompts.keys()
+    marks = {object_id: history_mask(mask, size) for object_id, mask in prompts.items() if mask.any()}
+    dismissed = prompts.keys() - marks.keys()
     seen = {object_id: logits for object_id, logits in seen.items() if object_id not in dismissed}
-
-    # Followed objects: the first queries, in the order of the history.
-    scores: dict[int, float] = {}
-    small = {object_id: history_mask(mask, size) for object_id, mask in prompts.items()}
-    mistaken = _mistaken(objects, seen, small, config.duplicate_overlap)
-    for row, followed in enumerate(objects):
-        is_answer = followed.object_id in seen and row not in mistaken
-        if followed.object_id in marks:
-            followed.prompted, followed.quality = True, 1.0
-        if followed.object_id in prompts:
-            is_answer |= session.history is None  # the first frame is predicted from its prompts
-        if row in mistaken:
-            followed.class_votes = followed.looks = None
-        if followed.object_id in dismissed and answer.looks is not None:
-            followed.forget_looks(answer.looks[row], config.likeness_offset - RETURN_SLACK)
-        if is_answer:
-            followed.vote(answer.foreground[row], answer.classes[row])
-        is_here = is_answer or followed.object_id in prompts
-        followed.absent_frames = 0 if is_here else followed.absent_frames + 1
-        followed.dismissed = not is_here and (followed.dismissed or followed.object_id in dismissed)
-        scores[followed.object_id] = 1.0 if is_here and not is_answer else answer.foreground[row] * followed.quality
+    mistaken = _mistaken(objects, seen, marks, config.duplicate_overlap)
     before = objects
-
-    # Prompts are what the user says they are: they replace what the network thought of these objects, and the found
-    # objects that they are the same as.
-    joining = []
-    for object_id in prompts:
-        if object_id not in {x.object_id for x in objects}:
-            joining.append(FollowedObject(object_id, slot=-1, prompted=True))
-            scores[object_id] = 1.0
-    logits = seen | {object_id: (mask * 2 - 1) * PROMPT_LOGIT for object_id, mask in small.items()}
-    prompted = {x.object_id: x.prompted for x in [*objects, *joining]}
-    twin_ids = twins(prompted, logits, config.duplicate_overlap)
-    objects = [x for x in objects if x.object_id not in twin_ids and not x.is_past(config.max_age)]
-    objects = make_room(objects, len(joining), num_slots, scores)
-    for followed, slot in zip(joining, session.draw_slots(len(joining), num_slots, objects)):
-        followed.slot = slot
-        objects.append(followed)
-    logits = {x.object_id: logits[x.object_id] for x in objects if x.object_id in logits}
-
-    objects, rows, grown = _detections(model, session, objects, logits, answer, len(before), find_new_objects)
-    objects = make_room(objects, len(rows), num_slots, scores, only_absent=True)
-    num_free = num_slots - len(objects)
-    if len(rows) > num_free:
-        rows = rows[:num_free]
-        if find_new_objects:
-            session.warn_once(
-                "full buffer",
-                f"All {num_slots} ID vectors are taken: of the objects found in frame {session.next_frame_idx} "
-                "only the best can be followed. A higher foreground threshold finds fewer objects.",
-            )
-
-    # M_t: each pixel belongs to one object. A detection that is left without a pixel is none.
-    owned = exclusive(torch.cat([*(x[None] for x in logits.values()), answer.masks[rows]]))
-    kept = owned[len(logits) :].flatten(1).any(1).tolist()
-    masks = dict(zip(logits, owned)) | small
-    found = [(row, mask) for row, mask, keep in zip(rows, owned[len(logits) :], kept) if keep]
-    for (row, mask), slot in zip(found, session.draw_slots(len(found), num_slots, objects)):
-        if row in grown:
-            new = replace(grown[row], slot=slot, quality=answer.foreground[row], looks=None)
-        else:
-            object_id = session.new_object_id() if find_new_objects else min([0, *(x.object_id for x in objects)]) - 1
-            new = FollowedObject(object_id, slot, prompted=False, quality=answer.foreground[row])
-        new.vote(answer.foreground[row], answer.classes[row])
-        objects.append(new)
-        logits[new.object_id] = answer.masks[row]
-        scores[new.object_id] = answer.foreground[row]
-        masks[new.object_id] = mask
+    scores = _count_answers(model, session, before, seen, marks, dismissed, mistaken, answer)
+    objects, logits = _join_prompts(model, session, before, seen, marks, scores)
+    objects, logits, masks = _join_detections(
+        model, session, objects, logits, marks, scores, answer, len(before), find_new_objects
+    )
 
     followed_on = set(map(id, objects))  # a bystander that comes may have the number of one that has just gone
     history = without_trace(answer.history, [i for i, x in enumerate(before) if id(x) not in followed_on])
     history = history.forget_appearance(mistaken)
-    _remember_looks(model, before, objects, seen, small, answer)
+    _remember_looks(model, before, objects, seen, marks, answer)
     session.history = put_objects(history, objects, masks, size, frame.stride_4)
     session.objects = objects
     session.slots_held_until |= {x.slot: session.next_frame_idx for x in objects}
@@ -235,9 +173,126 @@ def finish_frame(
         logits |= {
             x.object_id: torch.where(of_bystanders, -logits[x.object_id].abs(), logits[x.object_id]) for x in asked_for
         }
-    result = _describe(session, asked_for, logits, scores, marks, labels)
+    result = _describe(session, asked_for, logits, scores, prompts, labels)
     session.next_frame_idx += 1
     return result
+
+
+def _count_answers(
+    model,
+    session: AusmInferenceSession,
+    objects: list[FollowedObject],
+    seen: dict[int, torch.Tensor],
+    marks: dict[int, torch.Tensor],
+    dismissed: set[int],
+    mistaken: list[int],
+    answer: Answer,
+) -> dict[int, float]:
+    """
+    What the network's answer for each followed object counts for: its name, whether it is away, its score.
+
+    Args:
+        marks: Masks (h, w) of those that the user marks in this frame.
+        dismissed: Those that the user says are not in it.
+        mistaken: Rows of those that the answer is not of.
+    """
+    scores: dict[int, float] = {}
+    for row, followed in enumerate(objects):
+        is_answer = followed.object_id in seen and row not in mistaken
+        if followed.object_id in marks or followed.object_id in dismissed:
+            followed.prompted, followed.quality = True, 1.0
+        if followed.object_id in marks:
+            is_answer |= session.history is None  # the first frame is predicted from its prompts
+        if row in mistaken:
+            followed.class_votes = followed.looks = None
+        if followed.object_id in dismissed and answer.looks is not None:
+            followed.forget_looks(answer.looks[row], model.config.likeness_offset - RETURN_SLACK)
+        if is_answer:
+            followed.vote(answer.foreground[row], answer.classes[row])
+        is_here = is_answer or followed.object_id in marks
+        followed.absent_frames = 0 if is_here else followed.absent_frames + 1
+        followed.dismissed = not is_here and (followed.dismissed or followed.object_id in dismissed)
+        scores[followed.object_id] = 1.0 if is_here and not is_answer else answer.foreground[row] * followed.quality
+    return scores
+
+
+def _join_prompts(
+    model,
+    session: AusmInferenceSession,
+    objects: list[FollowedObject],
+    seen: dict[int, torch.Tensor],
+    marks: dict[int, torch.Tensor],
+    scores: dict[int, float],
+) -> tuple[list[FollowedObject], dict[int, torch.Tensor]]:
+    """
+    Prompts are what the user says they are: they replace what the network thought of these objects, and the found
+    objects that they are the same as.
+
+    Returns:
+        The objects that are followed on, and the mask logits (h, w) of those of them that are in the frame.
+    """
+    num_slots = model.config.num_id_vectors
+    known = {x.object_id for x in objects}
+    joining = [FollowedObject(object_id, slot=-1, prompted=True) for object_id in marks if object_id not in known]
+    scores |= {x.object_id: 1.0 for x in joining}
+    logits = seen | {object_id: (mask * 2 - 1) * PROMPT_LOGIT for object_id, mask in marks.items()}
+    prompted = {x.object_id: x.prompted for x in [*objects, *joining]}
+    twin_ids = twins(prompted, logits, model.config.duplicate_overlap)
+    objects = [x for x in objects if x.object_id not in twin_ids and not x.is_past(model.config.max_age)]
+    objects = make_room(objects, len(joining), num_slots, scores)
+    for followed, slot in zip(joining, session.draw_slots(len(joining), num_slots, objects)):
+        followed.slot = slot
+    objects = [*objects, *joining]
+    return objects, {x.object_id: logits[x.object_id] for x in objects if x.object_id in logits}
+
+
+def _join_detections(
+    model,
+    session: AusmInferenceSession,
+    objects: list[FollowedObject],
+    logits: dict[int, torch.Tensor],
+    marks: dict[int, torch.Tensor],
+    scores: dict[int, float],
+    answer: Answer,
+    first_row: int,
+    find_new_objects: bool,
+) -> tuple[list[FollowedObject], dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+    """
+    What is seen that is not followed yet becomes objects, or bystanders, as far as there is room.
+
+    Returns:
+        The objects, the mask logits (h, w) of those that are in the frame, and their masks `M_t`, in which each pixel
+        belongs to one of them (but for marks, which may overlap).
+    """
+    num_slots = model.config.num_id_vectors
+    objects, rows, grown = _detections(model, session, objects, logits, answer, first_row, find_new_objects)
+    objects = make_room(objects, len(rows), num_slots, scores, only_absent=True)
+    num_free = num_slots - len(objects)
+    if len(rows) > num_free:
+        rows = rows[:num_free]
+        if find_new_objects:
+            session.warn_once(
+                "full buffer",
+                f"All {num_slots} ID vectors are taken: of the objects found in frame {session.next_frame_idx} "
+                "only the best can be followed. A higher foreground threshold finds fewer objects.",
+            )
+    owned = exclusive(torch.cat([*(x[None] for x in logits.values()), answer.masks[rows]]))
+    kept = owned[len(logits) :].flatten(1).any(1).tolist()  # a detection that is left without a pixel is none
+    masks = dict(zip(logits, owned)) | marks
+    found = [(row, mask) for row, mask, keep in zip(rows, owned[len(logits) :], kept) if keep]
+    objects, logits = list(objects), dict(logits)
+    for (row, mask), slot in zip(found, session.draw_slots(len(found), num_slots, objects)):
+        if row in grown:
+            new = replace(grown[row], slot=slot, quality=answer.foreground[row], looks=None)
+        else:
+            object_id = session.new_object_id() if find_new_objects else min([0, *(x.object_id for x in objects)]) - 1
+            new = FollowedObject(object_id, slot, prompted=False, quality=answer.foreground[row])
+        new.vote(answer.foreground[row], answer.classes[row])
+        objects.append(new)
+        logits[new.object_id] = answer.masks[row]
+        scores[new.object_id] = answer.foreground[row]
+        masks[new.object_id] = mask
+    return objects, logits, masks
 
 
 def _mistaken(
