@@ -50,7 +50,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(distributions):
     wanted = {name.removeprefix("src/") for name in source_files("src")}
     assert names - about == wanted
     assert {"ausm_hf/py.typed", "ausm_hf/checkpoints/ausm-nano/model.safetensors"} <= wanted
-    assert {Path(name).name for name in about} == {"METADATA", "WHEEL", "RECORD", "LICENSE", "entry_points.txt"}
+    licences = {"LICENSE", "MODEL_CARD.md"}  # of the code, and of the checkpoint
+    assert {Path(name).name for name in about} == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", *licences}
 
 
 @pytest.mark.slow
