@@ -330,10 +330,10 @@ class AusmModel(AusmPreTrainedModel):
 
         id_vectors = self.id_vectors(id_slots)
         seen_masks = history_masks * taken[..., None, None]
-        history_masks_seen = seen_masks.flatten(0, 1)
+        seen_masks_per_frame = seen_masks.flatten(0, 1)
         history_size = size[0] * 8 // self.config.history_stride, size[1] * 8 // self.config.history_stride
         marks = over_frames(self.history_encoder.mark_vectors(id_vectors))
-        marks = mark_history(marks, history_masks_seen, history_size)
+        marks = mark_history(marks, seen_masks_per_frame, history_size)
         positions = sine_positions(history_size, features.shape[1], features)
         change, followed, states, appearance = self.history_encoder(
             features, seen_masks, id_slots, taken, marks, positions, history
@@ -364,7 +364,7 @@ class AusmModel(AusmPreTrainedModel):
             query_mask if id_slots.shape[1] else None,
             levels,
             mask_features,
-            history_masks_seen,
+            seen_masks_per_frame,
             tracked_logits,
             places,
             output_intermediate,
@@ -662,7 +662,7 @@ class AusmForUniversalSegmentation(AusmPreTrainedModel):
             history=output.history,
             **_recorded(output),
         )
-        return result if return_dict is not False else result.to_tuple()
+        return result if return_dict else result.to_tuple()
 
     propagate_in_video_iterator = propagate_in_video_iterator
     preview_prompts = preview_prompts

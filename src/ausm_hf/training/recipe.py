@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from ausm_hf.data.labels import LABEL_SETS
+from ausm_hf.model.configuration_ausm import PRESETS
 
 
 @dataclass
@@ -198,7 +199,7 @@ class Recipe:
         if model.preset is not None and model.path is not None:
             raise ValueError("model: want one of model.preset and model.path, got both")
         if model.preset is not None:
-            _check_choice("model.preset", model.preset, ("nano", "tiny", "base"))
+            _check_choice("model.preset", model.preset, tuple(PRESETS))
         if model.imagenet_backbone and model.preset != "nano":
             raise ValueError("model.imagenet_backbone: there are ImageNet weights for the preset 'nano' alone")
         if model.reinitialize and model.path is None:
