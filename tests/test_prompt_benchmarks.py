@@ -1,4 +1,4 @@
-"""`benchmarks/prompts.py` and `benchmarks/slot_reuse.py`, on one sequence of the smallest size."""
+"""`benchmarks/prompts.py`, `clicks.py` and `slot_reuse.py`, on what is smallest."""
 
 import json
 import runpy
@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+
+from ausm_hf import AusmImageProcessor, AusmProcessor
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -50,6 +52,20 @@ def test_clicks_go_where_the_mask_is_wrong():
     too_much[5, 10] = False
     assert next_click(too_much, true) == ([34.5, 24.5], 0)
     assert next_click(true, true) is None
+
+
+def test_clicks_by_themselves_and_together(tiny_model, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    clicked = runpy.run_path(str(BENCHMARKS / "clicks.py"))["clicked"]
+    masks = {3: np.zeros((64, 96), bool), 5: np.zeros((64, 96), bool)}
+    masks[3][8:40, 8:40], masks[5][20:60, 50:90] = True, True
+    processor = AusmProcessor(AusmImageProcessor(size={"shortest_edge": 64}))
+    frame = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    together = clicked(frame, masks, tiny_model, processor)
+    assert together.keys() == masks.keys() and all(mask.shape == (64, 96) for mask in together.values())
+    assert not (together[3] & together[5]).any()
+    assert together[3][24, 24] and together[5][40, 70]
+    assert clicked(frame, {3: masks[3]}, tiny_model, processor).keys() == {3}
 
 
 def test_only_the_marked_object_gets_the_slot_that_is_looked_at():

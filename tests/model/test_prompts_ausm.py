@@ -251,6 +251,48 @@ def test_refined_masks_are_right_at_points(tiny_model):
     assert mask[y, x] and not mask[v, u]
 
 
+def test_a_point_on_one_object_is_not_on_another(monkeypatch):
+    first = ObjectPrompt(points=((5, 5), (9, 9)), labels=(1, 0))
+    second = ObjectPrompt(points=((30, 30),), labels=(1,), box=(20, 20, 40, 40))
+    third = ObjectPrompt(mask=fill_box(SIZE, (50, 50, 60, 60)))
+    assert first.not_on([second, third]) == ObjectPrompt(points=((30, 30),), labels=(0,))
+    assert second.not_on([first, third]) == ObjectPrompt()  # its box says enough
+    assert second.not_on([replace(first, points=((21, 40), (9, 9)))]).points == ((21, 40),)
+    assert first.not_on([replace(second, points=((5, 5),))]) == ObjectPrompt()  # one on another
+
+    # It corrects what a single point gives, and costs no pass.
+    signals = []
+
+    def refine(model, frame, given, prompts):
+        signals.append(given[0])
+        return [fill_box(SIZE, (0, 0, 40, 40))]
+
+    monkeypatch.setattr("ausm_hf.model.prompts_ausm.refine_signals", refine)
+    click = ObjectPrompt(points=((5, 5),), labels=(1,))
+    last = signal_of_marks("model", "frame", click, SIZE, others=click.not_on([second]))
+    assert len(signals) == 1 and signals[0].equal(near([(5, 5)], 2))
+    assert last.equal(fill_box(SIZE, (0, 0, 40, 40)) & ~near([(30, 30)], 2))
+
+
+def test_objects_clicked_together_are_kept_off_each_other(tiny_model, processor, monkeypatch):
+    given = {}
+
+    def refine(model, frame, signals, prompts):
+        given.update(zip([prompt.positive_points[0] for prompt in prompts], zip(signals, prompts)))
+        return signals
+
+    session = processor.init_video_session()
+    for object_id, point in ((1, [5, 5]), (2, [30, 30])):
+        add(processor, object_id, session=session, input_points=[[[point]]])
+    monkeypatch.setattr("ausm_hf.model.streaming_ausm.refine_signals", refine)
+    frame = processor(images=np.zeros((*SIZE, 3), np.uint8))["pixel_values"]
+    tiny_model.preview_prompts(session, frame)
+    for mine, other in (((5, 5), (30, 30)), ((30, 30), (5, 5))):
+        signal, prompt = given[mine]
+        assert signal[mine[1], mine[0]] and not signal[other[1], other[0]]
+        assert prompt.points == (mine, other) and prompt.labels == (1, 0)
+
+
 @pytest.fixture(scope="module")
 def processor():
     return AusmProcessor(AusmImageProcessor(size={"shortest_edge": 32}))

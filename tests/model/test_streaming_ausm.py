@@ -569,6 +569,7 @@ def test_prompts_beyond_the_end_of_a_video_are_told_of(tiny_model, clips):
     assert [next(frames).frame_idx for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="below 3, the length of the video, got prompts for frame 5"):
         next(frames)
+    tiny_model.propagate_in_video_iterator(session, np.int64(3), np.int64(0))
     for name in ("start_frame_idx", "max_frame_num_to_track"):
         with pytest.raises(ValueError, match=f"{name} must be an integer, got 0.5"):
             tiny_model.propagate_in_video_iterator(session, **{name: 0.5})

@@ -77,6 +77,13 @@ class ObjectPrompt:
         """The same, with the points of another after its own."""
         return replace(self, points=self.points + more.points, labels=self.labels + more.labels)
 
+    def not_on(self, others: list[ObjectPrompt]) -> ObjectPrompt:
+        """The points on other objects, as points that are not on this one; of one with a box those in it."""
+        x0, y0, x1, y1 = self.box or (-math.inf, -math.inf, math.inf, math.inf)
+        points = [point for other in others for point in other.positive_points]
+        points = [(x, y) for x, y in points if x0 <= x <= x1 and y0 <= y <= y1 and (x, y) not in self.positive_points]
+        return ObjectPrompt(points=tuple(points), labels=(0,) * len(points))
+
     def agrees(self, mask: Tensor) -> bool:
         """Whether a mask (height, width) has any pixels, and if there are positive points any of theirs."""
         points = self.positive_points
@@ -185,7 +192,12 @@ class ObjectPrompt:
 
 
 def signal_of_marks(
-    model, frame: AusmFrameFeatures, prompt: ObjectPrompt, size: tuple[int, int], known: Tensor | None = None
+    model,
+    frame: AusmFrameFeatures,
+    prompt: ObjectPrompt,
+    size: tuple[int, int],
+    known: Tensor | None = None,
+    others: ObjectPrompt = ObjectPrompt(),
 ) -> Tensor:
     """
     The mask signal of an object's marks, of which each corrects what the network makes of those before it: as the user
@@ -198,6 +210,7 @@ def signal_of_marks(
         prompt ([`ObjectPrompt`]): Box, points and scribble.
         size (`tuple[int, int]`): Height and width of the frame before preprocessing.
         known (`torch.BoolTensor` of shape `size`, *optional*): The mask that points and scribble correct.
+        others ([`ObjectPrompt`], *optional*): Points on other objects, which correct it last.
 
     Returns:
         `torch.BoolTensor` of shape `size`, for [`refine_signals`].
@@ -211,7 +224,7 @@ def signal_of_marks(
             # The box is in the first alone, but all of them are of what is in it.
             (mask,) = refine_signals(model, frame, [signal], [replace(marks, box=prompt.box)])
             known = mask.cpu() if marks.agrees(mask) else signal
-    return last.signal(size, known)
+    return last.with_points(others).signal(size, known)
 
 
 def refine_signals(

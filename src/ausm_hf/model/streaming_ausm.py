@@ -1,5 +1,6 @@
 """The stream moves on: one frame in, the network once, who is who out (`identities_ausm.py`)."""
 
+import operator
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -172,9 +173,9 @@ def propagate_in_video_iterator(
             "one made without is given its frames by model(inference_session=..., frame=...)"
         )
     for name, number in (("start_frame_idx", start_frame_idx), ("max_frame_num_to_track", max_frame_num_to_track)):
-        if number is not None and type(number) is not int:
+        if number is not None and not hasattr(number, "__index__"):
             raise ValueError(f"{name} must be an integer, got {number!r}")
-    start = session.next_frame_idx if start_frame_idx is None else start_frame_idx
+    start = session.next_frame_idx if start_frame_idx is None else operator.index(start_frame_idx)
     if start_frame_idx is None and session.prompts and not session.objects and not session.find_new_objects:
         start = min(session.prompts)
     if start < session.next_frame_idx:
@@ -313,31 +314,33 @@ def _prompt_masks(
     """
     The mask of each object prompted in the next frame, bool and of the video's size: the one given, or what one pass
     of the network makes of box, points and scribble, which ends where the box ends, nearly. Points and scribble
-    without a box correct the mask of an object that is `seen` (object id -> mask logits of this frame).
+    without a box correct the mask of an object that is `seen` (object id -> mask logits of this frame). A point on one
+    object is not on another.
 
     Where that pass gives nothing, or nothing at any of the positive points, the signal itself is the mask.
     """
     size, prompts = session.video_size, session.prompts.get(session.next_frame_idx, {})
     if size is None or not prompts:
         return {}
-    masks, signals = {}, {}
+    masks, signals, marked = {}, {}, []
     for object_id, prompt in prompts.items():
         if prompt.mask is not None:
             masks[object_id] = prompt.mask.to(frame.stride_4.device)
             continue
+        others = prompt.not_on([other for other_id, other in prompts.items() if other_id != object_id])
         known = None
         if prompt.box is None and object_id in seen:
             known = F.interpolate(seen[object_id][None, None], size, mode="bilinear")[0, 0].gt(0).cpu()
-        signal = signal_of_marks(model, frame, prompt, size, known)
+        signal = signal_of_marks(model, frame, prompt, size, known, others)
         if signal.any():
             signals[object_id] = signal
+            marked.append(prompt.with_points(others))
         else:
             session.warn_once(
                 f"nothing left {object_id}",
                 f"Negative points leave nothing of object {object_id} in frame {session.next_frame_idx}: they are not "
                 "followed. remove_object lets go of an object.",
             )
-    marked = [prompts[object_id] for object_id in signals]
     for object_id, mask in zip(signals, refine_signals(model, frame, list(signals.values()), marked)):
         if not prompts[object_id].agrees(mask):
             mask = signals[object_id].to(mask.device)
