@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from transformers import pipeline
 
 import ausm_hf
 from ausm_hf import AusmModel
@@ -119,12 +118,14 @@ def use_hub(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
 
 
-def test_a_pipeline_is_pushed_whole(hub, use_hub, tiny_checkpoint, tmp_path):
-    segment = pipeline("video-segmentation", model=str(tiny_checkpoint))
-    segment.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="user/saved")
-    there = hub.repos["models/user/saved"].keys()
-    assert {path.name for path in (tmp_path / "saved").iterdir() if path.is_file()} - {"README.md"} <= there
-    assert "processor_config.json" in there
+def test_a_pipeline_is_pushed_whole(hub, tiny_checkpoint, tmp_path):
+    code = f"""from transformers import pipeline
+segment = pipeline("video-segmentation", model={str(tiny_checkpoint)!r})
+segment.save_pretrained("saved", push_to_hub=True, repo_id="user/saved")"""
+    done = python(hub, tmp_path / "home", "-c", USE_PACKAGE + code)
+    assert done.returncode == 0, done.stderr
+    saved = {path.name for path in (tmp_path / "home" / "saved").iterdir() if path.is_file()}
+    assert "processor_config.json" in saved and saved - {"README.md"} <= hub.repos["models/user/saved"].keys()
 
 
 def test_push_again_replaces(hub, use_hub, tiny_checkpoint):

@@ -197,6 +197,10 @@ def test_arguments_that_do_not_fit(tiny_model, processor, moving_square):
             segment_video(frames, tiny_model, processor, **arguments)
     with pytest.raises(ValueError, match="can be read only once"):
         segment_video(iter(frames), tiny_model, processor, masks=masks[0], backward=True)
+    assert len(list(segment_video(frames, tiny_model, processor, masks=masks[0], prompt_frame=np.int64(5)))) == 6
+    session = processor.init_video_session()
+    processor.add_inputs_to_inference_session(session, 9, 1, input_masks=masks[0] > 0, original_size=masks[0].shape)
+    assert len(list(segment_video(frames, tiny_model, processor, session=session))) == 6  # its next video may have it
     for find_new_objects in (None, True):
         arguments = {"masks": masks[0], "prompt_frame": 6, "find_new_objects": find_new_objects}
         with pytest.raises(ValueError, match="prompt_frame is 6; the video has 6 frames"):

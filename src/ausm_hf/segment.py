@@ -241,8 +241,9 @@ def segment_video(
     source = read_video(source)
     if backward and source.once:
         raise ValueError(f"backward is given; video {source.name!r} can be read only once")
-    if type(prompt_frame) is not int or prompt_frame < 0:
+    if not isinstance(prompt_frame, (int, np.integer)) or prompt_frame < 0:
         raise ValueError(f"prompt_frame is {prompt_frame!r}; wanted is an integer of at least 0")
+    prompt_frame = int(prompt_frame)
     # Images and lists have no rate, and their number is sure; a file's header may count the first of its parts alone.
     if source.fps is None and source.num_frames is not None and prompt_frame >= source.num_frames:
         raise ValueError(f"prompt_frame is {prompt_frame}; the video has {source.num_frames} frames, counted from 0")

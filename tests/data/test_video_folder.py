@@ -12,7 +12,7 @@ from trees import HEIGHT, WIDTH, draw_frame, index_mask, write_frames, write_mas
 
 from ausm_hf import read_video
 from ausm_hf.data.check import check_clips, find_problems
-from ausm_hf.data.clips import load_clip
+from ausm_hf.data.clips import load_clip, mask_values
 from ausm_hf.data.mask_folders import image_files
 from ausm_hf.data.video_folder import video_folder
 
@@ -230,6 +230,18 @@ def test_what_is_transparent_is_no_part_of_an_object(tmp_path, mode):
     (tmp_path / "masks" / "dive" / "1").mkdir(parents=True)
     cut_out.save(tmp_path / "masks" / "dive" / "1" / "00000.png")
     assert np.array_equal(load_clip(video_folder(str(tmp_path))[0], [0]).masks[0, 0], mask)
+
+
+def test_grey_masks_with_transparent_parts(tmp_path):
+    write_frames(tmp_path / "frames", ["00000"])
+    index = index_mask(0, [1, 2])
+    grey = Image.fromarray(index)
+    grey.putalpha(Image.fromarray(np.where(index == 2, 0, 255).astype(np.uint8)))
+    grey.save(tmp_path / "00000.png")
+    with Image.open(tmp_path / "00000.png") as image:
+        assert image.mode == "LA"
+        assert np.array_equal(mask_values(image, "mask", binary=False), np.where(index == 1, 1, 0))
+        assert np.array_equal(mask_values(image, "mask", binary=True), index == 1)
 
 
 def test_labels_the_wrong_way_round_are_named(tmp_path):

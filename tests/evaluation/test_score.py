@@ -56,6 +56,18 @@ def test_hidden_files_are_passed_over(folders):
     assert score_folder(pred, gt, mode="best-track")["sequences"].keys() == {"a", "b"}
 
 
+def test_tracks_of_black_and_white_truth_stay_apart(tmp_path):
+    two = SQUARE.copy()
+    two[:2] *= 2
+    write(tmp_path / "gt" / "a", [SQUARE * 255] * 4)
+    write(tmp_path / "pred" / "a", [EMPTY, two, two, EMPTY])
+    ids = {"mode": "best-track", "binary": True}
+    assert 0 < score_folder(tmp_path / "pred", tmp_path / "gt", **ids)["J"] < 1  # without the ends, one of two ids
+    assert score_folder(tmp_path / "pred", tmp_path / "gt", mode="union")["J"] == 1
+    with pytest.raises(ValueError, match="is not in ground truth"):
+        score_folder(tmp_path / "pred", tmp_path / "gt", binary=True)
+
+
 def test_black_and_white_predictions(tmp_path):
     for folder in ("pred", "gt"):
         write(tmp_path / folder / "a", [SQUARE * 255] * 3)

@@ -485,21 +485,21 @@ def test_bad_input_is_refused(change, message):
     [
         ({"hidden_size": 30}, "`hidden_size`"),
         ({"temporal_mixer": "mamba2", "mamba_head_dim": 24}, "`mamba_head_dim`"),
-        ({"num_id_vectors": 0}, "`num_id_vectors` must be at least 1"),
+        ({"num_id_vectors": 0}, "`num_id_vectors` must lie in 1 .. 16384, got 0"),
         ({"label_sets": {"a": []}}, "has no labels"),
         ({"default_label_set": "b"}, "`default_label_set`"),
         ({"temporal_mixer": "lstm"}, "temporal_mixer"),
         ({"history_local_kernel": 4}, "`history_local_kernel` must be 0 or odd, got 4"),
         ({"history_stride": 4}, "history_stride"),
-        ({"mask_refinement_layers": -1}, "`mask_refinement_layers` must be at least 0, got -1"),
+        ({"mask_refinement_layers": -1}, "`mask_refinement_layers` must lie in 0 .. 256, got -1"),
         ({"pixel_encoder": "msdeform", "pixel_encoder_layers": 0}, "`pixel_encoder_layers` must be at least 1, got 0"),
-        ({"train_num_points": 0}, "`train_num_points` must be at least 1, got 0"),
-        ({"oversample_ratio": 0.5}, "`oversample_ratio` must be at least 1, got 0.5"),
-        ({"importance_sample_ratio": 1.5}, "`importance_sample_ratio` must be at most 1, got 1.5"),
+        ({"train_num_points": 0}, "`train_num_points` must lie in 1 .. 16777216, got 0"),
+        ({"oversample_ratio": 0.5}, "`oversample_ratio` must lie in 1 .. 100, got 0.5"),
+        ({"importance_sample_ratio": 1.5}, "`importance_sample_ratio` must lie in 0 .. 1, got 1.5"),
         ({"label_sets": {"values": ["cat"]}}, "an identifier that torch doesn't use, got 'values'"),
         ({"label_sets": {"training": ["cat"]}}, "an identifier that torch doesn't use, got 'training'"),
-        ({"history_local_kernel": -1}, "`history_local_kernel` must be at least 0, got -1"),
-        ({"mask_propagation_radius": -1}, "`mask_propagation_radius` must be at least 0, got -1"),
+        ({"history_local_kernel": -1}, "`history_local_kernel` must lie in 0 .. 16384, got -1"),
+        ({"mask_propagation_radius": -1}, "`mask_propagation_radius` must lie in 0 .. 32, got -1"),
         ({"backbone_config": {"model_type": "nothing"}}, "`backbone_config`"),
         (
             {"backbone": "resnet50", "use_timm_backbone": True},
@@ -507,11 +507,11 @@ def test_bad_input_is_refused(change, message):
         ),
         ({"hidden_size": 48, "pixel_encoder": "msdeform"}, "`hidden_size` must be a multiple of 32 with 'msdeform'"),
         ({"mask_feature_size": 60, "pixel_encoder": "fpn"}, "`mask_feature_size` must be a multiple of 8 with 'fpn'"),
-        ({"duplicate_overlap": 7.0}, "`duplicate_overlap` must be at most 1, got 7.0"),
-        ({"class_weight": -1.0}, "`class_weight` must be at least 0, got -1.0"),
-        ({"history_gate_init": float("nan")}, "`history_gate_init` must be at least -1000000.0, got nan"),
-        ({"pixel_encoder_feedforward_size": -1}, "`pixel_encoder_feedforward_size` must be at least 1, got -1"),
-        ({"oversample_ratio": float("inf")}, "`oversample_ratio` must be at most 100, got inf"),
+        ({"duplicate_overlap": 7.0}, "`duplicate_overlap` must lie in 0 .. 1, got 7.0"),
+        ({"class_weight": -1.0}, "`class_weight` must lie in 0 .. 1000000, got -1.0"),
+        ({"history_gate_init": float("nan")}, "`history_gate_init` must lie in -1000000 .. 1000000, got nan"),
+        ({"pixel_encoder_feedforward_size": -1}, "`pixel_encoder_feedforward_size` must lie in 1 .. 16384, got -1"),
+        ({"oversample_ratio": float("inf")}, "`oversample_ratio` must lie in 1 .. 100, got inf"),
     ],
 )
 def test_bad_configuration_is_refused(change, message):
@@ -524,7 +524,8 @@ def test_no_frame_sees_a_later_one_in_training(backbone):
     torch.manual_seed(0)
     stages = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "embedding_size": 8}
     resnet = {"model_type": "resnet", **stages, "out_features": ["stage1", "stage2", "stage3", "stage4"]}
-    model = tiny_model(backbone_config=resnet if backbone == "resnet" else TINY_LITE).train()
+    model = AusmForUniversalSegmentation(tiny_config(backbone_config=resnet if backbone == "resnet" else TINY_LITE))
+    assert model.training
     clip = torch.randn(1, 3, 3, 64, 64)
     other = clip.clone()
     other[:, 2] = 5 * torch.randn(3, 64, 64)

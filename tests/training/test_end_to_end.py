@@ -178,7 +178,7 @@ def test_every_form_trains(recipe_file, tmp_path, monkeypatch, option, form, cal
         ("model.overrides.colour=red", "^model.overrides.colour: unknown key"),
         ("model.overrides.to_dict=3", "^model.overrides.to_dict: unknown key"),
         ("model.overrides.class_weight=heavy", "^model: Field 'class_weight'"),
-        ("model.overrides.num_id_vectors=0", "^model: `num_id_vectors` must be at least 1, got 0"),
+        ("model.overrides.num_id_vectors=0", "^model: `num_id_vectors` must lie in 1 .. 16384, got 0"),
         ("model.overrides.num_id_vectors=many", "^model: Field 'num_id_vectors' expected int, got str"),
         ("model.label_sets={keys: [fish]}", "^model: The name of a label set .* that torch doesn't use, got 'keys'"),
     ],

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Mask2FormerConfig
 
 from ausm_hf import AusmConfig, AusmForUniversalSegmentation
@@ -429,6 +429,15 @@ def test_parts_of_a_checkpoint_start_anew(tmp_path):
         build_model(recipe, build_config(recipe))
     recipe.model.overrides, recipe.model.reinitialize = {}, ["history_encoder."]
     with pytest.raises(ValueError, match="model.reinitialize: the network has no parameter that begins with"):
+        build_model(recipe, build_config(recipe))
+    recipe.model.reinitialize = []
+    stored = load_file(tmp_path / "trained" / "model.safetensors")
+    save_file(
+        {name: x for name, x in stored.items() if "class_heads" not in name},
+        tmp_path / "trained" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(ValueError, match="are not in .*, such as class_heads.coco."):
         build_model(recipe, build_config(recipe))
 
 

@@ -416,6 +416,8 @@ def mask_values(image: PILImage.Image, path: str, binary: bool) -> np.ndarray:
         return np.any(np.array(colours) != 0, axis=0) & (alpha > 0)
     if binary:
         return np.any(np.atleast_3d(values) != 0, axis=-1)
+    if image.mode == "LA":
+        values = np.where(values[..., 1] > 0, values[..., 0], 0)
     if values.ndim > 2:
         raise ValueError(f"{path} is a mask {mask_problem(image)}")
     return (values != 0).astype(np.uint8) if values.dtype == bool else values

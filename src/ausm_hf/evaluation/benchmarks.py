@@ -253,7 +253,7 @@ def _check_sizes(rows: list[dict], videos: list[dict]):
 
     for row, video in zip(rows, videos, strict=True):
         with open_image(row["frames"][0]) as image:
-            lies = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # a photograph that is shown upright
+            lies = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # a photograph that is shown upright
             width, height = image.size[::-1] if lies else image.size
         if (video["width"], video["height"]) != (width, height):
             raise ValueError(

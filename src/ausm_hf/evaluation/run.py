@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from ..files import remove_unfinished, write_text
+from ..files import remove_unfinished, visible, write_text
 from ..segment import fingerprint, load_model
 from .benchmarks import PROTOCOLS, Benchmark, load_benchmark
 from .report import write_report
@@ -152,12 +153,9 @@ def _check_arguments(
     return Inference(threshold=threshold, top_k=top_k, passes=passes, traversal=traversal, seed=seed)
 
 
-def _files_digest(row: dict, mode: str) -> str:
-    """What tells a video from one that differs, wherever it lies: names and sizes of the files a model is given."""
-    given = row["frames"]
-    if mode == "prompted":
-        given = [*given, *row["annotations"], *(mask for obj in row["objects"] for mask in obj["masks"])]
-    paths = [Path(stored["path"]) for stored in given if stored is not None]
+def _frames_digest(row: dict) -> str:
+    """What tells a video from one that differs, wherever it lies: names and sizes of the files of its frames."""
+    paths = [Path(stored["path"]) for stored in row["frames"]]
     named = json.dumps([(path.name, path.stat().st_size) for path in paths])
     return hashlib.sha256(named.encode()).hexdigest()[:16]
 
@@ -166,7 +164,7 @@ def _claim(output: Path, settings: dict, benchmark: Benchmark, resume: bool, hel
     """Makes the output folder ready, and keeps other runs out until `held` ends. Returns the videos yet to be done."""
     noted = output / "settings.json"
     todo = {row["video_id"] for row in benchmark.rows if not _is_done(benchmark, output, row)}
-    videos = {row["video_id"]: _files_digest(row, benchmark.mode) for row in benchmark.rows}
+    videos = {row["video_id"]: _frames_digest(row) for row in benchmark.rows}
     if noted.is_file():
         earlier = json.loads(noted.read_bytes())
         other = [key for key in settings if key != "model" and earlier.get(key) != settings[key]]
@@ -175,23 +173,25 @@ def _claim(output: Path, settings: dict, benchmark: Benchmark, resume: bool, hel
         if other:
             changes = ", ".join(f"{key} {earlier.get(key)!r} -> {settings[key]!r}" for key in other)
             raise ValueError(f"output {str(output)!r} holds a run with other settings: {changes}")
-        before = earlier.get("files", {})
+        before = earlier.get("frames", videos)
         if other := sorted(name for name in videos.keys() - todo if videos[name] != before.get(name)):
             raise ValueError(
-                f"output {str(output)!r} holds predictions for {len(other)} videos whose frames or masks were others, "
-                f"such as {other[0]}; wanted is another folder"
+                f"output {str(output)!r} holds predictions for {len(other)} videos whose frames were others, such as "
+                f"{other[0]}; wanted is another folder"
             )
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+    elif output.exists() and (not output.is_dir() or visible(output)):
         raise ValueError(f"output {str(output)!r} exists and holds no run; wanted is a new or empty folder")
     output.mkdir(parents=True, exist_ok=True)
     try:
         held.enter_context(FileLock(output / ".lock", timeout=0))
     except Timeout:
         raise ValueError(f"output {str(output)!r} is being written by another run; wanted is another folder") from None
+    except OSError as error:
+        warnings.warn(f"{output} can't be locked ({error}): let no other run write into it", stacklevel=2)
     folder = benchmark.place(output, benchmark.rows[0]).parent
     folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder)
-    write_text(noted, json.dumps({**settings, "files": videos}, indent=2) + "\n")
+    write_text(noted, json.dumps({**settings, "frames": videos}, indent=2) + "\n")
     return todo
 
 

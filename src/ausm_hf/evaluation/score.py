@@ -54,7 +54,8 @@ def score_folder(
             have the same.
         mode, binary: See [`~ausm_hf.evaluation.metrics.jf.SequenceScorer`].
         skip_first, skip_last, count_from: See [`~ausm_hf.evaluation.metrics.jf.SequenceScorer.result`]. If not given,
-            all frames are scored of best tracks (DAVIS 2017 unsupervised), otherwise all but the first and the last.
+            all frames are scored of best tracks (DAVIS 2017 unsupervised) unless `binary` (DAVIS 2016), otherwise all
+            but the first and the last.
 
     Returns:
         `dict`: As [`~ausm_hf.evaluation.metrics.jf.summarize`] makes it.
@@ -64,8 +65,9 @@ def score_folder(
             wrong sizes, ids that ground truth does not know.
     """
     pred_dir, gt_dir = Path(pred_dir), Path(gt_dir)
-    skip_first = mode != "best-track" if skip_first is None else skip_first
-    skip_last = mode != "best-track" if skip_last is None else skip_last
+    skip = mode != "best-track" or binary
+    skip_first = skip if skip_first is None else skip_first
+    skip_last = skip if skip_last is None else skip_last
     for argument, folder in (("pred_dir", pred_dir), ("gt_dir", gt_dir)):
         if not folder.is_dir():
             raise ValueError(f"`{argument}` is {folder}, which is not a folder.")
@@ -99,7 +101,7 @@ def score_folder(
                 missing.append(gt_path.name)
                 continue
             try:
-                scorer.add(read_mask(pred_path, binary), read_mask(gt_path, binary), frame=gt_path.name)
+                scorer.add(read_mask(pred_path), read_mask(gt_path, binary), frame=gt_path.name)
             except (OSError, ValueError) as error:
                 scorer.problems.append(f"{name}, frame {gt_path.name}: {error}")
         if missing:
@@ -143,7 +145,9 @@ def main(arguments: list[str] | None = None) -> None:
         help="same ids as ground truth; or the best predicted id per object; or all predicted ids as one object",
     )
     parser.add_argument(
-        "--all-frames", action="store_true", help="score the first and the last frame too, as best tracks always are"
+        "--all-frames",
+        action="store_true",
+        help="score the first and the last frame too, as of best tracks that aren't --binary",
     )
     parser.add_argument("--count-from", choices=COUNT_FROM, default="start", help="when an object begins to count")
     parser.add_argument("--binary", action="store_true", help="masks are black and white (DAVIS 2016)")

@@ -113,14 +113,14 @@ BOUNDS = {
     **dict.fromkeys(("pixel_encoder_layers", "mask_refinement_layers"), (0, 2**8)),
     "history_local_kernel": (0, MAX_SIZE),
     "mask_propagation_radius": (0, 32),
-    "likeness_scale": (0, 1e6),
+    "likeness_scale": (0, 10**6),
     "likeness_offset": (-1, 1),
-    "history_gate_init": (-1e6, 1e6),
+    "history_gate_init": (-(10**6), 10**6),
     "duplicate_overlap": (0, 1),
     "max_age": (1, 2**62),
     **dict.fromkeys(
         (f"{part}_weight" for part in ("class", "mask", "dice", "foreground", "selection", "reach", "no_object")),
-        (0, 1e6),
+        (0, 10**6),
     ),
     "train_num_points": (1, 2**24),
     "oversample_ratio": (1, 100),
@@ -390,10 +390,8 @@ class AusmConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is None and name in ("train_num_points", "max_age"):
                 continue
-            if not low <= value:
-                raise ValueError(f"`{name}` must be at least {low}, got {value}.")
-            if not value <= high:
-                raise ValueError(f"`{name}` must be at most {high}, got {value}.")
+            if not low <= value <= high:
+                raise ValueError(f"`{name}` must lie in {low} .. {high}, got {value}.")
         sizes = {k: v for k, v in self.backbone_config.to_dict().items() if k not in ("id2label", "label2id")}
         if (largest := _largest(sizes)) > MAX_SIZE:
             raise ValueError(f"`backbone_config` must have sizes of at most {MAX_SIZE}, got {largest}.")

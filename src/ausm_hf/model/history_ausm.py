@@ -176,6 +176,9 @@ class AusmHistory:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
 
+torch.export.register_dataclass(AusmHistory)
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -192,9 +195,6 @@ def eager_attention_forward(
         weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
     weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-torch.export.register_dataclass(AusmHistory)
 
 
 class AusmAttention(nn.Module):

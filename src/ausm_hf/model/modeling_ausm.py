@@ -200,6 +200,7 @@ class AusmModel(AusmPreTrainedModel):
         self.history_encoder = AusmHistoryEncoder(config)
         self.pixel_decoder = AusmPixelDecoder(config)
         self.post_init()
+        self.train()
 
     def train(self, mode: bool = True) -> AusmModel:
         """

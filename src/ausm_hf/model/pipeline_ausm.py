@@ -19,7 +19,7 @@ from .upright_ausm import upright
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 PROMPTS = {"masks", "boxes", "points", "labels", "scribbles"}
 # Arguments of a model's `save_pretrained` that say where to push.
-PUSH_ARGUMENTS = ("push_to_hub", "repo_id", "token", "private", "revision", "create_pr", "commit_message")
+PUSH_ARGUMENTS = ("push_to_hub", "repo_id", "token", "private", "commit_message")
 
 
 def start_session(

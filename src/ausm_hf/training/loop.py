@@ -271,8 +271,8 @@ def _build_accelerator(recipe: Recipe) -> Accelerator:
             f"gradient_accumulation_steps: ACCELERATE_GRADIENT_ACCUMULATION_STEPS is "
             f"{accelerator.gradient_accumulation_steps}, the recipe says {recipe.gradient_accumulation_steps}"
         )
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", recipe.mixed_precision)
-    if launched != recipe.mixed_precision:
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # which `accelerate launch` always sets
+    if launched not in ("no", recipe.mixed_precision):
         accelerator.print(f"mixed_precision is {recipe.mixed_precision!r}, as the recipe says; not {launched!r}")
     kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
     sharded = accelerator.distributed_type == DistributedType.FSDP
@@ -406,7 +406,9 @@ def _load_model(path: str, config: AusmConfig, reinitialize: list[str]) -> AusmF
     model, about = AusmForUniversalSegmentation.from_pretrained(
         path, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
     )
-    anew = (*reinitialize, "class_heads.")  # heads of new label sets start at random
+    given = AusmConfig.from_pretrained(path).label_sets
+    heads = [f"class_heads.{name}." for name in config.label_sets if name not in given]  # which start at random
+    anew = (*reinitialize, *heads)
     other = {name for name, *_ in about["mismatched_keys"]} | set(about["missing_keys"])
     if other := {name for name in other if not name.startswith(anew)}:
         raise ValueError(
