@@ -137,6 +137,63 @@ def test_a_speck_far_above_an_object_has_not_its_label():
     assert (drawn[80:] == wanted[80:]).all() and (wanted[80:100] != 0).any() and not (drawn[:20] != 0).any()
 
 
+def place_of_label(masks: np.ndarray, number: int = 1) -> tuple[int, int, int, int]:
+    """First and last row and column of the label's plate."""
+    frame = np.zeros((*masks.shape, 3), np.uint8)
+    labels = {number: f"{number} dog 0.93"}
+    with_it, without = (draw_overlay(frame, masks, x, contour=False) for x in (labels, None))
+    rows, columns = np.nonzero((with_it != without).any(-1))
+    return rows.min(), rows.max(), columns.min(), columns.max()
+
+
+def test_a_label_belongs_to_the_largest_piece():
+    masks = np.zeros((240, 426), np.uint8)
+    masks[120:230, 250:400] = 1
+    wanted = place_of_label(masks)
+    masks[40:70, 20:60] = 1  # a piece of a tenth of its size, higher up
+    assert place_of_label(masks) == wanted
+    left, right = wanted[2:]
+    assert left <= 325 <= right
+
+
+def test_a_label_stands_over_the_object_where_its_top_has_two_ends():
+    masks = np.zeros((240, 426), np.uint8)
+    masks[100:200, 100:300] = 1
+    masks[100:180, 130:270] = 0  # a U
+    masks[100:104, 130:140] = 1
+    _, _, left, right = place_of_label(masks)
+    assert masks[100, (left + right) // 2] == 1
+
+
+def test_the_label_of_a_small_object_at_the_upper_edge_is_below_it():
+    masks = np.zeros((240, 426), np.uint8)
+    masks[3:20, 200:230] = 1
+    first, last, *_ = place_of_label(masks)
+    assert first >= 20 and last < 40
+    masks[3:200, 200:230] = 1  # a large one is not hidden by it
+    first, last, *_ = place_of_label(masks)
+    assert first == 0
+
+
+@pytest.mark.parametrize("number", range(1, 17))
+def test_labels_can_be_read_on_every_colour(number):
+    """The ink has the better contrast of black and white, as WCAG 2 measures it, and at least 4.4."""
+
+    def luminance(color):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in np.array(color) / 255]
+        return np.dot(linear, (0.2126, 0.7152, 0.0722))
+
+    masks = np.zeros((240, 426), np.uint8)
+    masks[100:200, 100:300] = number
+    first, last, left, right = place_of_label(masks, number)
+    out = draw_overlay(np.zeros((240, 426, 3), np.uint8), masks, {number: f"{number} dog 0.93"}, contour=False)
+    plate = out[first:last, left:right].reshape(-1, 3).astype(int)
+    strongest = plate[np.abs(plate - color_of(number)).sum(1).argmax()]
+    ink = np.full(3, 255 if luminance(strongest) > luminance(color_of(number)) else 0)
+    high, low = sorted((luminance(ink), luminance(color_of(number))), reverse=True)
+    assert (high + 0.05) / (low + 0.05) > 4.4
+
+
 def test_an_overlay_of_what_the_processor_gives():
     """A PIL image, and a tensor of ids."""
     frame, masks = np.full((40, 60, 3), 90, np.uint8), np.zeros((40, 60), np.int32)

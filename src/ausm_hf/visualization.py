@@ -4,10 +4,12 @@ import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
+from math import ceil
 from typing import cast
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 
 
 @lru_cache
@@ -107,8 +109,8 @@ def draw_overlay(
     Args:
         frame: uint8 RGB array (H, W, 3), or what numpy makes one of, such as an RGB image; it is not changed.
         masks: integer array or tensor (H, W): 0 background, else the id of the object that the pixel belongs to.
-        labels: text to write near the top of each object, by id, or below another's text that is there already; those
-            of objects not in `masks` are left out.
+        labels: text to write above each object's largest piece, by id, or where there is room; those of objects not in
+            `masks` are left out.
         alpha: how much of the colour is mixed in, 0 (none) to 1 (all).
         contour: whether to draw the objects' outlines, half way from their colour to white.
 
@@ -137,12 +139,9 @@ def draw_overlay(
 
     plates: list[tuple[slice, slice]] = []
     for object_id, text in (labels or {}).items():
-        pixels = np.count_nonzero(masks == object_id, axis=1).cumsum()
-        if pixels[-1]:
-            row = int(np.searchsorted(pixels, 0.01 * pixels[-1]))  # not of a speck far above the object
-            columns = np.flatnonzero(masks[row] == object_id)
-            center = int(columns[0] + columns[-1]) // 2
-            plates.append(_write(out, text, bottom=row, center=center, color=color_of(object_id), others=plates))
+        mask = masks == object_id
+        if mask.any():
+            plates.append(_write(out, text, _place_of(mask), color_of(object_id), others=plates))
     return out
 
 
@@ -166,42 +165,62 @@ def _inner_edges(masks: np.ndarray, thickness: int) -> np.ndarray:
     return edges
 
 
+def _place_of(mask: np.ndarray) -> tuple[int, int, int]:
+    """Of an object's largest piece the first row, the row after its last, and the column of the middle of its top."""
+    step = max(1, min(mask.shape) // 120)
+    small = mask[::step, ::step]
+    if not small.any():
+        step, small = 1, mask
+    pieces, number = ndimage.label(small)
+    piece = pieces == np.bincount(pieces.flat)[1:].argmax() + 1 if number > 1 else small
+    rows = np.flatnonzero(piece.any(1))
+    columns = np.flatnonzero(piece[rows[0]])
+    return step * int(rows[0]), step * int(rows[-1] + 1), step * int(columns[len(columns) // 2])
+
+
 def _write(
     image: np.ndarray,
     text: str,
-    bottom: int,
-    center: int,
+    place: tuple[int, int, int],
     color: tuple[int, int, int],
     others: list[tuple[slice, slice]],
 ) -> tuple[slice, slice]:
     """
-    Writes `text` into `image` on a plate of `color` whose lower edge is at row `bottom`, moved to fit the image, and
-    down until it covers none of the `others` as long as there is room. Returns the plate's rows and columns.
+    Writes `text` into `image` on a plate of `color` above what is at `place` (see [`_place_of`]). Where the image ends
+    or another plate is, it is below that, if it is small, or else farther down, as long as there is room. Returns the
+    plate's rows and columns.
     """
+    first, end, center = place
     height, width = image.shape[:2]
     text, font = _with_font(text, max(10, height // 30))
     glyphs = np.concatenate([_glyphs(word, font) for word in text.split() or [""]], axis=1)[:height, :width]
     plate_height, plate_width = glyphs.shape
-    top = max(0, bottom - plate_height)
     left = min(max(0, center - plate_width // 2), width - plate_width)
-    below = top
-    for rows, columns in sorted(others, key=lambda plate: plate[0].start):
-        if columns.start < left + plate_width and left < columns.stop and rows.start < below + plate_height:
-            below = max(below, rows.stop)
-    if below + plate_height <= height:
-        top = below
-    ink = 0 if np.dot(color, (0.299, 0.587, 0.114)) > 128 else 255
+    beside = [rows for rows, columns in others if columns.start < left + plate_width and left < columns.stop]
+    near = [first - plate_height, *([end] if end - first < 4 * plate_height else [])]
+    farther = sorted(
+        {max(0, first - plate_height), *(rows.stop for rows in beside if rows.stop > first - plate_height)}
+    )
+    top = max(0, first - plate_height)
+    for candidate in [*near, *farther]:
+        free = all(candidate + plate_height <= rows.start or rows.stop <= candidate for rows in beside)
+        if free and 0 <= candidate <= height - plate_height:
+            top = candidate
+            break
+    # The ink that stands out more, as WCAG measures it.
+    luminance = np.dot((np.array(color) / 255) ** 2.2, (0.2126, 0.7152, 0.0722))
+    ink = 0 if luminance > 0.179 else 255
     strength = glyphs[:, :, None] / np.float32(255)
     plate = np.array(color, np.float32) * (1 - strength) + ink * strength
-    place = slice(top, top + plate_height), slice(left, left + plate_width)
-    image[place] = plate.astype(np.uint8)
-    return place
+    rows_and_columns = slice(top, top + plate_height), slice(left, left + plate_width)
+    image[rows_and_columns] = plate.astype(np.uint8)
+    return rows_and_columns
 
 
 @lru_cache(maxsize=1024)  # words, not whole labels: a score of two digits is soon seen before
 def _glyphs(word: str, font: ImageFont.FreeTypeFont) -> np.ndarray:
     """The ink of one word in 0..255, as high as the line, half a space at either side: uint8 (height, width)."""
-    space = max(1, round(font.getlength(" ") / 2))
+    space = max(2, ceil(font.getlength(" ") / 2))
     image = Image.new("L", (round(font.getlength(word)) + 2 * space, sum(font.getmetrics())))
     ImageDraw.Draw(image).text((space, 0), word, fill=255, font=font)
     return np.asarray(image)
