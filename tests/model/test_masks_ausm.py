@@ -2,7 +2,7 @@
 
 import torch
 
-from ausm_hf.model.masks_ausm import PIECE_GAP, main_piece, marked_pieces, without_duplicates
+from ausm_hf.model.masks_ausm import PIECE_GAP, main_piece, marked_pieces, without_duplicates, without_specks
 
 
 def logits_of(*columns: tuple[int, int], width: int = 24) -> torch.Tensor:
@@ -69,3 +69,17 @@ def test_where_detections_that_draw_the_same_agree_on_nothing_the_next_is_asked(
     for row, columns in enumerate((range(9), range(5), range(4, 9), (0, 1, 2, 6, 7, 8))):
         masks[row, :, list(columns)] = 0.5
     assert without_duplicates([0, 1, 2, 3], masks.clone(), [], 0.5)[0] == 1
+
+
+def test_specks_far_from_an_object_are_none_of_it():
+    logits = torch.full((3, 80, 120), -4.0)
+    logits[:, 10:40, 10:40] = 3.0  # 900 cells
+    logits[0, 60:64, 100:104] = 2.0  # 16 of them far away
+    logits[1, 60:64, 40:44] = 2.0  # a row of small pieces that leads away, each near to the one before
+    logits[1, 45:49, 20:24], logits[1, 53:57, 30:34] = 2.0, 2.0
+    logits[2, 60:70, 100:110] = 2.0  # 100 cells are more than a tenth
+    cleaned = without_specks(logits)
+    assert torch.equal(cleaned[1:], logits[1:])
+    assert torch.equal(cleaned[0] > 0, logits[0] > 2.5) and cleaned[0, 61, 101] == -2
+    nothing = torch.full((1, 80, 120), -1.0)
+    assert torch.equal(without_specks(nothing), nothing)

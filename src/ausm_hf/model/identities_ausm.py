@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .history_ausm import AusmHistory
-from .masks_ausm import exclusive, overlapping, twins, without_duplicates
+from .masks_ausm import exclusive, overlapping, twins, without_duplicates, without_specks
 from .pixels_ausm import AusmFrameFeatures
 from .prompts_ausm import history_mask
 from .session_ausm import (
@@ -389,7 +389,7 @@ def put_objects(history, objects: list[FollowedObject], masks: dict[int, torch.T
 def _describe(session, seen, logits, scores, prompts, labels) -> AusmVideoSegmentationOutput:
     """The output for the objects seen in this frame."""
     if seen:
-        pred_masks = torch.stack([logits[x.object_id] for x in seen])[:, None]
+        pred_masks = without_specks(torch.stack([logits[x.object_id] for x in seen]))[:, None]
     else:
         pred_masks = session.history.masks[0, :0, None].float()
     if prompts:
