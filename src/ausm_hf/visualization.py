@@ -139,9 +139,9 @@ def draw_overlay(
 
     plates: list[tuple[slice, slice]] = []
     for object_id, text in (labels or {}).items():
-        mask = masks == object_id
-        if mask.any():
-            plates.append(_write(out, text, _place_of(mask), color_of(object_id), others=plates))
+        place = _place_of(object_id, masks)
+        if place is not None:
+            plates.append(_write(out, text, place, color_of(object_id), others=plates))
     return out
 
 
@@ -165,14 +165,20 @@ def _inner_edges(masks: np.ndarray, thickness: int) -> np.ndarray:
     return edges
 
 
-def _place_of(mask: np.ndarray) -> tuple[int, int, int]:
-    """Of an object's largest piece the first row, the row after its last, and the column of the middle of its top."""
-    step = max(1, min(mask.shape) // 120)
-    small = mask[::step, ::step]
-    if not small.any():
-        step, small = 1, mask
-    pieces, number = ndimage.label(small)
-    piece = pieces == np.bincount(pieces.flat)[1:].argmax() + 1 if number > 1 else small
+def _place_of(object_id: int, masks: np.ndarray) -> tuple[int, int, int] | None:
+    """
+    Of an object's largest piece the first row, the row after its last, and the column of the middle of its top; None
+    where it isn't.
+    """
+    for step in (max(1, min(masks.shape) // 120), 1):  # of large frames every second pixel, or third, will do
+        piece = masks[::step, ::step] == object_id
+        if piece.any():
+            break
+    else:
+        return None
+    pieces, number = ndimage.label(piece)
+    if number > 1:
+        piece = pieces == np.bincount(pieces.flat)[1:].argmax() + 1
     rows = np.flatnonzero(piece.any(1))
     columns = np.flatnonzero(piece[rows[0]])
     return step * int(rows[0]), step * int(rows[-1] + 1), step * int(columns[len(columns) // 2])

@@ -1,5 +1,6 @@
 """Whose pixels are whose: rules about mask logits alone, for the stream's bookkeeping."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
@@ -81,7 +82,7 @@ def main_piece(logits: torch.Tensor) -> torch.Tensor:
     Mask logits (h, w) of a detection without what lies apart from its largest piece, by more than `PIECE_GAP` cells:
     that is another object which looks alike.
     """
-    (pieces,) = _pieces(logits[None] > 0)
+    pieces = _pieces(logits > 0)
     areas = pieces.flatten().bincount(minlength=2)
     areas[0] = 0
     return torch.where(pieces == areas.argmax(), logits, -logits.abs())
@@ -90,13 +91,20 @@ def main_piece(logits: torch.Tensor) -> torch.Tensor:
 def without_specks(logits: torch.Tensor) -> torch.Tensor:
     """Mask logits (n, h, w) without pieces that are small and far from the others: `SPECK_GAP`, `SPECK_AREA`."""
     gap = 2 * round(SPECK_GAP * min(logits.shape[-2:]) / 2)
-    cleaned = []
-    for mask_logits, pieces in zip(logits, _pieces(logits > 0, gap)):
-        areas = pieces.flatten().bincount(minlength=2)
-        areas[0] = 0
-        kept = (areas >= SPECK_AREA * areas.max())[pieces]
-        cleaned.append(torch.where(kept, mask_logits, -mask_logits.abs()))
-    return torch.stack(cleaned)
+    masks = logits > 0
+    specks = torch.compiler.disable(_specks) if torch.compiler.is_compiling() else _specks
+    return torch.where(specks(masks.cpu(), gap).to(masks.device), -logits.abs(), logits)
+
+
+def _specks(masks: torch.Tensor, gap: int) -> torch.Tensor:
+    found = np.zeros(masks.shape, dtype=bool)
+    for speck, mask in zip(found, masks.numpy()):
+        if ndimage.label(mask)[1] > 1:  # most are in one piece
+            pieces = ndimage.label(ndimage.maximum_filter(mask, gap + 1))[0] * mask
+            areas = np.bincount(pieces.flat)
+            areas[0] = 0
+            speck |= mask & (areas < SPECK_AREA * areas.max())[pieces]
+    return torch.from_numpy(found)
 
 
 def marked_pieces(logits: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
@@ -104,23 +112,20 @@ def marked_pieces(logits: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
     Mask logits (h, w) of an object that was marked, bool (h, w), without pieces that have no mark, farther than
     `PIECE_GAP` cells from those that have one.
     """
-    (pieces,) = _pieces(logits[None] > 0)
+    pieces = _pieces(logits > 0)
     return torch.where(torch.isin(pieces, pieces[marked].unique()), logits, -logits.abs())
 
 
-def _pieces(masks: torch.Tensor, gap: int = PIECE_GAP) -> torch.Tensor:
-    """
-    The number, from 1 on, of the piece that each cell of masks (n, h, w) belongs to, in each mask; 0 where there is
-    none. What is at most `gap` cells apart, an even number, is of one piece.
-    """
-    near = F.max_pool2d(masks.float(), gap + 1, stride=1, padding=gap // 2) > 0
+def _pieces(mask: torch.Tensor) -> torch.Tensor:
+    """The number, from 1 on, of the piece that each cell of a mask (h, w) belongs to; 0 where there is none."""
+    near = F.max_pool2d(mask[None].float(), PIECE_GAP + 1, stride=1, padding=PIECE_GAP // 2)[0] > 0
     # torch.compile fails at NumPy's arrays in inference mode.
     label = torch.compiler.disable(_label) if torch.compiler.is_compiling() else _label
-    return label(near.cpu()).to(masks.device) * masks
+    return label(near.cpu()).to(mask.device) * mask
 
 
-def _label(masks: torch.Tensor) -> torch.Tensor:
-    return torch.stack([torch.from_numpy(ndimage.label(mask)[0]) for mask in masks])
+def _label(mask: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(ndimage.label(mask)[0])
 
 
 def exclusive(logits: torch.Tensor) -> torch.Tensor:
