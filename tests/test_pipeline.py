@@ -193,6 +193,7 @@ def test_own_reader_without_the_package(moving_square, clip, tmp_path):
         ({"box": {1: [1, 2, 3, 4]}}, r"prompts must be a dict with keys of \['boxes', 'labels', 'masks'"),
         ({}, "prompts must mark an object; to let objects be found give None"),
         ({"boxes": {}, "masks": None}, "prompts must mark an object"),
+        ({"boxes": np.array([[1, 2, 30, 40]])}, r"boxes is array.*; wanted is a dict from object id to its boxes"),
         ({"boxes": [1, 2, 3, 4]}, r"boxes is \[1, 2, 3, 4\]; wanted is a dict from object id to its boxes"),
         ({"masks": np.eye(48, 64, dtype=np.uint8), "boxes": {1: [1, 2, 3, 4]}}, "object 1, which masks has too"),
         ({"boxes": {1: [5, 2, 3, 4]}}, "input_boxes must be"),

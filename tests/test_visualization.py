@@ -165,6 +165,13 @@ def test_a_label_stands_over_the_object_where_its_top_has_two_ends():
     assert masks[100, (left + right) // 2] == 1
 
 
+def test_a_label_covers_nothing_of_its_object_in_a_large_frame():
+    masks = np.zeros((1080, 1920), np.uint8)
+    masks[307:700, 500:900] = 1
+    first, last, *_ = place_of_label(masks)
+    assert last == 306 and first > 250
+
+
 def test_the_label_of_a_small_object_at_the_upper_edge_is_below_it():
     masks = np.zeros((240, 426), np.uint8)
     masks[3:20, 200:230] = 1

@@ -170,7 +170,7 @@ def _place_of(object_id: int, masks: np.ndarray) -> tuple[int, int, int] | None:
     Of an object's largest piece the first row, the row after its last, and the column of the middle of its top; None
     where it isn't.
     """
-    for step in (max(1, min(masks.shape) // 120), 1):  # of large frames every second pixel, or third, will do
+    for step in (max(1, min(masks.shape) // 120), 1):  # of large frames some of the pixels will do
         piece = masks[::step, ::step] == object_id
         if piece.any():
             break
@@ -181,7 +181,10 @@ def _place_of(object_id: int, masks: np.ndarray) -> tuple[int, int, int] | None:
         piece = pieces == np.bincount(pieces.flat)[1:].argmax() + 1
     rows = np.flatnonzero(piece.any(1))
     columns = np.flatnonzero(piece[rows[0]])
-    return step * int(rows[0]), step * int(rows[-1] + 1), step * int(columns[len(columns) // 2])
+    center, top = step * int(columns[len(columns) // 2]), step * int(rows[0])
+    passed_over = masks[max(0, top - step + 1) : top, step * columns[0] : step * columns[-1] + 1] == object_id
+    above = int(np.count_nonzero(passed_over.any(1)))
+    return top - above, step * int(rows[-1] + 1), center
 
 
 def _write(

@@ -62,7 +62,7 @@ def test_tracks_of_black_and_white_truth_stay_apart(tmp_path):
     write(tmp_path / "gt" / "a", [SQUARE * 255] * 4)
     write(tmp_path / "pred" / "a", [EMPTY, two, two, EMPTY])
     ids = {"mode": "best-track", "binary": True}
-    assert 0 < score_folder(tmp_path / "pred", tmp_path / "gt", **ids)["J"] < 1  # without the ends, one of two ids
+    assert score_folder(tmp_path / "pred", tmp_path / "gt", **ids)["J"] == 0.5  # without the ends, one of two ids
     assert score_folder(tmp_path / "pred", tmp_path / "gt", mode="union")["J"] == 1
     with pytest.raises(ValueError, match="is not in ground truth"):
         score_folder(tmp_path / "pred", tmp_path / "gt", binary=True)
@@ -71,7 +71,9 @@ def test_tracks_of_black_and_white_truth_stay_apart(tmp_path):
 def test_black_and_white_predictions(tmp_path):
     for folder in ("pred", "gt"):
         write(tmp_path / folder / "a", [SQUARE * 255] * 3)
-    assert score_folder(tmp_path / "pred", tmp_path / "gt", binary=True)["J"] == 1
+    write(tmp_path / "coloured" / "a", [np.stack([SQUARE * 255] * 3, -1)] * 3)
+    for pred in ("pred", "coloured"):
+        assert score_folder(tmp_path / pred, tmp_path / "gt", binary=True)["J"] == 1
 
 
 def test_kinds_of_png(tmp_path):

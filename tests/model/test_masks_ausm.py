@@ -1,5 +1,6 @@
 """Rules about mask logits, on masks that one can see."""
 
+import pytest
 import torch
 
 from ausm_hf.model.masks_ausm import PIECE_GAP, main_piece, marked_pieces, without_duplicates, without_specks
@@ -78,8 +79,27 @@ def test_specks_far_from_an_object_are_none_of_it():
     logits[1, 60:64, 40:44] = 2.0  # a row of small pieces that leads away, each near to the one before
     logits[1, 45:49, 20:24], logits[1, 53:57, 30:34] = 2.0, 2.0
     logits[2, 60:70, 100:110] = 2.0  # 100 cells are more than a tenth
-    cleaned = without_specks(logits)
+    for one in logits:
+        assert torch.equal(without_specks(one[None], [True])[0], one)  # whoever marked it meant it
+    cleaned = torch.cat([without_specks(one[None], [False]) for one in logits])
     assert torch.equal(cleaned[1:], logits[1:])
     assert torch.equal(cleaned[0] > 0, logits[0] > 2.5) and cleaned[0, 61, 101] == -2
     nothing = torch.full((1, 80, 120), -1.0)
-    assert torch.equal(without_specks(nothing), nothing)
+    assert torch.equal(without_specks(nothing, [False]), nothing)
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_how_far_a_speck_is(far):
+    """A tenth of the shorter side are 8 cells here."""
+    logits = torch.full((1, 80, 160), -4.0)
+    logits[0, 10:40, 10:40] = 3.0
+    logits[0, 20:24, 48 + far : 52 + far] = 2.0
+    assert (without_specks(logits, [False])[0, 20:24, 48:54] > 0).any() != far
+
+
+def test_specks_are_of_the_pixels_that_an_object_has():
+    """What another object covers is not what the rest of it is small beside."""
+    logits = torch.full((2, 80, 120), -4.0)
+    logits[0, 10:40, 10:40], logits[1, 10:40, 10:40] = 1.0, 3.0
+    logits[0, 60:68, 100:108] = 1.0
+    assert torch.equal(without_specks(logits, [False, False]), logits)

@@ -293,6 +293,21 @@ def test_objects_clicked_together_are_kept_off_each_other(tiny_model, processor,
         assert prompt.points == (mine, other) and prompt.labels == (1, 0)
 
 
+def test_a_click_in_a_small_box_of_another_leaves_it_its_box(tiny_model, processor, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        "ausm_hf.model.streaming_ausm.refine_signals",
+        lambda model, frame, signals, prompts: given.extend(prompts) or signals,
+    )
+    session = processor.init_video_session()
+    add(processor, 1, session=session, input_points=[[[[30, 30]]]])
+    add(processor, 2, session=session, input_boxes=[[[29, 29, 31, 31]]])
+    frame = processor(images=np.zeros((*SIZE, 3), np.uint8))["pixel_values"]
+    masks = tiny_model.preview_prompts(session, frame)
+    assert masks[2].equal(fill_box(SIZE, (29, 29, 31, 31)))
+    assert given[1] == ObjectPrompt(box=(29, 29, 31, 31))
+
+
 @pytest.fixture(scope="module")
 def processor():
     return AusmProcessor(AusmImageProcessor(size={"shortest_edge": 32}))

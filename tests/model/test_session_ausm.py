@@ -124,7 +124,7 @@ def test_masks_in_the_history_are_exclusive_and_the_output_keeps_the_logits():
 
 def test_specks_are_shown_to_nobody_and_stay_in_the_history(monkeypatch):
     """What follows is as the network has it; what is told of an object is without what is far from it."""
-    cleaned = lambda logits: torch.where(logits > 5, logits, -logits.abs())  # noqa: E731
+    cleaned = lambda logits, prompted: torch.where(logits > 5, logits, -logits.abs())  # noqa: E731
     monkeypatch.setattr(identities_ausm, "without_specks", cleaned)
     model, _, outputs = play([({}, [Seen(A.box, logit=3.0), Seen(C.box, logit=7.0)]), ({}, [])])
     assert ((outputs[0].pred_masks > 0).flatten(1).any(1)).tolist() == [False, True]

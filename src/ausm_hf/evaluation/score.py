@@ -35,6 +35,12 @@ def read_mask(path: str | Path, binary: bool = False) -> np.ndarray:
         return mask_values(image, str(path), binary)
 
 
+def _read_prediction(path: Path, binary: bool) -> np.ndarray:
+    """As [`read_mask`], but a binary one keeps its ids: only of colours it is asked whether they are black."""
+    with open_image({"path": str(path), "bytes": None}) as image:
+        return mask_values(image, str(path), binary and image.mode in ("RGB", "RGBA"))
+
+
 def score_folder(
     pred_dir: str | Path,
     gt_dir: str | Path,
@@ -101,7 +107,7 @@ def score_folder(
                 missing.append(gt_path.name)
                 continue
             try:
-                scorer.add(read_mask(pred_path), read_mask(gt_path, binary), frame=gt_path.name)
+                scorer.add(_read_prediction(pred_path, binary), read_mask(gt_path, binary), frame=gt_path.name)
             except (OSError, ValueError) as error:
                 scorer.problems.append(f"{name}, frame {gt_path.name}: {error}")
         if missing:

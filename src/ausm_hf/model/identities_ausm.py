@@ -389,7 +389,8 @@ def put_objects(history, objects: list[FollowedObject], masks: dict[int, torch.T
 def _describe(session, seen, logits, scores, prompts, labels) -> AusmVideoSegmentationOutput:
     """The output for the objects seen in this frame."""
     if seen:
-        pred_masks = without_specks(torch.stack([logits[x.object_id] for x in seen]))[:, None]
+        pred_masks = torch.stack([logits[x.object_id] for x in seen])
+        pred_masks = without_specks(pred_masks, [x.prompted for x in seen])[:, None]
     else:
         pred_masks = session.history.masks[0, :0, None].float()
     if prompts:

@@ -88,10 +88,13 @@ def main_piece(logits: torch.Tensor) -> torch.Tensor:
     return torch.where(pieces == areas.argmax(), logits, -logits.abs())
 
 
-def without_specks(logits: torch.Tensor) -> torch.Tensor:
-    """Mask logits (n, h, w) without pieces that are small and far from the others: `SPECK_GAP`, `SPECK_AREA`."""
+def without_specks(logits: torch.Tensor, prompted: list[bool]) -> torch.Tensor:
+    """
+    Mask logits (n, h, w) of the objects of a frame without pieces that are small and far from the others: `SPECK_GAP`,
+    `SPECK_AREA`. What was marked by hand may be in such pieces, and has them all.
+    """
     gap = 2 * round(SPECK_GAP * min(logits.shape[-2:]) / 2)
-    masks = logits > 0
+    masks = exclusive(logits) & ~torch.tensor(prompted, device=logits.device)[:, None, None]
     specks = torch.compiler.disable(_specks) if torch.compiler.is_compiling() else _specks
     return torch.where(specks(masks.cpu(), gap).to(masks.device), -logits.abs(), logits)
 

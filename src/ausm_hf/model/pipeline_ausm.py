@@ -226,7 +226,9 @@ class VideoSegmentationPipeline(Pipeline):
         """
         if prompts is not None and (not isinstance(prompts, Mapping) or not set(prompts) <= PROMPTS):
             raise ValueError(f"prompts must be a dict with keys of {sorted(PROMPTS)}, got {prompts!r:.100}")
-        if prompts is not None and prompts.get("masks") is None and not any(prompts.values()):
+        if prompts is not None and all(
+            marked is None or (isinstance(marked, Mapping) and not marked) for marked in prompts.values()
+        ):
             raise ValueError(f"prompts must mark an object; to let objects be found give None, got {prompts!r:.100}")
         source = self.read_video(inputs)
         live = getattr(source, "once", isinstance(inputs, Iterator))

@@ -232,10 +232,11 @@ def refine_signals(
 ) -> list[Tensor]:
     """
     Objects' masks from their mask signals: for each one pass over the frame, with a history that holds nothing but its
-    signal, so that an object's mask is the same whatever else is marked, up to the pixels that two of them claim.
+    signal. So an object's mask depends on its own signal alone, up to the pixels that two of them claim.
+
     A mask that has something of its signal, but is wrong at a point, is corrected around it, see [`heed_points`]. Of
     several pieces those are left that have something of the signal; of those in a box, which holds one object, the
-    largest.
+    largest, unless more of it is marked.
 
     Args:
         model ([`AusmForUniversalSegmentation`]): The network.
@@ -263,7 +264,7 @@ def refine_signals(
             points = torch.tensor(prompt.points, dtype=torch.float32, device=maps.device) / scale
             logits = heed_points(logits, frame.levels[0][0].float(), points, torch.tensor(prompt.labels) > 0)
         marked = mask > 0
-        if prompt.box and not (prompt.points or prompt.scribble):
+        if prompt.box and not (any(prompt.labels) or prompt.scribble):
             marked = main_piece(torch.where(marked, logits, -logits.abs())) > 0
         logits = marked_pieces(logits, marked)
         logits = F.interpolate(logits[None, None], signal.shape, mode="bilinear")[0, 0]

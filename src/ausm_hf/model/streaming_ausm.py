@@ -10,9 +10,9 @@ from transformers.utils import logging
 
 from .history_ausm import AusmHistory
 from .identities_ausm import Answer, finish_frame, put_objects, seen_objects
-from .masks_ausm import within_reach
+from .masks_ausm import within_reach, without_specks
 from .pixels_ausm import AusmFrameFeatures
-from .prompts_ausm import history_mask, refine_signals, signal_of_marks
+from .prompts_ausm import ObjectPrompt, history_mask, refine_signals, signal_of_marks
 from .session_ausm import AusmInferenceSession, AusmVideoSegmentationOutput, FollowedObject
 
 
@@ -173,8 +173,10 @@ def propagate_in_video_iterator(
             "one made without is given its frames by model(inference_session=..., frame=...)"
         )
     for name, number in (("start_frame_idx", start_frame_idx), ("max_frame_num_to_track", max_frame_num_to_track)):
-        if number is not None and not hasattr(number, "__index__"):
-            raise ValueError(f"{name} must be an integer, got {number!r}")
+        try:
+            operator.index(0 if number is None else number)
+        except TypeError:
+            raise ValueError(f"{name} must be an integer, got {number!r}") from None
     start = session.next_frame_idx if start_frame_idx is None else operator.index(start_frame_idx)
     if start_frame_idx is None and session.prompts and not session.objects and not session.find_new_objects:
         start = min(session.prompts)
@@ -322,6 +324,7 @@ def _prompt_masks(
     size, prompts = session.video_size, session.prompts.get(session.next_frame_idx, {})
     if size is None or not prompts:
         return {}
+    by_hand = {x.object_id for x in session.objects if x.prompted}
     masks, signals, marked = {}, {}, []
     for object_id, prompt in prompts.items():
         if prompt.mask is not None:
@@ -330,8 +333,12 @@ def _prompt_masks(
         others = prompt.not_on([other for other_id, other in prompts.items() if other_id != object_id])
         known = None
         if prompt.box is None and object_id in seen:
-            known = F.interpolate(seen[object_id][None, None], size, mode="bilinear")[0, 0].gt(0).cpu()
+            shown = without_specks(seen[object_id][None], [object_id in by_hand])
+            known = F.interpolate(shown[None], size, mode="bilinear")[0, 0].gt(0).cpu()
         signal = signal_of_marks(model, frame, prompt, size, known, others)
+        if not signal.any() and others.points:  # they are all around its own
+            others = ObjectPrompt()
+            signal = signal_of_marks(model, frame, prompt, size, known)
         if signal.any():
             signals[object_id] = signal
             marked.append(prompt.with_points(others))
