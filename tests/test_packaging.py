@@ -94,7 +94,7 @@ def test_it_says_that_it_is_typed_and_where_it_runs():
     about = metadata("ausm-hf")
     assert about["Requires-Python"] == ">=3.10"
     assert {"cuda", "train", "eval", "demo", "onnx", "dev"} <= set(about.get_all("Provides-Extra"))
-    assert about["License-Expression"] == "Apache-2.0"
+    assert about["License-Expression"] == "Apache-2.0 AND CC-BY-NC-4.0"
 
 
 def test_a_missing_extra_fails_with_the_install_line(tmp_path):

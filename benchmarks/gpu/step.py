@@ -39,7 +39,7 @@ def first_masks(found, objects: int) -> torch.Tensor:
     logits = found.masks_queries_logits[0, objects:].float().clone()
     rows = without_duplicates(surest, logits, [], 0.5)
     rows += [row for row in surest if row not in rows]
-    return exclusive(list(logits[rows[:objects]]))
+    return exclusive(logits[rows[:objects]])
 
 
 class Stream:
@@ -80,7 +80,7 @@ class Stream:
     def advance(self, frame, features, states, masks, appearance):
         history = AusmHistory(features, states, self.slots, self.taken, masks, appearance)
         output = self.model.step(frame, history)
-        new = exclusive(list(output.masks_queries_logits[0, : masks.shape[1]])).to(masks.dtype)[None]
+        new = exclusive(output.masks_queries_logits[0, : masks.shape[1]]).to(masks.dtype)[None]
         return output.history.features, output.history.states, new, output.history.appearance
 
     def keep(self, features, states, masks, appearance):
