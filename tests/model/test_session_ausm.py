@@ -122,6 +122,16 @@ def test_masks_in_the_history_are_exclusive_and_the_output_keeps_the_logits():
     assert (outputs[0].pred_masks > 0).sum((1, 2, 3)).tolist() == [16, 16]
 
 
+def test_marks_may_overlap_in_the_history():
+    """They are what the user says they are; only what the network says is shared out."""
+    both = Seen((0, 4, 0, 6), logit=9.0)
+    prompts = {0: {8: frame_mask(both), 9: frame_mask(A)}}
+    session = AusmInferenceSession(seed=0, find_new_objects=False)
+    model, _, _ = play([({8: both, 9: A}, []), ({}, [])], session, prompts)
+    masks = model.histories[1].masks[0] > 0
+    assert torch.equal(masks, torch.stack([both.mask, A.mask])) and (both.mask & A.mask).any()
+
+
 def test_specks_are_shown_to_nobody_and_stay_in_the_history(monkeypatch):
     """What follows is as the network has it; what is told of an object is without what is far from it."""
     cleaned = lambda logits, prompted: torch.where(logits > 5, logits, -logits.abs())  # noqa: E731

@@ -194,7 +194,7 @@ class AusmProcessor(ProcessorMixin):
             obj_ids (`int` or `list[int]`):
                 What to call the objects: positive integers below 2**30, each once.
             input_points (`[image][object][point][2]`, *optional*):
-                Points.
+                Points. One on an object is not on the others that are marked in that frame.
             input_labels (`[image][object][point]`, *optional*):
                 1 for each point on the object, 0 for one that is not on it; without them all are on it.
             input_boxes (`[image][object][4]`, *optional*):

@@ -40,9 +40,9 @@ class AusmVideoSegmentationOutput(ModelOutput):
             Ids of the objects, constant over the stream.
         pred_masks (`torch.FloatTensor` of shape `(num_objects, 1, h, w)`):
             Mask logits at a quarter of the network's input size. On a frame that has prompts: at the video's own
-            size, so that the prompts come back as they were given, the smaller ones on top. A pixel belongs to the
-            object of the highest logit, if that is positive, see
-            [`~AusmProcessor.post_process_instance_segmentation`].
+            size, so that the prompts come back as they were given, the smaller ones on top. Of found objects, pieces
+            that are small and far from the rest are left out. A pixel belongs to the object of the highest logit, if
+            that is positive, see [`~AusmProcessor.post_process_instance_segmentation`].
         scores (`torch.FloatTensor` of shape `(num_objects,)`):
             Foreground probability in this frame times class probability, of found objects also times the quality of
             their first mask. The foreground is 1 where the user marks what the network did not see.
