@@ -257,6 +257,8 @@ def test_a_point_on_one_object_is_not_on_another(monkeypatch):
     third = ObjectPrompt(mask=fill_box(SIZE, (50, 50, 60, 60)))
     assert first.not_on([second, third]) == ObjectPrompt(points=((30, 30),), labels=(0,))
     assert second.not_on([first, third]) == ObjectPrompt()  # its box says enough
+    for outside in ((19, 30), (41, 30), (30, 19), (30, 41)):
+        assert second.not_on([ObjectPrompt(points=(outside,), labels=(1,))]) == ObjectPrompt()
     assert second.not_on([replace(first, points=((21, 40), (9, 9)))]).points == ((21, 40),)
     assert first.not_on([replace(second, points=((5, 5),))]) == ObjectPrompt()  # one on another
 

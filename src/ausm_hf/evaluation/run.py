@@ -186,7 +186,7 @@ def _claim(output: Path, settings: dict, benchmark: Benchmark, resume: bool, hel
         held.enter_context(FileLock(output / ".lock", timeout=0))
     except Timeout:
         raise ValueError(f"output {str(output)!r} is being written by another run; wanted is another folder") from None
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError) as error:  # the latter of older versions, where locks are not known at all
         warnings.warn(f"{output} can't be locked ({error}): let no other run write into it", stacklevel=2)
     folder = benchmark.place(output, benchmark.rows[0]).parent
     folder.mkdir(parents=True, exist_ok=True)

@@ -93,6 +93,8 @@ def without_specks(logits: torch.Tensor, prompted: list[bool]) -> torch.Tensor:
     Mask logits (n, h, w) of the objects of a frame without pieces that are small and far from the others: `SPECK_GAP`,
     `SPECK_AREA`. What was marked by hand may be in such pieces, and has them all.
     """
+    if all(prompted):
+        return logits
     gap = 2 * round(SPECK_GAP * min(logits.shape[-2:]) / 2)
     masks = exclusive(logits) & ~torch.tensor(prompted, device=logits.device)[:, None, None]
     specks = torch.compiler.disable(_specks) if torch.compiler.is_compiling() else _specks

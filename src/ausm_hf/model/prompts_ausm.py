@@ -77,10 +77,10 @@ class ObjectPrompt:
         """The same, with the points of another after its own."""
         return replace(self, points=self.points + more.points, labels=self.labels + more.labels)
 
-    def not_on(self, others: list[ObjectPrompt]) -> ObjectPrompt:
-        """The points on other objects, as points that are not on this one; of one with a box those in it."""
+    def not_on(self, prompts: list[ObjectPrompt]) -> ObjectPrompt:
+        """Points of a frame's prompts that are on other objects, as not on this one: with a box, those in it."""
         x0, y0, x1, y1 = self.box or (-math.inf, -math.inf, math.inf, math.inf)
-        points = [point for other in others for point in other.positive_points]
+        points = [point for prompt in prompts for point in prompt.positive_points]
         points = [(x, y) for x, y in points if x0 <= x <= x1 and y0 <= y <= y1 and (x, y) not in self.positive_points]
         return ObjectPrompt(points=tuple(points), labels=(0,) * len(points))
 

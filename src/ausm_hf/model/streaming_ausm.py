@@ -330,7 +330,7 @@ def _prompt_masks(
         if prompt.mask is not None:
             masks[object_id] = prompt.mask.to(frame.stride_4.device)
             continue
-        others = prompt.not_on([other for other_id, other in prompts.items() if other_id != object_id])
+        others = prompt.not_on(list(prompts.values()))
         known = None
         if prompt.box is None and object_id in seen:
             shown = without_specks(seen[object_id][None], [object_id in by_hand])
